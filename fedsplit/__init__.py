@@ -1,0 +1,48 @@
+"""Federated learning on Flower in which the training process is free.
+
+``fedsplit.Trainer`` is what a training script uses; ``server_main.py``, ``client_main.py`` and ``model_main.py`` are the
+programs. Importing this package loads neither torch nor Flower: each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsplit.aggregation.base import AggregationContext, Update
+    from fedsplit.errors import FedSplitError
+    from fedsplit.trainer import Task, Trainer
+    from fedsplit.workloads.base import EvaluateResult, TrainResult, WorkloadContext
+
+__all__ = [
+    "AggregationContext",
+    "EvaluateResult",
+    "FedSplitError",
+    "Task",
+    "TrainResult",
+    "Trainer",
+    "Update",
+    "WorkloadContext",
+]
+
+_HOMES = {
+    "AggregationContext": "fedsplit.aggregation.base",
+    "EvaluateResult": "fedsplit.workloads.base",
+    "FedSplitError": "fedsplit.errors",
+    "Task": "fedsplit.trainer",
+    "TrainResult": "fedsplit.workloads.base",
+    "Trainer": "fedsplit.trainer",
+    "Update": "fedsplit.aggregation.base",
+    "WorkloadContext": "fedsplit.workloads.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,88 @@
+"""From what was asked for to a rule that can be called: built-in, Flower's, the user's, or one wrapped in
+another."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
+
+# Imported for their entries in the registry.
+from fedsplit.aggregation import averaging as _averaging  # noqa: F401
+from fedsplit.aggregation import robust as _robust  # noqa: F401
+from fedsplit.aggregation.base import REGISTRY, FunctionRule, Rule
+from fedsplit.aggregation.spec import RuleSpec
+from fedsplit.errors import UsageError
+
+
+def check_rules(specs: Sequence[RuleSpec]) -> None:
+    """Load every rule once, so that one that cannot be loaded is refused before the server waits for anybody.
+
+    Raises
+    ------
+    UsageError
+        For a module, function, Flower class, parameter or extra that is not there.
+    """
+    for spec in specs:
+        if spec.name != "local":
+            load_rule(spec)
+
+
+def load_rule(spec: RuleSpec) -> Rule:
+    """Bind a rule to its parameters.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be loaded; also for `local`, which has nothing to do on the server.
+    """
+    if spec.name == "local":
+        raise UsageError("local is not a rule that merges: these entries stay with the clients")
+    if spec.inner is not None:
+        from fedsplit.aggregation.privacy import private_rule
+
+        inner = load_rule(spec.inner)
+        return private_rule(spec.rule, inner, averages=spec.inner.name == "fedavg", **spec.options)
+    if spec.name in REGISTRY:
+        return REGISTRY[spec.name].bind(spec.rule, **spec.options)
+    if ":" in spec.name:
+        return _user_rule(spec)
+    from fedsplit.aggregation.flower import flower_rule
+
+    return flower_rule(spec.rule, spec.name.removeprefix("flower."), spec.options)
+
+
+def _user_rule(spec: RuleSpec) -> Rule:
+    """A function of the user's, or a class of theirs that makes a `Rule`."""
+    target = _find(spec)
+    try:
+        if inspect.isclass(target):
+            inspect.signature(target).bind(**spec.params)
+        else:
+            inspect.signature(target).bind([], None, **spec.params)
+    except (TypeError, ValueError) as exc:
+        raise UsageError(
+            f"{spec.name} cannot be called as rule({', '.join(['updates', 'context', *spec.params])}): {exc}"
+        ) from exc
+    if inspect.isclass(target):
+        return cast(Rule, target(**spec.params))
+    return FunctionRule(name=spec.rule, function=functools.partial(target, **spec.params))
+
+
+def _find(spec: RuleSpec) -> Any:
+    module_name, _, path = spec.name.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as exc:
+        # The module is the user's: whatever goes wrong while it runs is for them to read, in one line.
+        raise UsageError(
+            f"cannot import {module_name!r} for the rule {spec.name}: {type(exc).__name__}: {exc}; "
+            "it is looked for beside the script and on PYTHONPATH"
+        ) from exc
+    for name in path.split("."):
+        target = getattr(target, name, None)
+    if not callable(target):
+        raise UsageError(f"{spec.name}: the module {module_name!r} has no function {path!r}")
+    return target

@@ -1,0 +1,178 @@
+"""The arithmetic the rules share: which precision, a running mean, an elementwise maximum, a norm over a
+part.
+
+A running mean is kept as ``mean.lerp_(x, weight / weight_so_far)``: identical inputs come out bit for bit as
+they went in, it works in place, and it needs one pass. ``sum(weight * x)`` promises none of the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# torch cannot compare these; each fits into the signed type beside it, but for uint64, which `maximum`
+# handles itself.
+_SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64}
+
+_CHUNK = 1 << 14
+
+
+def is_floating(tensor: Tensor) -> bool:
+    """Whether a rule averages this entry: floating point or complex. Integers and booleans are merged by
+    maximum."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The floating type to add up in: at least float32 (or two of them), and the entry's own where that is
+    wider."""
+    lowest = torch.complex64 if dtype.is_complex else torch.float32
+    # Not torch.promote_types: it knows no 8-bit floats.
+    return dtype if dtype.itemsize >= lowest.itemsize else lowest
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in its wide type; it shares its memory when it already has it."""
+    return tensor.detach().to(wide_dtype(tensor.dtype))
+
+
+def floating_keys(state: Mapping[str, Tensor]) -> list[str]:
+    """The keys of the entries that are averaged."""
+    return [key for key, tensor in state.items() if is_floating(tensor)]
+
+
+class RunningMean:
+    """A weighted mean of tensors of one shape and type."""
+
+    def __init__(self) -> None:
+        self._mean: Tensor | None = None
+        self._total: float = 0
+        self._dtype = torch.float32
+
+    def add(self, tensor: Tensor, weight: float = 1) -> None:
+        """Take one more tensor; it is not kept and not changed."""
+        self._total += weight
+        if self._mean is None:
+            self._dtype = tensor.dtype
+            # A contiguous copy of its own: lerp_ below must never write into what a client sent.
+            self._mean = tensor.detach().to(
+                wide_dtype(tensor.dtype), copy=True, memory_format=torch.contiguous_format
+            )
+        else:
+            self._mean.lerp_(widened(tensor), weight / self._total)
+
+    def result(self) -> Tensor:
+        """The mean so far, in the type of the first tensor."""
+        if self._mean is None:
+            raise ValueError("the mean of no tensors")
+        return self._mean.to(self._dtype)
+
+
+def mean_of(tensors: Iterable[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """The weighted mean of the tensors, weights 1 if not given; those of weight 0 are not even read."""
+    mean = RunningMean()
+    for index, tensor in enumerate(tensors):
+        weight = 1 if weights is None else weights[index]
+        if weight > 0:
+            mean.add(tensor, weight)
+    return mean.result()
+
+
+def maximum(left: Tensor, right: Tensor) -> Tensor:
+    """Elementwise maximum in the entries' own type; NaN wins. Exact for every integer."""
+    dtype = left.dtype
+    if dtype == torch.uint64:
+        # Flipping the top bit maps the order of unsigned numbers onto that of signed ones.
+        top = torch.iinfo(torch.int64).min
+        return (
+            torch.maximum(left.view(torch.int64) ^ top, right.view(torch.int64) ^ top)
+            .bitwise_xor_(top)
+            .view(dtype)
+        )
+    comparable = _SIGNED.get(dtype, wide_dtype(dtype) if dtype.is_floating_point else dtype)
+    return torch.maximum(left.to(comparable), right.to(comparable)).to(dtype)
+
+
+def max_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Elementwise maximum of them all."""
+    result = tensors[0]
+    for tensor in tensors[1:]:
+        result = maximum(result, tensor)
+    return result
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> float:
+    """Sum of squares over all entries, added up in float64 so that no finite float32 overflows it."""
+    total = 0.0
+    for tensor in tensors:
+        total += float(torch.linalg.vector_norm(flat_real(tensor), dtype=torch.float64)) ** 2
+    return total
+
+
+def squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor], keys: Sequence[str]) -> float:
+    """Squared Euclidean distance of two states over `keys`."""
+    total = 0.0
+    for key in keys:
+        for one, other in chunks([left[key], right[key]]):
+            total += float(torch.linalg.vector_norm(one - other, dtype=torch.float64)) ** 2
+    return total
+
+
+def flat_real(tensor: Tensor) -> Tensor:
+    """All real numbers in an entry, in one dimension; two for each complex one."""
+    real = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    return real.reshape(-1)
+
+
+def chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The same stretch of each tensor, flat and in the wide type, short enough to stay in the processor's
+    cache."""
+    rows = [flat_real(tensor) for tensor in tensors]
+    for start in range(0, rows[0].numel(), _CHUNK):
+        yield [widened(row[start : start + _CHUNK]) for row in rows]
+
+
+def by_coordinate(tensors: Sequence[Tensor], merge_sorted: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Merge each coordinate by its values in ascending order; a NaN makes NaN, as with `numpy.median`.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+        One for each client, of one shape and dtype; complex ones are merged as pairs of real numbers.
+    merge_sorted : callable
+        Given one row for each client, of which the first holds the smallest values, returns the merged row.
+    """
+    dtype, shape = tensors[0].dtype, tensors[0].shape
+    rows = [merge_sorted(sorted_rows(rows)) for rows in chunks(tensors)]
+    flat = torch.cat(rows) if rows else flat_real(tensors[0])
+    if dtype.is_complex:
+        return torch.view_as_complex(flat.view(*shape, 2)).to(dtype)
+    return flat.to(dtype).view(shape)
+
+
+def sorted_rows(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The rows with each column in ascending order.
+
+    An odd-even transposition network: 10 to 30 times faster than `torch.sort` across rows for up to 20 of
+    them (measured on two cores), as each step is one vectorised minimum and maximum over data in the cache.
+    """
+    ordered = list(rows)
+    for step in range(len(ordered)):
+        for low in range(step % 2, len(ordered) - 1, 2):
+            pair = ordered[low], ordered[low + 1]
+            ordered[low], ordered[low + 1] = torch.minimum(*pair), torch.maximum(*pair)
+    return ordered
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass at the speed of memory when all is well.
+
+    A sum of finite and non-finite numbers is never finite, so a finite sum proves it. A sum of finite numbers
+    may overflow, so any other sum proves nothing and each element is looked at.
+    """
+    if not is_floating(tensor):
+        return True
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else widened(tensor)
+    return bool(real.sum().isfinite()) or bool(torch.isfinite(real).all())

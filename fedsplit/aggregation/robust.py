@@ -1,0 +1,211 @@
+"""Rules that tolerate bad clients: `median`, `trimmed-mean`, `krum`, `multi-krum`, `geometric-median`.
+
+None of them looks at `num_examples`, which a bad client may claim to be anything. What they tolerate holds
+for the floating entries; integer and boolean entries take the maximum, except under the two Krums, which
+choose whole clients. The guarantees are those of the papers: they assume that honest clients hold similar
+data.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from fedsplit.aggregation.base import AggregationContext, StateDict, Update, rule
+from fedsplit.aggregation.numeric import (
+    by_coordinate,
+    floating_keys,
+    is_floating,
+    max_of,
+    mean_of,
+    squared_distance,
+    widened,
+)
+from fedsplit.errors import AggregationError
+
+_logger = logging.getLogger(__name__)
+_SETTLED = 1e-6
+
+
+@rule("median")
+def median(updates: Sequence[Update], context: AggregationContext) -> StateDict:
+    """Median of each coordinate; of an even number of clients, the mean of the two in the middle.
+
+    Tolerates fewer than half of the clients: (n - 1) // 2 of n.
+
+    Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018,
+    https://arxiv.org/abs/1803.01498.
+    """
+    return _by_entry(updates, lambda tensors: by_coordinate(tensors, _middle))
+
+
+@rule("trimmed-mean")
+def trimmed_mean(
+    updates: Sequence[Update], context: AggregationContext, *, fraction: float = 0.1
+) -> StateDict:
+    """Mean of each coordinate without its smallest and largest values.
+
+    Tolerates int(fraction * n) of n clients, which is none of 9 at the default of 0.1; a warning says so.
+
+    Parameters
+    ----------
+    fraction : float
+        How much to cut off at either end, from 0 to below 0.5; the number of clients cut is rounded down, as
+        `scipy.stats.trim_mean` does.
+
+    Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018,
+    https://arxiv.org/abs/1803.01498.
+    """
+    if not 0 <= fraction < 0.5:
+        raise AggregationError(f"fraction={fraction} trims everything: expected from 0 to below 0.5")
+    count = len(updates)
+    cut = int(fraction * count)
+    if fraction and not cut and count > 1:
+        _logger.warning(
+            "part %r: trimmed-mean(fraction=%g) trims nothing from %d updates and tolerates no bad client; "
+            "that takes %d updates%s",
+            context.part, fraction, count, math.ceil(min(1 / fraction, 1e9)),
+            f", or fraction={math.ceil(100 / count) / 100}" if count > 2 else "",
+        )  # fmt: skip
+    return _by_entry(
+        updates, lambda tensors: by_coordinate(tensors, lambda rows: mean_of(rows[cut : count - cut]))
+    )
+
+
+def _krum_needs(*, byzantine: int = 1) -> int:
+    return 2 * byzantine + 3 if byzantine else 1
+
+
+def _multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int:
+    return max(_krum_needs(byzantine=byzantine), (selected or 1) + (byzantine + 2 if byzantine else 0))
+
+
+@rule("krum", min_updates=_krum_needs)
+def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: int = 1) -> StateDict:
+    """The state of the one client that is closest to its n - byzantine - 2 nearest neighbours.
+
+    It is taken whole, with its integer entries, so that the result is a state some client really had. Of
+    equals, the one with the lowest rank.
+
+    Parameters
+    ----------
+    byzantine : int
+        How many bad clients to tolerate; takes at least 2 * byzantine + 3 updates. 0 works with any number.
+
+    Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017,
+    https://arxiv.org/abs/1703.02757.
+    """
+    return dict(_closest(updates, byzantine)[0].state_dict)
+
+
+@rule("multi-krum", min_updates=_multi_krum_needs)
+def multi_krum(
+    updates: Sequence[Update],
+    context: AggregationContext,
+    *,
+    byzantine: int = 1,
+    selected: int | None = None,
+) -> StateDict:
+    """Unweighted mean of the clients with the best Krum scores; their integer entries take the maximum.
+
+    Parameters
+    ----------
+    byzantine : int
+        How many bad clients to tolerate; takes at least 2 * byzantine + 3 updates. 0 works with any number.
+    selected : int, optional
+        How many to average, at most n - byzantine - 2 (n if byzantine is 0), which is the default.
+
+    Blanchard et al., as for `krum`; the bound on `selected` is that of Damaskinos et al., "AggregaThor:
+    Byzantine Machine Learning via Robust Gradient Aggregation", MLSys 2019.
+    """
+    best = _closest(updates, byzantine)
+    most = len(updates) - byzantine - 2 if byzantine else len(updates)
+    if selected is not None and not 1 <= selected <= most:
+        raise AggregationError(
+            f"selected={selected} is more than byzantine={byzantine} allows with {len(updates)} updates: "
+            f"at most {most}"
+        )
+    # In rank order again, as the order of a mean shows in its last bit.
+    chosen = sorted(best[: most if selected is None else selected], key=lambda update: update.rank)
+    return _by_entry(chosen, mean_of)
+
+
+@rule("geometric-median")
+def geometric_median(
+    updates: Sequence[Update],
+    context: AggregationContext,
+    *,
+    iterations: int = 32,
+    smoothing: float = 1e-6,
+) -> StateDict:
+    """The point with the smallest sum of distances to the clients, over all floating entries of the part at
+    once.
+
+    Tolerates fewer than half of the clients: (n - 1) // 2 of n. Found by the smoothed Weiszfeld algorithm,
+    which here starts from the median of each coordinate and not from the mean, and weighs all clients alike.
+
+    Parameters
+    ----------
+    iterations : int
+        At most so many steps; it stops before when the clients' weights have settled.
+    smoothing : float
+        Distances below this count as this.
+
+    Pillutla et al., "Robust Aggregation for Federated Learning" (RFA), IEEE TSP 2022,
+    https://arxiv.org/abs/1912.13445.
+    """
+    keys = floating_keys(updates[0].state_dict)
+    start = median(updates, context)
+    centre = {key: widened(start[key]) for key in keys}
+    weights = [0.0] * len(updates)
+    for _ in range(iterations):
+        distances = [math.sqrt(squared_distance(u.state_dict, centre, keys)) for u in updates]
+        inverse = [1 / max(distance, smoothing) for distance in distances]
+        before, weights = weights, [value / sum(inverse) for value in inverse]
+        # The heaviest first: a mean that began at a far outlier would overflow, or lose the bits of the others.
+        order = sorted(range(len(updates)), key=lambda i: -weights[i])
+        heavy = [weights[i] for i in order]
+        centre = {key: mean_of([widened(updates[i].state_dict[key]) for i in order], heavy) for key in keys}
+        if max(abs(new - old) for new, old in zip(weights, before, strict=True)) < _SETTLED:
+            break
+    return start | {key: centre[key].to(start[key].dtype) for key in keys}
+
+
+def _by_entry(updates: Sequence[Update], merge: Callable[[list[Tensor]], Tensor]) -> StateDict:
+    """Merge each floating entry by `merge`, the others by maximum."""
+    result = {}
+    for key, first in updates[0].state_dict.items():
+        tensors = [update.state_dict[key] for update in updates]
+        result[key] = merge(tensors) if is_floating(first) else max_of(tensors)
+    return result
+
+
+def _middle(rows: list[Tensor]) -> Tensor:
+    low, high = rows[(len(rows) - 1) // 2], rows[len(rows) // 2]
+    # (low + high) / 2 would overflow for large values, and halves alone would lose the last bit of the
+    # smallest.
+    return torch.where(low == high, low, low / 2 + high / 2)
+
+
+def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
+    """The updates by Krum score, best first, then by rank."""
+    count, needed = len(updates), _krum_needs(byzantine=byzantine)
+    if count < needed:
+        raise AggregationError(
+            f"byzantine={byzantine} takes at least {needed} updates (2 * byzantine + 3), found {count}; "
+            f"with {count}, at most byzantine={max(0, (count - 3) // 2)} works"
+        )
+    keys = floating_keys(updates[0].state_dict)
+    distances: list[list[float]] = [[] for _ in updates]
+    for i, j in combinations(range(count), 2):
+        distance = squared_distance(updates[i].state_dict, updates[j].state_dict, keys)
+        distances[i].append(distance)
+        distances[j].append(distance)
+    neighbours = max(1, count - byzantine - 2)
+    scores = [sum(sorted(row)[:neighbours]) for row in distances]
+    return [updates[i] for i in sorted(range(count), key=lambda i: (scores[i], updates[i].rank))]

@@ -1,0 +1,141 @@
+"""What the scripts share: flags' types, logging, exit codes. Only here and in the scripts is the command line read."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from fedsplit.errors import FedSplitError, UsageError
+from fedsplit.records import Scalar
+
+log = logging.getLogger("fedsplit")
+
+EXIT_INTERRUPTED = 130
+N = TypeVar("N", int, float)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring as it is, and each flag with its default unless that is None or the help names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def make_parser(doc: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser that shows a module's docstring; abbreviated flags are refused, they break when flags are added."""
+    return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Add ``-v/--verbose``."""
+    parser.add_argument("-v", "--verbose", action="store_true", help="also show what Flower logs, and debug lines")
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(text, int, 1, "a positive integer")
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    return _number(text, int, 0, "0 or a positive integer")
+
+
+def seconds(text: str) -> float:
+    """Seconds, more than 0."""
+    value = _number(text, float, 0.0, "a number of seconds")
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, not {text!r}")
+    return value
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """``key=value``, both as text."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise argparse.ArgumentTypeError(f"expected key=value, not {text!r}")
+    return key.strip(), value.strip()
+
+
+def scalar(text: str) -> Scalar:
+    """Read a value as bool, int or float where it is one, else as text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser,
+        argv: Sequence[str] | None, program: str) -> int:  # fmt: skip
+    """Parse, set up logging, run, and turn a FedSplitError into one line and its exit code.
+
+    Anything else that is raised is a fault of ours or of the user's own code, and is shown with its traceback.
+    """
+    arguments = parser.parse_args(argv)
+    set_up_logging(program, verbose=arguments.verbose)
+    # Workloads and rules of one's own are looked for where the user stands.
+    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109
+        sys.path.insert(0, here)
+    try:
+        return main(arguments) or 0
+    except FedSplitError as exc:
+        log.debug("where it came from", exc_info=exc)
+        print(f"{program}: error: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        logging.shutdown()
+
+
+def read_file(path: Path | None, flag: str) -> bytes | None:
+    """Read a file that a flag names; raises UsageError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise UsageError(f"{flag} {path}: {exc.strerror}") from exc
+
+
+def read_certificates(ca: Path | None, certificate: Path | None, key: Path | None) -> tuple[bytes, bytes, bytes] | None:
+    """Read the server's three TLS files; None without them, UsageError with only some."""
+    flags = {"--ssl-ca-certfile": ca, "--ssl-certfile": certificate, "--ssl-keyfile": key}
+    contents = [read_file(path, flag) for flag, path in flags.items()]
+    found = [content for content in contents if content is not None]
+    if not found:
+        return None
+    if len(found) < len(flags):
+        raise UsageError(f"TLS needs all of {', '.join(flags)}")
+    return found[0], found[1], found[2]
+
+
+def set_up_logging(program: str, *, verbose: bool) -> None:
+    """Log to stderr, a line an event."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {program} %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.propagate = False
+
+
+def _number(text: str, kind: Callable[[str], N], least: N, expected: str) -> N:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
+    if not value >= least:
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+    return value

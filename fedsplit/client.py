@@ -1,0 +1,254 @@
+"""The Flower client: a relay between the server and the exchange directory.
+
+It decodes no tensor and imports no torch: the bytes it receives go to a file, the bytes of a file go to the server,
+and where both sides see the same disk only a digest travels. It answers every question within a second, so it always
+knows what the server wants; how long a training takes is none of its business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+from flwr.client import Client
+from flwr.common import (
+    Code, EvaluateIns, EvaluateRes, FitIns, FitRes, GetParametersIns, GetParametersRes, GetPropertiesIns,
+    GetPropertiesRes, Parameters, Status,
+)  # fmt: skip
+
+from fedsplit.errors import FedSplitError, RecordError, RefusedError
+from fedsplit.exchange import Exchange, Poll
+from fedsplit.files import link_or_copy
+from fedsplit.handoff import ClientSide, Source
+from fedsplit.payloads import PayloadStore, read_nonce
+from fedsplit.protocol import INLINE_BYTES, TENSOR_TYPE, pack, unpack
+from fedsplit.records import FinishedRecord, PayloadRecord, Request, ResultRecord, request_from_json
+
+log = logging.getLogger("fedsplit")
+
+_TRAINER_CHECK_S = 0.05
+_BAD_RESULT_S = 5.0
+_OK = Status(code=Code.OK, message="")
+
+
+class Relay(Client):
+    """Relays the server's requests to the trainer of the same rank.
+
+    Parameters
+    ----------
+    exchange
+        The exchange directory; the caller holds its client role.
+    trainer_wait_s
+        Seconds to wait for a trainer to be there before a task is reported as failed.
+    use_store
+        Whether payloads may travel by reference, where the server's store can be seen.
+
+    Attributes
+    ----------
+    outcome : FinishedRecord or None
+        How the run ended, once the server has said so.
+    refused : RefusedError or None
+        Why the server turned this client away.
+    """
+
+    def __init__(self, exchange: Exchange, *, trainer_wait_s: float, use_store: bool = True) -> None:
+        self.outcome: FinishedRecord | None = None
+        self.refused: RefusedError | None = None
+        self._exchange = exchange
+        self._side = ClientSide(exchange)
+        self._trainer_wait_s = trainer_wait_s
+        self._use_store = use_store
+        self._store: PayloadStore | None = None
+        self._missing_since: float | None = None
+        self._announced: tuple[str, str, int] | None = None
+
+    # -- Flower's verbs --------------------------------------------------------------------------------------------
+
+    def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
+        """Answer ``hello``, ``finish`` and ``refuse``."""
+        message = unpack(ins.config, "the server")
+        operation = message.get("op")
+        reply: dict[str, Any] = {}
+        if operation == "hello":
+            reply = self._greet(message)
+        elif operation == "finish":
+            self._finish(message)
+        elif operation == "refuse":
+            self.refused = RefusedError(f"the server refused rank {self._exchange.rank}: {message.get('reason')}")
+        elif operation != "ping":
+            raise RecordError(f"the server asks for {operation!r}, which this version of fedsplit does not know")
+        return GetPropertiesRes(status=_OK, properties=pack(reply))
+
+    def fit(self, ins: FitIns) -> FitRes:
+        """Answer ``ask`` for ``initialize`` and ``train``."""
+        reply, blobs = self._ask(ins.config, ins.parameters)
+        return FitRes(
+            status=_status(reply), parameters=Parameters(blobs, TENSOR_TYPE),
+            num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
+        )  # fmt: skip
+
+    def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
+        """Answer ``ask`` for ``evaluate``."""
+        reply, _ = self._ask(ins.config, ins.parameters)
+        return EvaluateRes(
+            status=_status(reply), loss=float(reply.get("loss") or 0.0),
+            num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
+        )  # fmt: skip
+
+    def get_parameters(self, ins: GetParametersIns) -> GetParametersRes:
+        """Answer ``pull``: the payload of the newest result, in one read."""
+        digest = unpack(ins.config, "the server").get("digest")
+        try:
+            result = self._exchange.read_result()
+            if result and result.payload and result.payload.digest == digest:
+                content = self._exchange.check_payload(result.payload).read_bytes()
+                return GetParametersRes(status=_OK, parameters=Parameters([content], TENSOR_TYPE))
+        except RecordError as exc:
+            log.warning("%s", exc)
+        message = f"rank {self._exchange.rank} no longer holds that result"
+        status = Status(code=Code.GET_PARAMETERS_NOT_IMPLEMENTED, message=message)
+        return GetParametersRes(status=status, parameters=Parameters([], TENSOR_TYPE))
+
+    # -- the operations ---------------------------------------------------------------------------------------------
+
+    def _greet(self, message: dict[str, Any]) -> dict[str, Any]:
+        proof = None
+        self._store = None
+        if self._use_store and (root := message.get("store_root")) and (name := message.get("nonce_name")):
+            proof = read_nonce(Path(str(root)), str(name))
+            self._store = PayloadStore(Path(str(root))) if proof else None
+        how = "the server's payload store" if self._store else "messages"
+        log.info("rank %d: joined run %s; payloads travel by %s", self._exchange.rank, message.get("run_id"), how)
+        return {
+            "rank": self._exchange.rank, "exchange_id": self._side.exchange_id(),
+            "held": self._side.held_digest(), "nonce": proof,
+        }  # fmt: skip
+
+    def _finish(self, message: dict[str, Any]) -> None:
+        run_id, outcome, reason = (str(message.get(key, "")) for key in ("run_id", "outcome", "reason"))
+        self._side.finish(run_id, outcome, reason)
+        self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
+
+    def _ask(self, config: dict[str, Any], parameters: Parameters) -> tuple[dict[str, Any], list[bytes]]:
+        message = unpack(config, "the server")
+        request = request_from_json(message, "the server's request")
+        try:
+            return self._relay(request, message, parameters.tensors)
+        except FedSplitError as exc:
+            # An exception would end the client process and with it the rank; the server decides what a failure means.
+            log.warning("rank %d: %s", self._exchange.rank, exc)
+            return {"status": "error", "error": {"type": type(exc).__name__, "message": str(exc)}}, []
+
+    def _relay(
+        self, request: Request, message: dict[str, Any], blobs: list[bytes]
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        digest = message.get("digest")
+
+        def fetch(wanted: str) -> Source | None:
+            if blobs:
+                return _checked(blobs[0], wanted)
+            path = self._store.find(wanted) if self._store else None
+            return Source(digest=wanted, bytes=int(message["bytes"]), content=path) if path else None
+
+        version = self._side.offer(request, digest, fetch)
+        if version is None:
+            return {"status": "need"}, []
+        self._announce(request, version)
+        result = self._await(version, float(message.get("hold_s", 0.0)))
+        if result is not None:
+            return self._deliver(result)
+        if message.get("cancel"):
+            self._side.cancel(version)
+            return {"status": "cancelled"}, []
+        waiting_for = "trainer" if self._missing_since is not None else None
+        return {"status": "working", "waiting_for": waiting_for}, []
+
+    def _await(self, version: int, hold_s: float) -> ResultRecord | None:
+        """Wait for the answer to a version; None if it does not come within ``hold_s``."""
+        began = time.monotonic()
+        poll, checked, bad_since = Poll(), 0.0, None
+        while True:
+            now = time.monotonic()
+            try:
+                if result := self._side.result(version):
+                    self._missing_since = None
+                    return result
+            except RecordError as exc:
+                bad_since = bad_since or now
+                if now - bad_since > min(hold_s, _BAD_RESULT_S):
+                    raise RecordError(f"the trainer's answer cannot be read: {exc}") from exc
+            if now - checked >= _TRAINER_CHECK_S:
+                checked = now
+                self._check_trainer(now)
+            if now - began >= hold_s:
+                return None
+            poll.sleep()
+
+    def _check_trainer(self, now: float) -> None:
+        rank = self._exchange.rank
+        if self._exchange.is_held("trainer"):
+            if self._missing_since is not None:
+                log.info("rank %d: a trainer is here (%s)", rank, self._exchange.owner("trainer"))
+            self._missing_since = None
+            return
+        if self._missing_since is None:
+            self._missing_since = now
+            log.warning(
+                "rank %d: no trainer holds %s; waiting up to %g s for model_main.py --rank %d",
+                rank, self._exchange.lock_path("trainer"), self._trainer_wait_s, rank,
+            )  # fmt: skip
+        elif now - self._missing_since > self._trainer_wait_s:
+            self._missing_since = None
+            raise FedSplitError(
+                f"no trainer of rank {rank} for {self._trainer_wait_s:g} s; start model_main.py --rank {rank} "
+                f"with the same --exchange-dir ({self._exchange.directory.parent})"
+            )
+
+    def _deliver(self, result: ResultRecord) -> tuple[dict[str, Any], list[bytes]]:
+        if result.status == "error":
+            return {"status": "error", "error": dict(result.error or {}), "seconds": result.seconds}, []
+        reply: dict[str, Any] = {
+            "status": "ok", "num_examples": result.num_examples, "loss": result.loss,
+            "metrics": dict(result.metrics), "seconds": result.seconds,
+        }  # fmt: skip
+        blobs: list[bytes] = []
+        if result.payload:
+            via = self._place(result.payload)
+            reply["payload"] = {"digest": result.payload.digest, "bytes": result.payload.bytes, "via": via}
+            if via == "inline":
+                blobs = [(self._exchange.directory / result.payload.file).read_bytes()]
+        return reply, blobs
+
+    def _place(self, payload: PayloadRecord) -> str:
+        """Bring a result to where the server can get it; returns how it gets there."""
+        if self._store:
+            path = self._exchange.directory / payload.file
+            link_or_copy(path, self._store.path(payload.digest))
+            return "store"
+        return "inline" if payload.bytes <= INLINE_BYTES else "pull"
+
+    def _announce(self, request: Request, version: int) -> None:
+        what = (request.run_id, request.kind, request.server_round)
+        if what != self._announced:
+            self._announced = what
+            log.info(
+                "rank %d: %s, round %d of %d (version %d)",
+                self._exchange.rank, request.kind, request.server_round, request.total_rounds, version,
+            )  # fmt: skip
+
+
+def _checked(blob: bytes, digest: str) -> Source:
+    found = hashlib.sha256(blob).hexdigest()
+    if found != digest:
+        raise RecordError(f"the server sent a state with digest {found[:12]}…, announced as {digest[:12]}…")
+    return Source(digest=digest, bytes=len(blob), content=blob)
+
+
+def _status(reply: dict[str, Any]) -> Status:
+    if reply["status"] in ("ok", "working"):
+        return _OK
+    return Status(code=Code.FIT_NOT_IMPLEMENTED, message=str(reply.get("error", reply["status"])))

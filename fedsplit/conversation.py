@@ -1,0 +1,261 @@
+"""One rank's task from the server's point of view: asked until it is answered, over as many connections as it takes.
+
+A client that goes away in the middle is waited for and asked again. Its exchange directory still has the task, or
+already its result, so nothing is trained twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedsplit.errors import RecordError
+from fedsplit.files import Buffer
+from fedsplit.payloads import PayloadStore, StoredPayload
+from fedsplit.protocol import HOLD_S, INLINE_BYTES, MAX_MESSAGE_BYTES, ask_record
+from fedsplit.records import Request
+from fedsplit.roster import Peer, PeerLostError, Roster
+
+log = logging.getLogger("fedsplit")
+
+# How many clients are sent a large state at the same time: each holds a copy of it in a message.
+_SENDERS = 4
+_MESSAGE_OVERHEAD_BYTES = 100_000
+
+
+class StoppedError(Exception):
+    """The run is being stopped; internal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How a rank's task ended.
+
+    Attributes
+    ----------
+    failure : str or None
+        Why there is no result; the other fields mean nothing then.
+    seconds : float
+        What the trainer says it took.
+    """
+
+    rank: int
+    failure: str | None = None
+    traceback: str = ""
+    num_examples: int = 0
+    loss: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    digest: str | None = None
+    payload_bytes: int = 0
+    via: str = ""
+    blob: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What holds for every conversation of a phase.
+
+    Attributes
+    ----------
+    client_wait_s : float
+        Seconds to wait for a client that is away.
+    deadline : float or None
+        `time.monotonic` after which an unfinished task is cancelled.
+    stop : threading.Event
+        Set when the run is being stopped.
+    """
+
+    roster: Roster
+    store: PayloadStore
+    client_wait_s: float
+    deadline: float | None
+    deadline_s: float | None
+    stop: threading.Event
+    sending: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_SENDERS))
+
+
+class Conversation:
+    """Asks one rank for one task.
+
+    Parameters
+    ----------
+    terms
+        The phase's terms.
+    rank
+        Whom to ask.
+    request
+        What is asked.
+    state
+        The state it starts from; None for ``initialize``.
+    """
+
+    def __init__(self, terms: Terms, rank: int, request: Request, state: StoredPayload | None) -> None:
+        self._terms = terms
+        self._rank = rank
+        self._request = request
+        self._state = state
+        self._waiting_for: str | None = None
+
+    def until_done(self) -> Answer:
+        """Ask until there is a result or a failure."""
+        while True:
+            peer, failure = self._find_peer()
+            if peer is None:
+                return Answer(rank=self._rank, failure=failure)
+            try:
+                return self._ask(peer)
+            except PeerLostError:
+                self._terms.roster.drop(peer)
+            except RecordError as exc:
+                return Answer(rank=self._rank, failure=str(exc))
+
+    def fetch(self, answer: Answer) -> Buffer | Any:
+        """Get the payload of a result: mapped from the store, or out of a message; its bytes match its digest.
+
+        Raises
+        ------
+        RecordError
+            If the client cannot deliver it.
+        """
+        digest = str(answer.digest)
+        while True:
+            if answer.via == "store":
+                return self._terms.store.map(digest)
+            blob = answer.blob if answer.via == "inline" else self._pull(answer)
+            if blob is not None:
+                if hashlib.sha256(blob).hexdigest() != digest:
+                    raise RecordError(f"the result of rank {self._rank} does not have the digest that it announced")
+                return blob
+            # It went away or lost the file in between: its exchange directory tells what became of the task.
+            answer = self.until_done()
+            if answer.failure or not answer.digest:
+                raise RecordError(answer.failure or "no payload")
+            digest = answer.digest
+
+    def _ask(self, peer: Peer) -> Answer:
+        force_send = False
+        while True:
+            if self._terms.stop.is_set():
+                raise StoppedError
+            cancel = self._is_late()
+            hold_s = 0.0 if cancel else self._hold_s()
+            send = self._state is not None and (
+                force_send or not (peer.sees_store or peer.held == self._state.digest)
+            )
+            reply, blob = self._send(peer, hold_s, cancel) if send else peer.ask(self._record(hold_s, cancel), None)
+            status = reply.get("status")
+            if status == "need":
+                peer.held, force_send = None, True
+                continue
+            if self._state is not None:
+                peer.held, force_send = self._state.digest, False
+            if status == "ok":
+                return self._read(reply, blob)
+            if status == "cancelled":
+                return Answer(rank=self._rank, failure=f"not completed within {self._terms.deadline_s:g} s")
+            if status != "working":
+                return self._failed(reply.get("error") or {})
+            self._note(reply.get("waiting_for"))
+
+    def _send(self, peer: Peer, hold_s: float, cancel: bool) -> tuple[dict[str, Any], bytes | None]:
+        """Ask with the state's bytes in the message."""
+        state = self._state
+        assert state is not None  # noqa: S101  (for the type checker; `_ask` has looked)
+        if state.bytes + _MESSAGE_OVERHEAD_BYTES > MAX_MESSAGE_BYTES:
+            raise RecordError(
+                f"the state has {state.bytes:,} bytes, a message of this engine holds {MAX_MESSAGE_BYTES:,}; let the "
+                "client see the server's payload store (--payload-store), or use --engine superlink"
+            )
+        if state.bytes <= INLINE_BYTES:
+            return peer.ask(self._record(hold_s, cancel), state.read())
+        with self._terms.sending:
+            # Not held: the bytes are let go before the training begins.
+            return peer.ask(self._record(0.0, cancel), state.read())
+
+    def _record(self, hold_s: float, cancel: bool) -> dict[str, Any]:
+        digest, size = (self._state.digest, self._state.bytes) if self._state else (None, 0)
+        return ask_record(self._request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel)
+
+    def _pull(self, answer: Answer) -> bytes | None:
+        peer, _ = self._find_peer()
+        if peer is None:
+            raise RecordError("the client went away with the result")
+        if answer.payload_bytes + _MESSAGE_OVERHEAD_BYTES > MAX_MESSAGE_BYTES:
+            raise RecordError(
+                f"the result has {answer.payload_bytes:,} bytes, a message of this engine holds {MAX_MESSAGE_BYTES:,}; "
+                "let the client see the server's payload store (--payload-store), or use --engine superlink"
+            )
+        try:
+            return peer.pull(str(answer.digest), answer.payload_bytes)
+        except PeerLostError:
+            self._terms.roster.drop(peer)
+            return None
+
+    def _find_peer(self) -> tuple[Peer | None, str]:
+        began, said = time.monotonic(), False
+        while not self._terms.stop.is_set():
+            if peer := self._terms.roster.wait_for_rank(self._rank, HOLD_S if said else 0.05):
+                return peer, ""
+            if not said:
+                said = True
+                log.warning("rank %d: waiting up to %g s for its client", self._rank, self._terms.client_wait_s)
+            if time.monotonic() - began > self._terms.client_wait_s:
+                return None, f"its client stayed away for {self._terms.client_wait_s:g} s"
+            if self._is_late():
+                return None, f"its client was away when the round's {self._terms.deadline_s:g} s were over"
+        raise StoppedError
+
+    def _read(self, reply: dict[str, Any], blob: bytes | None) -> Answer:
+        payload = reply.get("payload") or {}
+        answer = Answer(
+            rank=self._rank, num_examples=int(reply.get("num_examples", 0)), loss=reply.get("loss"),
+            metrics=dict(reply.get("metrics") or {}), seconds=float(reply.get("seconds", 0.0)),
+        )  # fmt: skip
+        if not payload:
+            return answer
+        return replace(
+            answer, digest=payload.get("digest"), payload_bytes=int(payload.get("bytes", 0)),
+            via=str(payload.get("via")), blob=blob,
+        )  # fmt: skip
+
+    def _failed(self, error: dict[str, Any]) -> Answer:
+        kind, message = error.get("type", "an error"), error.get("message", "")
+        return Answer(rank=self._rank, failure=f"{kind}: {message}", traceback=str(error.get("traceback", "")))
+
+    def _is_late(self) -> bool:
+        return self._terms.deadline is not None and time.monotonic() >= self._terms.deadline
+
+    def _hold_s(self) -> float:
+        if self._terms.deadline is None:
+            return HOLD_S
+        return max(0.0, min(HOLD_S, self._terms.deadline - time.monotonic()))
+
+    def _note(self, waiting_for: str | None) -> None:
+        if waiting_for and waiting_for != self._waiting_for:
+            log.warning("rank %d: its client waits for a %s", self._rank, waiting_for)
+        self._waiting_for = waiting_for
+
+
+class Turns:
+    """Lets ranks pass one at a time, in rank order, each as early as that order allows."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self._left = sorted(ranks)
+        self._changed = threading.Condition()
+
+    def wait(self, rank: int) -> None:
+        """Wait until every lower rank is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left[0] == rank)
+
+    def done(self, rank: int) -> None:
+        """Let the next rank pass; also called by a rank that failed before its turn."""
+        with self._changed:
+            self._left.remove(rank)
+            self._changed.notify_all()

@@ -1,0 +1,159 @@
+"""Flower's embedded gRPC engine, and the only module that calls functions which Flower marks deprecated.
+
+``flwr.server.start_server`` and ``flwr.client.start_client`` are what a hand-started script can run on without starting a
+process for each message. They are in every release up to the newest that was tried; see README, "Why the embedded
+engine". Import this module before anything else of Flower: it keeps telemetry and the update check off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+# Nothing leaves the machine unless the user's environment asks for it. Flower reads these when it is imported.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+from fedsplit.errors import ConnectionFailedError, UsageError  # noqa: E402
+from fedsplit.protocol import MAX_MESSAGE_BYTES  # noqa: E402
+
+if TYPE_CHECKING:
+    from flwr.server import Server
+
+    from fedsplit.client import Relay
+
+log = logging.getLogger("fedsplit")
+
+_FIRST_WAIT_S = 0.05
+_LAST_WAIT_S = 2.0
+_REMIND_S = 30.0
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split ``HOST:PORT`` (an IPv6 host in brackets); raises UsageError."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"{address!r} is not an address; expected HOST:PORT, for example 127.0.0.1:8080")
+    return host.strip("[]"), int(port)
+
+
+def check_port_is_free(address: str) -> None:
+    """Raise if nothing can listen at an address.
+
+    gRPC shares ports: a second server would start without a word and take half of the clients.
+    """
+    host, port = parse_address(address)
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            probe.listen(1)
+    except socket.gaierror as exc:
+        raise UsageError(f"cannot resolve the host of --address {address}: {exc.strerror}") from exc
+    except OSError as exc:
+        raise ConnectionFailedError(
+            f"cannot listen at {address}: {exc.strerror}; stop what uses the port, or choose another --address"
+        ) from exc
+
+
+def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, bytes] | None = None) -> None:
+    """Run a Flower server at an address until its rounds are over.
+
+    Parameters
+    ----------
+    server
+        The server; its ``fit`` runs once the port is open.
+    address
+        ``HOST:PORT`` to listen at.
+    certificates
+        CA certificate, server certificate and server key, PEM; None listens without TLS.
+    """
+    from flwr.server import ServerConfig, start_server
+
+    parse_address(address)
+    check_port_is_free(address)
+    start_server(
+        server_address=address, server=server, config=ServerConfig(num_rounds=1), certificates=certificates,
+        grpc_max_message_length=MAX_MESSAGE_BYTES,
+    )  # fmt: skip
+
+
+def connect(
+    relay: Relay, address: str, *, root_certificates: bytes | None = None, max_wait_s: float | None = None
+) -> None:
+    """Keep a relay connected to a server until the run is over.
+
+    Waits for a server that is not up yet and for one that went away, with growing pauses.
+
+    Raises
+    ------
+    ConnectionFailedError
+        If the server could not be reached for ``max_wait_s``, or what answers there is no Flower server.
+    RefusedError
+        If the server turned this client away.
+    """
+    import grpc
+    from flwr.client import start_client
+
+    while relay.outcome is None and relay.refused is None:
+        _wait_for_server(address, max_wait_s)
+        began = time.monotonic()
+        try:
+            start_client(
+                server_address=address, client=relay, root_certificates=root_certificates,
+                insecure=root_certificates is None, grpc_max_message_length=MAX_MESSAGE_BYTES,
+            )  # fmt: skip
+        except (grpc.RpcError, StopIteration) as exc:
+            if relay.outcome is None and relay.refused is None:
+                log.warning("lost the server at %s (%s); connecting again", address, _reason(exc))
+                # A server that accepts and drops at once must not be asked in a busy loop.
+                time.sleep(max(0.0, _FIRST_WAIT_S - (time.monotonic() - began)))
+        else:
+            if relay.outcome is None and relay.refused is None:
+                log.warning("the server at %s ended the connection without a word; connecting again", address)
+                time.sleep(_LAST_WAIT_S)
+    if relay.refused:
+        raise relay.refused
+
+
+def quiet_flower(verbose: bool) -> None:
+    """Show Flower's own log only when asked, and never its advice to use another engine: that is our choice."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return verbose and "deprecated" not in record.getMessage().lower()
+
+    # A filter and not a level: Flower sets its level when it is imported.
+    logging.getLogger("flwr").addFilter(wanted)
+
+
+def _wait_for_server(address: str, max_wait_s: float | None) -> None:
+    host, port = parse_address(address)
+    began, reminded, pause = time.monotonic(), 0.0, _FIRST_WAIT_S
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+            return
+        except socket.gaierror as exc:
+            raise UsageError(f"cannot resolve the host of --server-address {address}: {exc.strerror}") from exc
+        except OSError as exc:
+            now = time.monotonic()
+            if max_wait_s is not None and now - began > max_wait_s:
+                raise ConnectionFailedError(
+                    f"no server at {address} within {max_wait_s:g} s ({exc.strerror or exc}); start server_main.py, "
+                    "check --server-address, or raise --max-wait"
+                ) from exc
+            if now - reminded > _REMIND_S:
+                reminded = now
+                log.info("waiting for the server at %s (%s)", address, exc.strerror or exc)
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_WAIT_S)
+
+
+def _reason(exc: BaseException) -> str:
+    code = getattr(exc, "code", None)
+    return str(code().name) if callable(code) else type(exc).__name__

@@ -1,0 +1,130 @@
+"""The exceptions of fedsplit: one tree, an exit code for each class.
+
+A message says what was expected, what was found, where, and what to do next, so that the line a program prints
+before it exits is enough to go on. The tree::
+
+    FedSplitError                 1
+    ├── UsageError                2   a flag or an argument cannot work (also a ValueError)
+    ├── ExchangeError             3   the exchange directory cannot be used: permissions, space, ownership
+    │   ├── RoleTakenError        4   a live process already holds this role of this rank
+    │   └── RecordError           5   a record or payload on the exchange is not what the protocol says
+    │       └── SchemaError       5   a record is of another version of the protocol
+    ├── StateMismatchError        6   two state_dicts do not have the same keys, shapes or dtypes
+    ├── ConnectionFailedError     7   the server cannot be reached, or cannot listen
+    │   └── RefusedError          8   the server turned this client away
+    ├── PeerMissingError          9   the process on the other side stayed away longer than allowed
+    ├── TrainingError            10   the trainer's own code failed; carries its traceback
+    ├── WorkloadError            11   a workload cannot be loaded or lacks a method; its data is not there
+    ├── AggregationError         12   a rule of aggregation cannot work, or returned what it must not
+    ├── CheckpointError          13   a checkpoint cannot be written or read
+    ├── RunStoppedError          14   the server was stopped before the run was complete
+    └── RunFailedError           15   the run cannot go on: no initial state, no space, no clients
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FedSplitError(Exception):
+    """Root of every error that fedsplit raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(FedSplitError, ValueError):
+    """A flag or an argument cannot work."""
+
+    exit_code = 2
+
+
+class ExchangeError(FedSplitError):
+    """The exchange directory cannot be used."""
+
+    exit_code = 3
+
+
+class RoleTakenError(ExchangeError):
+    """A live process already holds this role of this rank."""
+
+    exit_code = 4
+
+
+class RecordError(ExchangeError):
+    """A record or a payload is not what the protocol says."""
+
+    exit_code = 5
+
+
+class SchemaError(RecordError):
+    """A record is of another version of the protocol: waiting will not mend it."""
+
+
+class StateMismatchError(FedSplitError):
+    """Two state_dicts do not have the same keys, shapes or dtypes."""
+
+    exit_code = 6
+
+
+class ConnectionFailedError(FedSplitError):
+    """The server cannot be reached, or cannot listen."""
+
+    exit_code = 7
+
+
+class RefusedError(ConnectionFailedError):
+    """The server turned this client away."""
+
+    exit_code = 8
+
+
+class PeerMissingError(FedSplitError):
+    """The process on the other side stayed away longer than allowed."""
+
+    exit_code = 9
+
+
+class TrainingError(FedSplitError):
+    """The trainer's own code failed.
+
+    Attributes
+    ----------
+    trainer_traceback : str
+        The traceback as the trainer printed it; empty if there was none.
+    """
+
+    exit_code = 10
+
+    def __init__(self, message: str, trainer_traceback: str = "") -> None:
+        super().__init__(message)
+        self.trainer_traceback = trainer_traceback
+
+
+class WorkloadError(FedSplitError):
+    """A workload cannot be loaded, lacks a method, or its data is not there."""
+
+    exit_code = 11
+
+
+class AggregationError(FedSplitError):
+    """A rule of aggregation cannot work, or returned what it must not."""
+
+    exit_code = 12
+
+
+class CheckpointError(FedSplitError):
+    """A checkpoint cannot be written or read."""
+
+    exit_code = 13
+
+
+class RunStoppedError(FedSplitError):
+    """The server was stopped before the run was complete."""
+
+    exit_code = 14
+
+
+class RunFailedError(FedSplitError):
+    """The run cannot go on."""
+
+    exit_code = 15

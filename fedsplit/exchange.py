@@ -1,0 +1,225 @@
+"""The exchange directory: how a client and the trainer of its rank hand state to each other.
+
+One directory a rank, ``<exchange_dir>/rank-<k>/``; this module owns every path in it. The protocol:
+
+- ``client.lock`` and ``trainer.lock`` are held for life. The kernel drops a lock the moment its owner dies and never
+  before, so a lock, and nothing else, says who is alive.
+- A task or result is a payload file, written first, and a small record naming it, renamed into place last. ``version``
+  only grows, across restarts of either side, and a result answers exactly one version.
+- A payload file is never overwritten, so a reader may map it. It is removed once the other side has moved on.
+- A record is believed when its payload has the stated length and its header parses; else it is not there yet.
+
+Not promised: that a hand-off survives the death of the machine (nothing is fsynced; a lost one is simply redone), and
+any order by time stamps (there are none).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from fedsplit.errors import ExchangeError, RecordError, RoleTakenError, UsageError
+from fedsplit.files import check_space, make_private_directory, overwrite_in_place, remove, remove_leftovers
+from fedsplit.header import read_header
+from fedsplit.records import FinishedRecord, PayloadRecord, ResultRecord, TaskRecord, loads
+
+Role = Literal["client", "trainer"]
+
+FIRST_POLL_S = 0.001
+LAST_POLL_S = 0.020
+_HANDOFF_TIMEOUT_S = 30.0
+_RECORD_BYTES = 4_000_000
+_LEAST_SPACE_BYTES = 1_000_000
+_PAYLOAD_NAME = re.compile(r"(task|result)-([0-9]+)\.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Who holds, or last held, a role: for messages only, the lock itself is the truth."""
+
+    pid: int
+    host: str
+    started: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.started}"
+
+
+class Exchange:
+    """Paths, locks and records of one rank's exchange directory.
+
+    Parameters
+    ----------
+    exchange_dir
+        The directory that holds one directory a rank.
+    rank
+        The rank, a positive integer.
+    """
+
+    def __init__(self, exchange_dir: Path | str, rank: int) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise UsageError(f"the rank must be a positive integer, not {rank!r}")
+        self.rank = rank
+        self.directory = Path(exchange_dir) / f"rank-{rank}"
+        self.task_path = self.directory / "task.json"
+        self.result_path = self.directory / "result.json"
+        self.finished_path = self.directory / "finished.json"
+        self.left_path = self.directory / "left.json"
+        self.exchange_id_path = self.directory / "exchange-id"
+        self._handoff = self._lock_of("handoff")
+
+    def payload_path(self, of: Literal["task", "result"], version: int) -> Path:
+        """Return the path of the payload of a version."""
+        return self.directory / f"{of}-{version}.safetensors"
+
+    def lock_path(self, role: Role) -> Path:
+        """Return the path of a role's lock."""
+        return self.directory / f"{role}.lock"
+
+    # -- roles ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hold(self, role: Role) -> Iterator[None]:
+        """Make the directory and hold a role of it for the length of the block.
+
+        Raises
+        ------
+        RoleTakenError
+            If a live process holds it; names the process.
+        ExchangeError
+            If the directory cannot be used.
+        """
+        make_private_directory(self.directory)
+        check_space(self.directory, _LEAST_SPACE_BYTES)
+        lock = self._lock_of(role)
+        with self.handoff():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise RoleTakenError(
+                    f"rank {self.rank} already has a {role}: {self.owner(role)} holds {self.lock_path(role)}; "
+                    "stop that one, or take another rank or --exchange-dir"
+                ) from None
+            me = Owner(pid=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
+            overwrite_in_place(self.lock_path(role), json.dumps(asdict(me)))
+            # What a dead predecessor left half-written: nobody else writes these while the lock is held.
+            remove_leftovers(self.directory, "task" if role == "client" else "result")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_held(self, role: Role) -> bool:
+        """Tell whether a live process holds a role.
+
+        Tried under the hand-off lock, which a starting process takes too: so a probe can never be what makes it fail.
+        """
+        with self.handoff():
+            lock = self._lock_of(role)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                return True
+            lock.release()
+            return False
+
+    def owner(self, role: Role) -> Owner | None:
+        """Return who wrote his name into a role's lock last, or None."""
+        try:
+            return Owner(**json.loads(self.lock_path(role).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    @contextmanager
+    def handoff(self) -> Iterator[None]:
+        """Hold the lock that guards reading and bumping the counters; for microseconds only."""
+        try:
+            with self._handoff.acquire(timeout=_HANDOFF_TIMEOUT_S):
+                yield
+        except Timeout:
+            raise ExchangeError(
+                f"{self._handoff.lock_file} was held for {_HANDOFF_TIMEOUT_S:.0f} s; a process of rank {self.rank} is "
+                "stopped in the middle of a hand-off (see python -m fedsplit status)"
+            ) from None
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def read_task(self) -> TaskRecord | None:
+        """Return the newest task, or None; raises RecordError if what is there is not one."""
+        text = self._read(self.task_path)
+        return None if text is None else TaskRecord.from_json(loads(text, str(self.task_path)), str(self.task_path))
+
+    def read_result(self) -> ResultRecord | None:
+        """Return the newest result, or None; raises RecordError if what is there is not one."""
+        text = self._read(self.result_path)
+        where = str(self.result_path)
+        return None if text is None else ResultRecord.from_json(loads(text, where), where)
+
+    def read_finished(self) -> FinishedRecord | None:
+        """Return the newest end of a run, or None; raises RecordError if what is there is not one."""
+        return self._read_finished(self.finished_path)
+
+    def read_left(self) -> FinishedRecord | None:
+        """Return the end of a run that a trainer has seen and left for, or None."""
+        return self._read_finished(self.left_path)
+
+    def check_payload(self, payload: PayloadRecord) -> Path:
+        """Return the path of a payload whose length matches and whose header parses; raises RecordError."""
+        path = self.directory / payload.file
+        read_header(path, payload.bytes)
+        return path
+
+    def payload_versions(self, of: Literal["task", "result"]) -> list[int]:
+        """Return the versions of which a payload file is there."""
+        matches = (_PAYLOAD_NAME.fullmatch(name) for name in os.listdir(self.directory))
+        return sorted(int(match[2]) for match in matches if match and match[1] == of)
+
+    def remove_payloads(self, of: Literal["task", "result"], *, below: int) -> None:
+        """Remove the payload files of lower versions: the other side has moved on."""
+        for version in self.payload_versions(of):
+            if version < below:
+                remove(self.payload_path(of, version))
+
+    def _read_finished(self, path: Path) -> FinishedRecord | None:
+        text = self._read(path)
+        return None if text is None else FinishedRecord.from_json(loads(text, str(path)), str(path))
+
+    def _lock_of(self, name: str) -> FileLock:
+        # A soft lock, the library's fallback where flock is missing, would outlive its owner.
+        return FileLock(self.directory / f"{name}.lock", fallback_to_soft=False, mode=0o600)
+
+    @staticmethod
+    def _read(path: Path) -> bytes | None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise RecordError(f"cannot read the record {path}: {exc.strerror}") from exc
+        with os.fdopen(descriptor, "rb") as file:
+            text = file.read(_RECORD_BYTES + 1)
+        if len(text) > _RECORD_BYTES:
+            raise RecordError(f"{path} is over {_RECORD_BYTES:,} bytes; a record is small")
+        return text
+
+
+class Poll:
+    """Sleep between looks: 1 ms at first, longer the longer it has been in vain, at most 20 ms."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def sleep(self) -> None:
+        """Sleep once."""
+        waited = time.monotonic() - self._began
+        time.sleep(min(LAST_POLL_S, max(FIRST_POLL_S, waited / 50)))

@@ -1,0 +1,171 @@
+"""Writing files so that a reader sees all of a file or none of it; the only place that opens files for writing.
+
+Every write goes to a temporary file in the target's own directory, which then replaces the target in one step. A
+process that dies in between leaves a ``.<name>.<pid>.tmp`` behind and the target as it was. With ``durable=True`` the
+bytes and the directory entry have reached the disk when the call returns; without it they survive the death of the
+process, not of the machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedsplit.errors import ExchangeError, FedSplitError
+
+Buffer = bytes | bytearray | memoryview
+
+
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes ``path`` when the block ends, and vanishes when the block raises.
+
+    Raises
+    ------
+    ExchangeError
+        If the disk is full or the directory cannot be written; names the path.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # 0600 from the start: a mode set after the first byte would leave a moment in which others can read.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            yield file
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if durable:
+            sync_directory(path.parent)
+    except OSError as exc:
+        remove(temporary)
+        raise explain(exc, path) from exc
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_chunks(path: Path, chunks: Iterable[Buffer], *, durable: bool = False) -> None:
+    """Write buffers one after the other, each without a copy."""
+    with atomic_file(path, durable=durable) as file:
+        for chunk in chunks:
+            write_all(file, chunk)
+
+
+def write_all(file: BinaryIO, chunk: Buffer) -> None:
+    """Write a whole buffer to an unbuffered file: one ``write`` stops at 2 GiB, and may stop earlier."""
+    view = memoryview(chunk).cast("B")
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def write_json(path: Path, record: dict[str, Any], *, durable: bool = False) -> None:
+    """Write a small JSON object, keys in the order given."""
+    write_chunks(path, [json.dumps(record, indent=1).encode()], durable=durable)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in a single write, so that a reader never sees two lines mixed."""
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode() + b"\n")
+
+
+def overwrite_in_place(path: Path, text: str) -> None:
+    """Replace the content and keep the inode: for a lock file, whose lock lives on the inode."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        os.pwrite(descriptor, text.encode(), 0)
+        os.ftruncate(descriptor, len(text.encode()))
+    finally:
+        os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a finished file a second name, or a copy where the file system cannot link (another disk, no links)."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    try:
+        os.link(source, temporary, follow_symlinks=False)
+    except OSError as exc:
+        if exc.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise explain(exc, target) from exc
+        with source.open("rb") as reader, atomic_file(target) as writer:
+            shutil.copyfileobj(reader, writer, 1 << 24)
+        return
+    temporary.replace(target)
+    # rename(2) between two names of one inode does nothing and leaves both.
+    remove(temporary)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a finished file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk: without it a rename may be lost although the file was synced."""
+    sync_file(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there."""
+    path.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path, prefix: str) -> None:
+    """Delete temporary files that a dead process left; the caller holds the lock of those who write them."""
+    for path in directory.glob(f".{prefix}*.tmp"):
+        remove(path)
+
+
+def make_private_directory(path: Path, error: type[FedSplitError] = ExchangeError) -> None:
+    """Make a directory (mode 0700) or check one that is there.
+
+    Raises
+    ------
+    FedSplitError
+        Of the given class, if it cannot be made or written, is no directory (a symlink is none), or belongs to or
+        can be written by somebody else.
+    """
+    try:
+        for parent in [*reversed(path.parents), path]:
+            if not parent.exists():
+                parent.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+    except OSError as exc:
+        raise error(f"cannot make the directory {path}: {exc.strerror}; choose another one") from exc
+    if not stat.S_ISDIR(status.st_mode):
+        raise error(f"{path} is not a directory (a symbolic link is not followed); remove it or choose another one")
+    if status.st_uid != os.geteuid():
+        raise error(f"{path} belongs to user id {status.st_uid}, this process runs as {os.geteuid()}; choose another")
+    if status.st_mode & 0o022:
+        raise error(f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):04o}); chmod go-w {path}")
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise error(f"{path} is not writable (mode {stat.S_IMODE(status.st_mode):04o}); chmod u+rwx {path}")
+
+
+def check_space(directory: Path, needed_bytes: int) -> None:
+    """Raise ExchangeError if a file of this size would not fit: better than half of it."""
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise ExchangeError(
+            f"too little space in {directory}: {needed_bytes:,} bytes are needed, {free:,} are free; free some or move it"
+        )
+
+
+def explain(exc: OSError, path: Path) -> FedSplitError:
+    """Turn an error of the operating system into one that names the path and the way out."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        return ExchangeError(f"no space left to write {path} ({free:,} bytes free); free some or move the directory")
+    return ExchangeError(f"cannot write {path}: {exc.strerror or exc}")

@@ -1,0 +1,146 @@
+"""The header of a safetensors payload, read and written without torch.
+
+A payload is 8 bytes of header length (little endian), a JSON header, and the tensors' bytes. The client checks the
+header of what it relays and never looks at a tensor; the trainer and the server lay views of tensors over the bytes.
+The format: https://github.com/huggingface/safetensors#format. What is refused here is what that library refuses:
+entries that overlap, leave holes or reach past the end, sizes that do not fit the shape, a header over 100 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsplit.errors import RecordError
+
+MAX_HEADER_BYTES = 100_000_000
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor: dtype by its safetensors name, shape, and its bytes ``[begin, end)`` counted from the payload's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def build_header(sizes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
+    """Lay out a payload.
+
+    Parameters
+    ----------
+    sizes
+        Name to (safetensors dtype, shape), in the order in which a reader shall see the names.
+
+    Returns
+    -------
+    header
+        The length field and the JSON, padded to 8 bytes.
+    order
+        The names in the order of their bytes: wide dtypes first, so that each tensor is aligned.
+    """
+    order = sorted(sizes, key=lambda name: -ITEM_BYTES[sizes[name][0]])
+    offsets, position = {}, 0
+    for name in order:
+        dtype, shape = sizes[name]
+        end = position + ITEM_BYTES[dtype] * math.prod(shape)
+        offsets[name] = [position, end]
+        position = end
+    record = {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": offsets[name]}
+        for name, (dtype, shape) in sizes.items()
+    }
+    text = json.dumps(record, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> dict[str, Entry]:
+    """Read the entries of a payload.
+
+    Parameters
+    ----------
+    start
+        At least the length field and the header.
+    payload_bytes
+        Length of the whole payload in bytes.
+    where
+        The file, or whom it came from, for error messages.
+
+    Raises
+    ------
+    RecordError
+        If this is not a whole safetensors payload.
+    """
+    data_begin = 8 + header_bytes(start[:8], payload_bytes, where)
+    if len(start) < data_begin:
+        raise RecordError(f"{where}: the header claims {data_begin - 8} bytes, {len(start) - 8} are there")
+    try:
+        record = json.loads(bytes(start[8:data_begin]))
+        found = {
+            name: _entry(fields, data_begin) for name, fields in record.items() if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise RecordError(f"{where}: not a safetensors header ({type(exc).__name__}: {exc})") from exc
+    position = data_begin
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise RecordError(f"{where}: entry {name!r} begins at byte {entry.begin}, expected {position}")
+        position = entry.end
+    if position != payload_bytes:
+        raise RecordError(f"{where}: the entries end at byte {position}, the payload has {payload_bytes}")
+    return found
+
+
+def header_bytes(length_field: bytes | memoryview, payload_bytes: int, where: str) -> int:
+    """Return the length of the JSON header, checked against the payload's length before anything is allocated."""
+    if len(length_field) < 8:
+        raise RecordError(f"{where}: {payload_bytes} bytes are too few for a safetensors payload")
+    length = int.from_bytes(length_field[:8], "little")
+    if length > min(MAX_HEADER_BYTES, payload_bytes - 8):
+        raise RecordError(
+            f"{where}: not a safetensors payload (the header claims {length} bytes, the payload has {payload_bytes})"
+        )
+    return length
+
+
+def read_header(path: Path, expected_bytes: int | None = None) -> dict[str, Entry]:
+    """Read the entries of a payload file; a symbolic link is refused.
+
+    Raises
+    ------
+    RecordError
+        If the file is missing, not a regular file, has another length than expected, or is not safetensors.
+    """
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError(f"{path} is not a regular file; a payload must be one")
+        if expected_bytes is not None and status.st_size != expected_bytes:
+            raise RecordError(f"{path} has {status.st_size} bytes, its record says {expected_bytes}")
+        with path.open("rb") as file:
+            start = file.read(8)
+            start += file.read(header_bytes(start, status.st_size, str(path)))
+    except OSError as exc:
+        raise RecordError(f"cannot read the payload {path}: {exc.strerror}") from exc
+    return parse_header(start, status.st_size, str(path))
+
+
+def _entry(fields: Any, data_begin: int) -> Entry:
+    dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in [*shape, begin, end]):
+        raise ValueError("shapes and offsets must be non-negative integers")
+    if end - begin != ITEM_BYTES[dtype] * math.prod(shape):
+        raise ValueError(f"{end - begin} bytes do not hold shape {shape} of {dtype}")
+    return Entry(dtype=dtype, shape=tuple(shape), begin=data_begin + begin, end=data_begin + end)

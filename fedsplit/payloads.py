@@ -1,0 +1,129 @@
+"""The payload store: immutable files named by the SHA-256 of their bytes, seen by server and clients of one machine.
+
+On one machine a state crosses no socket: the server writes it here once, a client links it into its exchange directory,
+and the trainer maps it; a result is linked back in the same way. Neither side ever opens a path that the other one
+names, only ``<root>/<digest>``, and the root is used only after the client has read back a nonce that the server put
+there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import secrets
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsplit.errors import CheckpointError, FedSplitError, RecordError
+from fedsplit.files import Buffer, atomic_file, make_private_directory, remove, remove_leftovers, write_all, write_chunks
+from fedsplit.records import is_digest
+
+_NONCE_BYTES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPayload:
+    """A payload in a store."""
+
+    digest: str
+    bytes: int
+    path: Path
+
+    def read(self) -> bytes:
+        """Return the content as bytes: what a message carries."""
+        return self.path.read_bytes()
+
+
+class PayloadStore:
+    """A directory of payloads under their digests.
+
+    Parameters
+    ----------
+    root
+        The directory; only the server makes it and clears it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self) -> None:
+        """Make the directory, or clear what an earlier server left in it."""
+        make_private_directory(self.root, CheckpointError)
+        remove_leftovers(self.root, "")
+        self.keep_only(())
+
+    def path(self, digest: str) -> Path:
+        """Return the path of a digest; raises RecordError if it is none: no other name is ever opened."""
+        if not is_digest(digest):
+            raise RecordError(f"{digest!r} is not a SHA-256 digest")
+        return self.root / digest
+
+    def find(self, digest: str) -> Path | None:
+        """Return the path of a payload that is there as a regular file, or None."""
+        path = self.path(digest)
+        try:
+            return path if stat.S_ISREG(path.lstat().st_mode) else None
+        except OSError:
+            return None
+
+    def put(self, chunks: Iterable[Buffer]) -> StoredPayload:
+        """Write a payload under its digest."""
+        digest, size = hashlib.sha256(), 0
+        temporary = self.root / f"writing-{secrets.token_hex(8)}"
+        with atomic_file(temporary) as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += memoryview(chunk).nbytes
+                write_all(file, chunk)
+        path = self.path(digest.hexdigest())
+        temporary.replace(path)
+        return StoredPayload(digest=path.name, bytes=size, path=path)
+
+    def map(self, digest: str) -> mmap.mmap:
+        """Map a payload after checking its bytes against its name.
+
+        Raises
+        ------
+        RecordError
+            If it is not there or its bytes have another digest.
+        """
+        path = self.find(digest)
+        if path is None or path.stat().st_size == 0:
+            raise RecordError(f"payload {digest[:12]}… is not in {self.root}")
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        found = hashlib.sha256(content).hexdigest()
+        if found != digest:
+            raise RecordError(f"{path} has digest {found[:12]}…: it was changed after it was written")
+        return content
+
+    def drop(self, digest: str) -> None:
+        """Remove a payload; whoever mapped or linked it keeps it."""
+        remove(self.path(digest))
+
+    def keep_only(self, digests: Iterable[str]) -> None:
+        """Remove every payload but these."""
+        wanted = set(digests)
+        for path in self.root.iterdir():
+            if path.name not in wanted:
+                remove(path)
+
+    def put_nonce(self) -> tuple[str, str]:
+        """Write a nonce under a random name; returns the name and the content that proves one can read here."""
+        name, content = secrets.token_hex(_NONCE_BYTES), secrets.token_hex(_NONCE_BYTES)
+        write_chunks(self.path(name), [content.encode()])
+        return name, content
+
+
+def read_nonce(root: Path, name: str) -> str | None:
+    """Return the nonce if this process can use the store: private to its own user and readable; else None."""
+    try:
+        if not root.is_dir():
+            return None
+        make_private_directory(root)
+        path = PayloadStore(root).find(name)
+        return path.read_text() if path and path.stat().st_size <= 4 * _NONCE_BYTES else None
+    except (OSError, FedSplitError, UnicodeDecodeError):
+        return None

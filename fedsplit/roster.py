@@ -1,0 +1,253 @@
+"""Who is connected: Flower's client manager, by rank.
+
+Flower gives every connection a fresh id; here a connection becomes a `Peer` once it has said which rank it is. A rank
+that comes back from the same exchange directory takes its place again; another live client of the same rank is
+refused and told why.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+from flwr.common import (
+    Code, EvaluateIns, FitIns, GetParametersIns, GetPropertiesIns, Parameters, ReconnectIns,
+)  # fmt: skip
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.criterion import Criterion
+
+from fedsplit.errors import RecordError
+from fedsplit.payloads import PayloadStore
+from fedsplit.protocol import TENSOR_TYPE, pack, unpack
+
+log = logging.getLogger("fedsplit")
+
+_GREETING_S = 30.0
+# What a relay may take to answer beyond what it was told to hold: it never waits for the trainer any longer.
+_GRACE_S = 30.0
+_BYTES_PER_S = 1_000_000.0
+
+
+class PeerLostError(Exception):
+    """The connection broke in the middle of a question. Internal: the rank may come back."""
+
+
+class Peer:
+    """A connected client that has said who it is.
+
+    Attributes
+    ----------
+    held : str or None
+        Digest of the state that its exchange directory holds.
+    sees_store : bool
+        Whether payloads travel by reference.
+    """
+
+    def __init__(self, proxy: ClientProxy, hello: dict[str, Any], *, sees_store: bool) -> None:
+        self.proxy = proxy
+        self.rank = int(hello["rank"])
+        self.exchange_id = str(hello["exchange_id"])
+        self.held: str | None = hello.get("held")
+        self.sees_store = sees_store
+        # Flower's bridge takes one question at a time.
+        self._lock = threading.Lock()
+
+    def control(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Send ``hello``, ``finish`` or ``refuse``."""
+        reply = self._call(lambda: self.proxy.get_properties(GetPropertiesIns(pack(record)), _GREETING_S, None))
+        return unpack(reply.properties, f"the client of rank {self.rank}")
+
+    def ask(self, record: dict[str, Any], blob: bytes | None) -> tuple[dict[str, Any], bytes | None]:
+        """Ask for a task; returns the reply's record and the result's bytes if they came along."""
+        parameters = Parameters([blob] if blob is not None else [], TENSOR_TYPE)
+        timeout = record["hold_s"] + _GRACE_S + record["bytes"] / _BYTES_PER_S
+        if record["kind"] == "evaluate":
+            evaluated = self._call(lambda: self.proxy.evaluate(EvaluateIns(parameters, pack(record)), timeout, None))
+            return unpack(evaluated.metrics, f"the client of rank {self.rank}"), None
+        fitted = self._call(lambda: self.proxy.fit(FitIns(parameters, pack(record)), timeout, None))
+        blobs = fitted.parameters.tensors
+        return unpack(fitted.metrics, f"the client of rank {self.rank}"), blobs[0] if blobs else None
+
+    def pull(self, digest: str, payload_bytes: int) -> bytes | None:
+        """Fetch the payload of a result; None if the client no longer has it."""
+        timeout = _GRACE_S + payload_bytes / _BYTES_PER_S
+        ins = GetParametersIns(pack({"op": "pull", "digest": digest}))
+        reply = self._call(lambda: self.proxy.get_parameters(ins, timeout, None))
+        return reply.parameters.tensors[0] if reply.status.code == Code.OK and reply.parameters.tensors else None
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        with self._lock:
+            try:
+                return call()
+            except Exception as exc:  # noqa: BLE001  (each engine has its own; all mean that the stream is gone)
+                raise PeerLostError(f"{type(exc).__name__}: {exc}") from exc
+
+
+class Roster(ClientManager):
+    """The connected ranks.
+
+    Parameters
+    ----------
+    run_id
+        The run that clients are greeted with.
+    store
+        Offered to clients that can see it; None keeps payloads in messages.
+    """
+
+    def __init__(self, run_id: str, store: PayloadStore | None) -> None:
+        self._run_id = run_id
+        self._store = store
+        self._proxies: dict[str, ClientProxy] = {}
+        self._peers: dict[int, Peer] = {}
+        self._changed = threading.Condition()
+        self.known_ranks: set[int] = set()
+
+    # -- by rank -----------------------------------------------------------------------------------------------------
+
+    def ranks(self) -> list[int]:
+        """Return the connected ranks in order."""
+        with self._changed:
+            return sorted(self._peers)
+
+    def wait_for_ranks(self, number: int, timeout_s: float) -> bool:
+        """Wait until so many ranks are connected; False if they are not in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._peers) >= number, timeout_s)
+
+    def wait_for_rank(self, rank: int, timeout_s: float) -> Peer | None:
+        """Wait until a rank is connected; None if it is not in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: rank in self._peers, timeout_s)
+            return self._peers.get(rank)
+
+    def drop(self, peer: Peer) -> None:
+        """Forget a peer whose connection broke."""
+        with self._changed:
+            if self._peers.get(peer.rank) is peer:
+                del self._peers[peer.rank]
+                log.warning("rank %d: the client is gone", peer.rank)
+                self._changed.notify_all()
+
+    def finish(self, outcome: str, reason: str, farewell_s: float) -> None:
+        """Tell every rank that the run is over, also those that are away and come back in time."""
+        told: set[int] = set()
+        record = {"op": "finish", "run_id": self._run_id, "outcome": outcome, "reason": reason}
+        deadline = time.monotonic() + farewell_s
+        while True:
+            with self._changed:
+                present = [peer for rank, peer in self._peers.items() if rank not in told]
+            for peer in present:
+                try:
+                    peer.control(record)
+                    told.add(peer.rank)
+                except (PeerLostError, RecordError):
+                    self.drop(peer)
+            away = self.known_ranks - told
+            left = deadline - time.monotonic()
+            if not away or left <= 0:
+                break
+            log.info("waiting %.0f s for rank %s, to say that the run is over", left, ", ".join(map(str, sorted(away))))
+            with self._changed:
+                self._changed.wait_for(lambda: bool(away & self._peers.keys()), left)  # noqa: B023
+
+    # -- Flower's interface --------------------------------------------------------------------------------------------
+
+    def register(self, client: ClientProxy) -> bool:
+        """Take a new connection; it is counted once it has said who it is."""
+        with self._changed:
+            self._proxies[client.cid] = client
+        # The stream serves messages only after this returns, so the question is asked from beside.
+        threading.Thread(target=self._greet, args=(client,), name=f"greet-{client.cid[:8]}", daemon=True).start()
+        return True
+
+    def unregister(self, client: ClientProxy) -> None:
+        """Forget a connection that ended."""
+        with self._changed:
+            self._proxies.pop(client.cid, None)
+            gone = [peer for peer in self._peers.values() if peer.proxy is client]
+        for peer in gone:
+            self.drop(peer)
+
+    def num_available(self) -> int:
+        """Return how many ranks are connected."""
+        return len(self.ranks())
+
+    def all(self) -> dict[str, ClientProxy]:
+        """Return every connection, also those that have not yet said who they are."""
+        with self._changed:
+            return dict(self._proxies)
+
+    def wait_for(self, num_clients: int, timeout: int = 86400) -> bool:
+        """Wait until so many ranks are connected."""
+        return self.wait_for_ranks(num_clients, timeout)
+
+    def sample(
+        self, num_clients: int, min_num_clients: int | None = None, criterion: Criterion | None = None
+    ) -> list[ClientProxy]:
+        """Return the connections of the lowest ranks; which ranks train in a round is the strategy's choice."""
+        self.wait_for(num_clients if min_num_clients is None else min_num_clients)
+        with self._changed:
+            proxies = [self._peers[rank].proxy for rank in sorted(self._peers)]
+        return [proxy for proxy in proxies if criterion is None or criterion.select(proxy)][:num_clients]
+
+    def _greet(self, proxy: ClientProxy) -> None:
+        nonce_name, nonce = self._store.put_nonce() if self._store else ("", "")
+        record = {
+            "op": "hello", "run_id": self._run_id, "nonce_name": nonce_name,
+            "store_root": str(self._store.root.resolve()) if self._store else None,
+        }  # fmt: skip
+        try:
+            reply = proxy.get_properties(GetPropertiesIns(pack(record)), _GREETING_S, None)
+            hello = unpack(reply.properties, "a client")
+            peer = Peer(proxy, hello, sees_store=bool(nonce) and hello.get("nonce") == nonce)
+        except (RecordError, KeyError, TypeError, ValueError) as exc:
+            log.warning("a client was turned away: %s", exc)
+            self._refuse(proxy, f"this server speaks fedsplit: {exc}")
+            return
+        except Exception as exc:  # noqa: BLE001  (the connection ended before it said who it is)
+            log.debug("a connection ended during the greeting: %s", exc)
+            return
+        finally:
+            if self._store and nonce_name:
+                self._store.drop(nonce_name)
+        self._admit(peer)
+
+    def _admit(self, peer: Peer) -> None:
+        with self._changed:
+            other = self._peers.get(peer.rank)
+        if other and other.exchange_id != peer.exchange_id and self._is_alive(other):
+            log.warning("rank %d: a second client was refused; the first is still connected", peer.rank)
+            self._refuse(
+                peer.proxy,
+                f"rank {peer.rank} is taken by a live client with another exchange directory; take another --rank",
+            )
+            return
+        with self._changed:
+            if peer.proxy.cid not in self._proxies:
+                return
+            self._peers[peer.rank] = peer
+            came_back = peer.rank in self.known_ranks
+            self.known_ranks.add(peer.rank)
+            self._changed.notify_all()
+        how = "by reference" if peer.sees_store else "in messages"
+        log.info("rank %d: client %s (payloads %s)", peer.rank, "is back" if came_back else "connected", how)
+
+    def _is_alive(self, peer: Peer) -> bool:
+        try:
+            peer.control({"op": "ping"})
+        except (PeerLostError, RecordError):
+            self.drop(peer)
+            return False
+        return True
+
+    def _refuse(self, proxy: ClientProxy, reason: str) -> None:
+        try:
+            proxy.get_properties(GetPropertiesIns(pack({"op": "refuse", "reason": reason})), _GREETING_S, None)
+            proxy.reconnect(ReconnectIns(seconds=None), _GREETING_S, None)
+        except Exception as exc:  # noqa: BLE001  (it is being sent away; whether it hears why is not ours to ensure)
+            log.debug("the refused client did not listen: %s", exc)

@@ -1,0 +1,404 @@
+"""The Flower server: rounds, deadlines, checkpoints and the history.
+
+The rounds, and what each promises:
+
+1. The ranks that train are asked at the same time; each update is merged as soon as its turn in rank order comes, and
+   dropped. The order in which they arrive never changes the result.
+2. The new state's checkpoint is written beside the next step, and is on the disk before the round after it is written.
+3. Every connected rank evaluates the new state; the round's line goes to the history, once.
+
+Killed at any moment and started with ``resume``, the server goes on from the newest valid checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+from flwr.server import History as FlowerHistory
+from flwr.server import Server as FlowerServer
+from flwr.server.strategy import FedAvg
+
+from fedsplit.checkpoints import BackgroundWriter
+from fedsplit.conversation import Answer, Conversation, StoppedError, Terms, Turns
+from fedsplit.errors import FedSplitError, RecordError, RunFailedError, RunStoppedError
+from fedsplit.history import Line, weighted_mean
+from fedsplit.payloads import StoredPayload
+from fedsplit.records import Request
+from fedsplit.roster import Roster
+from fedsplit.run import Run
+from fedsplit.settings import StrategySettings
+
+if TYPE_CHECKING:
+    from fedsplit.strategy import Merge, Strategy
+
+log = logging.getLogger("fedsplit")
+
+_FAREWELL_S = 10.0
+_REMIND_S = 30.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _SignalError(BaseException):
+    """Raised in the main thread by a signal, past every handler of ordinary errors."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+
+
+@dataclass(kw_only=True)
+class _Phase:
+    """What came of asking a number of ranks for one kind of task."""
+
+    answers: dict[int, Answer] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def good(self) -> dict[int, Answer]:
+        return {rank: answer for rank, answer in sorted(self.answers.items()) if rank not in self.refused}
+
+
+class Server(FlowerServer):
+    """Runs a federation on the connected ranks.
+
+    Parameters
+    ----------
+    run
+        What is on the disk: run id, checkpoints, history, payload store.
+    settings
+        How rounds are shaped.
+    rounds
+        The last round's number.
+    round_timeout_s
+        Seconds after which what a round has not got is cancelled; None for never.
+    client_wait_s
+        Seconds that a round waits for a client that went away.
+    offer_store
+        Whether clients on this machine may exchange payloads by reference.
+    on_round
+        Called with each line of the history.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: StrategySettings,
+        *,
+        rounds: int,
+        round_timeout_s: float | None = None,
+        client_wait_s: float = 300.0,
+        offer_store: bool = True,
+        on_round: Callable[[Line], None] | None = None,
+    ) -> None:
+        self._roster = Roster(run.run_id, run.payloads if offer_store else None)
+        super().__init__(client_manager=self._roster, strategy=FedAvg())
+        self._run = run
+        self._settings = settings
+        self._rounds = rounds
+        self._round_timeout_s = round_timeout_s
+        self._client_wait_s = client_wait_s
+        self._on_round = on_round
+        self._writer = BackgroundWriter()
+        self._stop = threading.Event()
+        self._merging: Strategy | None = None
+        self._state: StoredPayload | None = None
+        self._told = False
+        self.failure: FedSplitError | None = None
+
+    # -- Flower's interface ------------------------------------------------------------------------------------------
+
+    def fit(self, num_rounds: int, timeout: float | None) -> tuple[FlowerHistory, float]:
+        """Run all rounds; Flower calls this once the port is open.
+
+        Errors are kept in `failure` rather than raised, so that Flower goes on to disconnect the clients.
+        """
+        began = time.monotonic()
+        try:
+            with self._signals():
+                self._run_rounds()
+                self._writer.close()
+            self._say_goodbye("complete", "")
+        except _SignalError as exc:
+            self.failure = RunStoppedError(
+                f"stopped by {exc} after {self._run.history.last_round()} of {self._rounds} rounds; --resume goes on"
+            )
+        except FedSplitError as exc:
+            self.failure = exc
+        if self.failure:
+            outcome = "stopped" if isinstance(self.failure, RunStoppedError) else "failed"
+            self._stop.set()
+            self._close_quietly()
+            self._say_goodbye(outcome, str(self.failure))
+        return FlowerHistory(), time.monotonic() - began
+
+    def disconnect_all_clients(self, timeout: float | None) -> None:
+        """Let every connection end; the ranks have been told before."""
+        super().disconnect_all_clients(timeout=10.0)
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def _run_rounds(self) -> None:
+        # Here and not at the top: it imports torch, and the clients can connect meanwhile.
+        from fedsplit.strategy import Strategy
+
+        settings = self._settings
+        strategy = self._merging = Strategy(settings, self._rounds)
+        self.set_strategy(strategy)
+        self.set_max_workers(None)
+        done = self._restore(strategy)
+        if done >= self._rounds and not self._is_unfinished(done):
+            log.info("run %s is complete: %d of %d rounds are done", self._run.run_id, done, self._rounds)
+            self._roster.wait_for_ranks(settings.min_clients, _FAREWELL_S)
+            return
+        self._wait_for_clients(settings.min_clients)
+        if self._state is None:
+            self._set_state(strategy, self._ask_for_initial_state(strategy))
+            self._save(0, {})
+        self._print_split(strategy)
+        for server_round in range(max(done, 1) if self._is_unfinished(done) else done + 1, self._rounds + 1):
+            self._round(strategy, server_round, trained=server_round == done)
+
+    def _is_unfinished(self, done: int) -> bool:
+        """Tell whether the last saved round was trained and not evaluated when the server died."""
+        return done > self._run.history.last_round()
+
+    def _restore(self, strategy: Strategy) -> int:
+        """Take up the newest checkpoint; returns its round, 0 when there is none."""
+        if self._run.resumed is None and self._run.initial is not None:
+            self._set_state(strategy, self._run.payloads.put(self._run.initial()))
+            self._save(0, {})
+            return 0
+        checkpoint = self._run.resumed
+        if checkpoint is None:
+            return 0
+        self._set_state(strategy, self._run.payload_of(checkpoint))
+        if "rules.pt" in checkpoint.files:
+            strategy.load_memory(checkpoint.path("rules.pt"))
+        log.info("run %s goes on after round %d of %d", self._run.run_id, checkpoint.server_round, self._rounds)
+        return checkpoint.server_round
+
+    def _wait_for_clients(self, number: int) -> None:
+        reminded = 0.0
+        while not self._roster.wait_for_ranks(number, 1.0):
+            if time.monotonic() - reminded > _REMIND_S:
+                reminded = time.monotonic()
+                ranks = self._roster.ranks()
+                log.info("waiting for clients: %d of %d are here (ranks %s)", len(ranks), number, ranks or "none")
+
+    def _ask_for_initial_state(self, strategy: Strategy) -> StoredPayload:
+        failures = []
+        for rank in self._roster.ranks():
+            conversation = self._converse(self._terms(None), rank, "initialize", 0, strategy, None)
+            answer = conversation.until_done()
+            if answer.failure is None and answer.digest:
+                content = conversation.fetch(answer)
+                self._run.take_local_entries(answer.metrics)
+                log.info("rank %d: gave the initial state (%s bytes)", rank, f"{answer.payload_bytes:,}")
+                return self._run.payloads.put([content])
+            failures.append(f"rank {rank}: {answer.failure or 'no payload'}")
+            log.warning("no initial state from %s", failures[-1])
+        raise RunFailedError(f"no trainer gave an initial state ({'; '.join(failures)}); see --initial-checkpoint")
+
+    def _set_state(self, strategy: Strategy, state: StoredPayload) -> None:
+        self._state = state
+        strategy.set_state(self._run.payloads.map(state.digest))
+
+    def _print_split(self, strategy: Strategy) -> None:
+        strategy.resolve_split(self._run.local_entries())
+        for part, entries, size, rule in strategy.split.describe():
+            log.info("split: %s: %d entries, %s bytes, rule %s", part, entries, f"{size:,}", rule)
+
+    # -- a round -----------------------------------------------------------------------------------------------------
+
+    def _round(self, strategy: Strategy, server_round: int, *, trained: bool) -> None:
+        began = time.monotonic()
+        settings = strategy.settings
+        deadline = None if self._round_timeout_s is None else began + self._round_timeout_s
+        self._writer.check()
+        self._wait_for_clients(settings.min_clients)
+        if trained:
+            line = dict(self._run.partial_line())
+        else:
+            ranks = settings.sample(server_round, self._roster.ranks())
+            line = self._train(strategy, server_round, ranks, self._terms(deadline))
+            self._save(server_round, line)
+        if settings.is_evaluated(server_round):
+            self._evaluate(strategy, server_round, self._roster.ranks(), self._terms(deadline), line)
+        line = {"round": server_round, "seconds": round(time.monotonic() - began, 6), **line}
+        self._run.history.append(line)
+        log.info("%s", describe_round(line, self._rounds))
+        if self._on_round:
+            self._on_round(line)
+
+    def _train(self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms) -> Line:
+        merge, turns, phase = strategy.begin_merge(server_round), Turns(ranks), _Phase()
+
+        def train(rank: int) -> None:
+            conversation = self._converse(terms, rank, "train", server_round, strategy, self._state)
+            try:
+                answer = phase.answers[rank] = conversation.until_done()
+                turns.wait(rank)
+                if reason := answer.failure or self._merge_one(conversation, answer, merge):
+                    self._refuse(phase, rank, "train", reason, answer.traceback)
+            finally:
+                turns.done(rank)
+
+        self._in_parallel(train, ranks)
+        chunks = merge.finish()
+        if chunks is not None:
+            self._set_state(strategy, self._run.payloads.put(chunks))
+        means = weighted_mean((a.num_examples, _with_loss(a)) for a in phase.good().values())
+        clients = {
+            str(rank): {"num_examples": a.num_examples, "seconds": round(a.seconds, 6), **_with_loss(a)}
+            for rank, a in phase.good().items()
+        }
+        return {
+            "train": means, "evaluate": {}, "clients": clients, "asked": len(ranks), "accepted": merge.accepted,
+            "refused": {str(rank): reason for rank, reason in sorted(phase.refused.items())},
+        }  # fmt: skip
+
+    def _merge_one(self, conversation: Conversation, answer: Answer, merge: Merge) -> str | None:
+        """Fetch an update and merge it; returns why it was refused, or None."""
+        if not answer.digest:
+            return "it came without a state_dict"
+        try:
+            content = conversation.fetch(answer)
+        except RecordError as exc:
+            return str(exc)
+        if merge.retains and isinstance(content, bytes):
+            # What has to wait for the others waits in a file, not in memory.
+            content = self._run.payloads.map(self._run.payloads.put([content]).digest)
+        reason = merge.offer(answer.rank, content, answer.num_examples, answer.metrics)
+        if self._state is None or answer.digest != self._state.digest:
+            self._run.payloads.drop(answer.digest)  # the mapping, where one is needed, outlives the name
+        return reason
+
+    def _evaluate(
+        self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line
+    ) -> None:
+        phase = _Phase()
+
+        def evaluate(rank: int) -> None:
+            answer = self._converse(terms, rank, "evaluate", server_round, strategy, self._state).until_done()
+            phase.answers[rank] = answer
+            reason = answer.failure or (None if answer.num_examples > 0 else "it evaluated no examples")
+            if reason:
+                self._refuse(phase, rank, "evaluate", reason, answer.traceback)
+
+        self._in_parallel(evaluate, ranks)
+        line["evaluate"] = weighted_mean((a.num_examples, _with_loss(a)) for a in phase.good().values())
+        for rank, answer in phase.good().items():
+            line["clients"].setdefault(str(rank), {})["evaluate"] = {
+                "num_examples": answer.num_examples, "seconds": round(answer.seconds, 6), **_with_loss(answer),
+            }  # fmt: skip
+        for rank, reason in phase.refused.items():
+            line["refused"].setdefault(str(rank), f"evaluate: {reason}")
+
+    def _converse(
+        self, terms: Terms, rank: int, kind: str, server_round: int, strategy: Strategy, state: StoredPayload | None
+    ) -> Conversation:
+        request = Request(
+            run_id=self._run.run_id, kind=kind, server_round=server_round, total_rounds=self._rounds,
+            config=strategy.settings.train_config, split=strategy.settings.local_patterns,
+        )  # fmt: skip
+        return Conversation(terms, rank, request, state)
+
+    def _terms(self, deadline: float | None) -> Terms:
+        return Terms(
+            roster=self._roster, store=self._run.payloads, client_wait_s=self._client_wait_s, deadline=deadline,
+            deadline_s=self._round_timeout_s, stop=self._stop,
+        )  # fmt: skip
+
+    def _in_parallel(self, job: Callable[[int], None], ranks: Sequence[int]) -> None:
+        """Run a job for every rank at the same time, however few cores there are; raises what the first failing one did."""
+        outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def run(rank: int) -> None:
+            try:
+                job(rank)
+            except BaseException as exc:  # noqa: BLE001  (raised again in the main thread)
+                outcomes.put(exc)
+            else:
+                outcomes.put(None)
+
+        for rank in ranks:
+            # Daemons: a client that is silent in the middle of a question must not keep the process from ending.
+            threading.Thread(target=run, args=(rank,), name=f"rank-{rank}", daemon=True).start()
+        for _ in ranks:
+            if exc := outcomes.get():
+                self._stop.set()
+                raise exc
+
+    def _refuse(self, phase: _Phase, rank: int, kind: str, reason: str, trainer_traceback: str) -> None:
+        phase.refused[rank] = reason
+        log.warning("rank %d: %s not counted: %s", rank, kind, reason)
+        if trainer_traceback:
+            log.warning("rank %d: the trainer's traceback:\n%s", rank, trainer_traceback.rstrip())
+
+    def _save(self, server_round: int, line: Line) -> None:
+        """Write a round's checkpoint beside what follows; waits only if the one before is still being written."""
+        assert self._state is not None and self._merging is not None  # noqa: S101  (set before any round)
+        state, memory, history = self._state, self._merging.dump_memory(), self._run.history
+        files: dict[str, Any] = {"state.safetensors": state.path}
+        if memory is not None:
+            files["rules.pt"] = [memory]
+        metrics = {key: line.get(key, {}) for key in ("train", "evaluate")}
+        best = history.best_round()
+        self._writer.submit(lambda: self._run.save(server_round, state.digest, files, metrics, dict(line), best))
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _say_goodbye(self, outcome: str, reason: str) -> None:
+        if not self._told:
+            self._told = True
+            self._roster.finish(outcome, reason, _FAREWELL_S if outcome == "complete" else 0.0)
+
+    def _close_quietly(self) -> None:
+        try:
+            self._writer.close()
+        except FedSplitError as exc:
+            if exc is not self.failure:
+                log.error("%s", exc)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn signals into an end of the run that the ranks are told of; a second one ends the process at once."""
+
+        def stop(number: int, _: FrameType | None) -> None:
+            for each in _SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+            self._stop.set()
+            raise _SignalError(number)
+
+        if threading.current_thread() is threading.main_thread():
+            # Flower has set its own by now, which would end the process without a word to anybody.
+            for number in _SIGNALS:
+                signal.signal(number, stop)
+        try:
+            yield
+        except StoppedError as exc:
+            raise _SignalError(signal.SIGTERM) from exc
+
+
+def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
+    """Return a round's line for people."""
+    parts = [f"round {line['round']}/{total_rounds}", f"{line['accepted']}/{line['asked']} updates"]
+    for phase, metrics in (("train", line["train"]), ("test", line["evaluate"])):
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None)
+        if shown:
+            parts.append(f"{phase} {shown}")
+    if line["refused"]:
+        parts.append("not counted: rank " + ", ".join(line["refused"]))
+    return " | ".join([*parts, f"{line['seconds']:.2f} s"])
+
+
+def _with_loss(answer: Answer) -> dict[str, Any]:
+    return ({} if answer.loss is None else {"loss": answer.loss}) | answer.metrics

@@ -1,0 +1,226 @@
+"""The Flower strategy: who takes part, what they are told, and how their updates become the next state.
+
+Importing this module imports torch. The server does so once it listens, while the clients are still on their way.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters
+from flwr.common.typing import Scalar as FlowerScalar
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import Strategy as FlowerStrategy
+
+from fedsplit.aggregation import Split, Update, check_update
+from fedsplit.aggregation.loading import check_rules
+from fedsplit.errors import CheckpointError, FedSplitError, RecordError, UsageError
+from fedsplit.files import Buffer
+from fedsplit.history import weighted_mean
+from fedsplit.records import Scalar
+from fedsplit.settings import StrategySettings
+from fedsplit.state_dict import StateDict, decode, encode
+
+log = logging.getLogger("fedsplit")
+
+
+class Merge:
+    """One round's merging: takes updates in rank order, refuses what must not be merged.
+
+    Attributes
+    ----------
+    accepted : int
+        How many updates were merged so far.
+    retains : bool
+        Whether some rule must see all updates at once, so that each is kept until the end.
+    """
+
+    def __init__(self, strategy: Strategy, server_round: int, total_rounds: int, reference: StateDict) -> None:
+        self._settings = strategy.settings
+        self._reference = reference
+        self._merger = strategy.split.start_round(
+            server_round=server_round, total_rounds=total_rounds, previous=reference,
+            seed=strategy.settings.seed, memory=strategy.memory,
+        )  # fmt: skip
+        self._needed = max(strategy.settings.min_results, strategy.split.min_updates)
+        self.retains = self._merger.retains
+        self.accepted = 0
+
+    def offer(self, rank: int, content: Any, num_examples: int, metrics: Mapping[str, Scalar]) -> str | None:
+        """Merge an update, or say why it is refused.
+
+        Parameters
+        ----------
+        content
+            The payload as a buffer; used until the round ends if `retains`, else only during the call.
+        """
+        try:
+            state = decode(content, f"the update of rank {rank}")
+        except RecordError as exc:
+            return str(exc)
+        update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics)
+        if reason := check_update(update, self._reference):
+            return reason
+        self._merger.add(update)
+        self.accepted += 1
+        return None
+
+    def finish(self) -> list[Buffer] | None:
+        """Return the payload of the next state; None if there were too few updates and the state stays as it was."""
+        if self.accepted < self._needed:
+            log.warning(
+                "only %d of at least %d updates were accepted: the global state stays as it was",
+                self.accepted, self._needed,
+            )  # fmt: skip
+            return None
+        return encode(self._merger.finish())
+
+
+class Strategy(FlowerStrategy):
+    """Flower's strategy interface over the rules of the split.
+
+    The server merges each update as it arrives through `begin_merge`; `aggregate_fit` is the same over a list.
+
+    Parameters
+    ----------
+    settings
+        How rounds are shaped.
+    total_rounds
+        How many rounds the run has.
+    """
+
+    def __init__(self, settings: StrategySettings, total_rounds: int) -> None:
+        self.settings = settings
+        self.total_rounds = total_rounds
+        self.memory: dict[str, dict[str, Any]] = {}
+        self.split = Split(parts=(), rows=())
+        check_rules(settings.rules)
+        self._reference: StateDict = {}
+
+    def set_state(self, content: Any) -> None:
+        """Take a payload as the state that the next round starts from; it must outlive that round."""
+        self._reference = decode(content, "the global state")
+
+    def resolve_split(self, local_entries: Mapping[str, torch.Tensor]) -> None:
+        """Give every entry its rule; raises UsageError for a pattern that matches nothing or an entry without a rule."""
+        self.split = Split.resolve(
+            self.settings.rules, {**self._reference, **local_entries}, local_withheld=not local_entries
+        )
+
+    def begin_merge(self, server_round: int) -> Merge:
+        """Begin to merge a round's updates."""
+        return Merge(self, server_round, self.total_rounds, self._reference)
+
+    def dump_memory(self) -> bytes | None:
+        """Return what the rules remember, for the checkpoint; None if there is nothing."""
+        if not any(self.memory.values()):
+            return None
+        buffer = io.BytesIO()
+        torch.save(self.memory, buffer)
+        return buffer.getvalue()
+
+    def load_memory(self, path: Path) -> None:
+        """Give the rules back what they remembered."""
+        self.memory = torch.load(path, weights_only=True, map_location="cpu")
+
+    # -- Flower's interface ------------------------------------------------------------------------------------------
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+        """The server asks the trainer of the lowest rank; the strategy has no model."""
+        return None
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Flower's form of `StrategySettings.sample`."""
+        proxies = client_manager.sample(self.settings.min_clients)
+        return [(proxy, FitIns(parameters, dict(self.settings.train_config))) for proxy in proxies]
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[tuple[ClientProxy, FitRes] | BaseException],
+    ) -> tuple[Parameters | None, dict[str, FlowerScalar]]:
+        """Merge a list of results in the order given."""
+        merge = self.begin_merge(server_round)
+        rows = []
+        for index, (proxy, result) in enumerate(results, start=1):
+            if reason := merge.offer(index, result.parameters.tensors[0], result.num_examples, {}):
+                log.warning("the update of client %s was refused: %s", proxy.cid, reason)
+            else:
+                rows.append((result.num_examples, result.metrics))
+        chunks = merge.finish()
+        parameters = Parameters([b"".join(chunks)], "safetensors") if chunks is not None else None
+        return parameters, dict(weighted_mean(rows))
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Every connected client evaluates, in the rounds that are evaluated."""
+        if not self.settings.is_evaluated(server_round):
+            return []
+        proxies = client_manager.sample(self.settings.min_clients)
+        return [(proxy, EvaluateIns(parameters, dict(self.settings.train_config))) for proxy in proxies]
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, FlowerScalar]]:
+        """Average losses and metrics by the number of examples."""
+        means = weighted_mean((result.num_examples, {**result.metrics, "loss": result.loss}) for _, result in results)
+        return means.pop("loss", None), dict(means)
+
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, FlowerScalar]] | None:
+        """The server has no data."""
+        return None
+
+
+def read_initial_checkpoint(path: Path) -> list[Buffer]:
+    """Read a state to start from: ``.safetensors``, or a state_dict in a ``.pt`` (weights only, no pickled code).
+
+    Raises
+    ------
+    UsageError
+        If the file is not there, or is neither.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return encode(decode(bytearray(path.read_bytes()), str(path)))
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as exc:
+        raise UsageError(f"--initial-checkpoint {path} does not exist") from exc
+    except FedSplitError as exc:
+        raise UsageError(f"--initial-checkpoint: {exc}") from exc
+    except Exception as exc:  # noqa: BLE001  (torch raises a dozen types for what is not a checkpoint)
+        raise UsageError(
+            f"--initial-checkpoint {path} holds no plain state_dict ({type(exc).__name__}: {str(exc).splitlines()[0]}); "
+            "save model.state_dict() with torch.save, or as .safetensors"
+        ) from exc
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"--initial-checkpoint {path} holds a {type(state).__name__}, expected a state_dict of tensors")
+    return encode(state)
+
+
+def export_state(payload: Path, output: Path) -> list[Buffer]:
+    """Return a state as the bytes of a ``.safetensors`` or ``.pt`` file, by the output's ending."""
+    if output.suffix == ".safetensors":
+        return [payload.read_bytes()]
+    if output.suffix != ".pt":
+        raise UsageError(f"--output {output}: expected a name ending in .safetensors or .pt")
+    try:
+        state = decode(bytearray(payload.read_bytes()), str(payload))
+    except RecordError as exc:
+        raise CheckpointError(str(exc)) from exc
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return [buffer.getvalue()]

@@ -1,0 +1,53 @@
+"""A trainer's progress: a bar where there is a terminal, nothing where there is none (the log has a line a task)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeElapsedColumn
+
+
+class Described(Protocol):
+    """The part of a task that is shown."""
+
+    kind: str
+    server_round: int
+    total_rounds: int
+
+
+class Progress:
+    """Shows how far the current task is.
+
+    Parameters
+    ----------
+    rank
+        Shown before the task.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._bar: RichProgress | None = None
+        self._console = Console(stderr=True)
+
+    @contextmanager
+    def task(self, task: Described) -> Iterator[None]:
+        """Show a bar for the length of a task."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("{task.fields[note]}"))  # fmt: skip
+        with RichProgress(*columns, console=self._console, transient=True) as self._bar:
+            title = f"rank {self._rank} {task.kind} {task.server_round}/{task.total_rounds}"
+            self._bar.add_task(title, total=None, note="")
+            yield
+        self._bar = None
+
+    def update(self, done: int, total: int, loss: float) -> None:
+        """Take note of a batch."""
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=f"loss {loss:.4f}")

@@ -1,0 +1,72 @@
+"""What `model_main.py` does with a workload: load the task's state, train or evaluate, answer; for every task."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import traceback
+from typing import Any
+
+from fedsplit.errors import RunFailedError, RunStoppedError, StateMismatchError
+from fedsplit.trainer import Task, Trainer
+from fedsplit.workloads.base import EvaluateResult, StatefulWorkload, TrainResult, Workload
+from fedsplit.workloads.progress import Progress
+
+log = logging.getLogger("fedsplit")
+
+
+def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> None:
+    """Answer every task of a run with a workload.
+
+    A task that fails is reported with its traceback, and the next one is waited for; a model that cannot take the
+    federation's state ends the trainer, since no later task could go better.
+
+    Raises
+    ------
+    StateMismatchError
+        If the workload's model is not the federation's.
+    RunStoppedError, RunFailedError
+        If the run ended without being complete.
+    """
+    initial = copy.deepcopy(workload.local_state()) if isinstance(workload, StatefulWorkload) else None
+    if hasattr(workload, "on_batch"):
+        workload.on_batch = progress.update
+    for task in trainer:
+        try:
+            with progress.task(task):
+                _answer(task, workload, initial)
+        except StateMismatchError as exc:
+            task.fail(exc)
+            raise
+        except Exception as exc:  # noqa: BLE001  (the workload is the user's; whatever it raises is reported whole)
+            log.error(
+                "%s of round %d failed; reported to the server, waiting for the next task\n%s",
+                task.kind, task.server_round, "".join(traceback.format_exception(exc)).rstrip(),
+            )  # fmt: skip
+            task.fail(exc)
+    outcome = trainer.outcome
+    if outcome and outcome.outcome != "complete":
+        kind = RunStoppedError if outcome.outcome == "stopped" else RunFailedError
+        raise kind(f"the run ended before it was complete: {outcome.reason or outcome.outcome}")
+
+
+def _answer(task: Task, workload: Workload, initial: Any) -> None:
+    task.load_into(workload.model)
+    if task.kind == "evaluate":
+        judged: EvaluateResult = workload.evaluate(task)
+        task.reply(loss=judged.loss, num_examples=judged.num_examples, metrics=judged.metrics)
+        log.info("round %d: evaluated%s", task.server_round, _shown({"loss": judged.loss, **judged.metrics}))
+        return
+    stateful = isinstance(workload, StatefulWorkload)
+    if isinstance(workload, StatefulWorkload) and task.restore:
+        workload.load_local_state(copy.deepcopy(initial) if task.local_state is None else task.local_state)
+    trained: TrainResult = workload.train(task)
+    task.reply(
+        workload.model, num_examples=trained.num_examples, metrics=trained.metrics,
+        local_state=workload.local_state() if stateful else None,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    log.info("round %d: trained%s", task.server_round, _shown(trained.metrics))
+
+
+def _shown(metrics: Any) -> str:
+    return "".join(f", {name} {value:.4f}" for name, value in metrics.items() if isinstance(value, int | float))

@@ -1,0 +1,84 @@
+"""Runs the trainer of a rank: the model, the data, the optimizer. It imports no Flower and knows no server.
+
+    python model_main.py --rank 1
+
+Your own training instead of the shipped digits:
+
+    python model_main.py --rank 1 --workload my_package.my_module:make_workload
+
+or a script of your own around `fedsplit.Trainer`: see the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fedsplit import cli
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags."""
+    parser = cli.make_parser(__doc__, "model_main.py")
+    add = parser.add_argument
+    add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
+    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR", help="holds rank-K/, shared with the client")
+    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="where rank-K/ is kept")
+    add("--workload", default="digits", metavar="MODULE:FACTORY",
+        help="what to train: digits, mnist, fashion-mnist, cifar10, or a factory of your own")
+    add("--workload-option", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
+        help="reaches the workload, for example partition=dirichlet; repeatable")
+    add("--num-partitions", type=cli.positive_int, default=2, metavar="N",
+        help="into how many parts the data is divided; the same for every rank")
+    add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
+    add("--seed", type=cli.natural, default=0, metavar="N",
+        help="of the initial model and the partitioning; the same for every rank")
+    add("--device", default="auto", metavar="auto|cpu|cuda|…", help="where to train; auto takes a GPU if there is one")
+    add("--threads", type=cli.positive_int, metavar="N",
+        help="threads to compute with (default: this machine's cores divided by --num-partitions)")
+    add("--state", choices=("keep", "reset"), default="keep",
+        help="keep: optimizer and generators go on from round to round; reset: each round starts fresh")
+    add("--client-wait", type=cli.seconds, metavar="S", help="seconds to wait for a client (default: for ever)")
+    cli.add_verbose(parser)
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the trainer."""
+    from fedsplit.exchange import Exchange
+    from fedsplit.workloads import WorkloadContext, create_workload
+    from fedsplit.workloads.device import set_up_torch
+
+    # Before anything slow: a taken rank or an unusable directory is told at once.
+    with Exchange(arguments.exchange_dir, arguments.rank).hold("trainer"):
+        pass
+    context = WorkloadContext(
+        rank=arguments.rank,
+        num_partitions=arguments.num_partitions,
+        seed=arguments.seed,
+        device=set_up_torch(arguments.device, arguments.threads, arguments.num_partitions),
+        data_dir=arguments.data_dir,
+        options=dict(arguments.workload_option),
+    )
+    workload = create_workload(arguments.workload, context)
+
+    from fedsplit.trainer import Trainer
+    from fedsplit.workloads.progress import Progress
+    from fedsplit.workloads.runner import run_workload
+
+    trainer = Trainer(
+        arguments.rank,
+        workload.model,
+        exchange_dir=arguments.exchange_dir,
+        checkpoint_dir=arguments.checkpoint_dir,
+        state=arguments.state,
+        client_wait_s=arguments.client_wait,
+    )
+    with trainer:
+        run_workload(trainer, workload, Progress(arguments.rank))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, make_parser(), None, "trainer"))
