@@ -18,6 +18,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ class CheckpointStore:
             if durable:
                 sync_directory(temporary)
             # Only a round that is being done again is there already, with the same outcome.
-            shutil.rmtree(target, ignore_errors=True)
+            self.remove(server_round)
             temporary.rename(target)
             if durable:
                 sync_directory(self.directory)
@@ -144,6 +145,8 @@ class CheckpointStore:
             sync_directory(self.directory)
         except FileNotFoundError:
             log.debug("round %d was pruned before it was flushed", server_round)
+        except OSError as exc:
+            raise CheckpointError(f"the checkpoint {directory} did not reach the disk: {exc}") from exc
 
     def read(self, server_round: int) -> Checkpoint:
         """Read a round's manifest and check every file against it.
@@ -158,13 +161,15 @@ class CheckpointStore:
             manifest = json.loads((directory / "manifest.json").read_bytes())
             if manifest["schema"] != SCHEMA:
                 raise CheckpointError(f"{directory} has schema {manifest['schema']!r}, expected {SCHEMA!r}")
+            if manifest["round"] != server_round:
+                raise CheckpointError(f"{directory} has the manifest of round {manifest['round']!r}")
             for name, expected in manifest["files"].items():
                 self._check_file(directory, name, expected)
             return Checkpoint(
                 directory=directory, run_id=str(manifest["run_id"]), server_round=int(manifest["round"]),
                 files=frozenset(manifest["files"]), metrics=manifest["metrics"], info=manifest["info"],
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise CheckpointError(f"{directory} has no valid manifest ({type(exc).__name__}: {exc})") from exc
 
     def newest(self, *, run_id: str | None = None, before: int | None = None) -> Checkpoint | None:
@@ -188,10 +193,13 @@ class CheckpointStore:
                 self.remove(server_round)
 
     def remove(self, server_round: int) -> None:
-        """Remove a round, its manifest first: half a round must not look like one."""
+        """Remove a round, out of sight in one step: half a round must neither look like one nor stay for ever."""
         directory = self.round_directory(server_round)
-        (directory / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
+        removed = directory.with_name(f".{directory.name}.removed.tmp")
+        shutil.rmtree(removed, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            directory.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def begin_run(self, run_id: str) -> None:
         """Put what another run left here aside, under ``old-runs/<its id>/``, and clear what a dead writer left."""
@@ -207,12 +215,19 @@ class CheckpointStore:
 
     def put_aside(self, run_id: str, *paths: Path) -> None:
         """Move files or directories of an old run out of the way; nothing is deleted."""
-        aside = self.directory / "old-runs" / run_id
+        aside = self.directory / "old-runs" / re.sub(r"[^0-9A-Za-z_-]", "_", run_id or "unknown")
         make_private_directory(aside, CheckpointError)
         for path in paths:
-            if path.exists():
-                shutil.rmtree(aside / path.name, ignore_errors=True)
-                path.rename(aside / path.name)
+            target, count = aside / path.name, 1
+            while target.exists():  # the same run was put aside before
+                count += 1
+                target = aside / f"{path.name}.{count}"
+            try:
+                path.rename(target)
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                raise CheckpointError(f"cannot move {path} to {target}: {exc.strerror or exc}") from exc
 
     def _last_good(self) -> str:
         newest = self.newest()
@@ -274,6 +289,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _run_of(directory: Path) -> str:
     try:
-        return re.sub(r"[^0-9A-Za-z_-]", "_", str(json.loads((directory / "manifest.json").read_bytes())["run_id"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((directory / "manifest.json").read_bytes())["run_id"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "unknown"

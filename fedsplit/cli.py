@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from fedsplit.errors import FedSplitError, UsageError
 from fedsplit.records import Scalar
@@ -17,6 +17,7 @@ log = logging.getLogger("fedsplit")
 
 EXIT_INTERRUPTED = 130
 N = TypeVar("N", int, float)
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -31,6 +32,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def make_parser(doc: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser that shows a module's docstring; abbreviated flags are refused, they break when flags are added."""
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_command(
+    commands: Commands, name: str, doc: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    """Add a command of ``python -m fedsplit``; the module's docstring is its help, the first line in short."""
+    summary = doc.splitlines()[0].rstrip(".")
+    parser = commands.add_parser(
+        name, help=summary, description=doc, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    add_verbose(parser)
+    return parser
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

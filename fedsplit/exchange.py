@@ -21,7 +21,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,9 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from fedsplit.errors import ExchangeError, RecordError, RoleTakenError, UsageError
-from fedsplit.files import check_space, make_private_directory, overwrite_in_place, remove, remove_leftovers
+from fedsplit.files import (
+    check_space, explain, make_private_directory, open_regular, overwrite_in_place, remove, remove_leftovers,
+)  # fmt: skip
 from fedsplit.header import read_header
 from fedsplit.records import FinishedRecord, PayloadRecord, ResultRecord, TaskRecord, loads
 
@@ -40,7 +42,8 @@ LAST_POLL_S = 0.020
 _HANDOFF_TIMEOUT_S = 30.0
 _RECORD_BYTES = 4_000_000
 _LEAST_SPACE_BYTES = 1_000_000
-_PAYLOAD_NAME = re.compile(r"(task|result)-([0-9]+)\.safetensors")
+_PAYLOAD_NAME = re.compile(r"(task|result)-([1-9][0-9]{0,18})\.safetensors")
+_EXCHANGE_ID = re.compile(rb"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,33 +105,31 @@ class Exchange:
         make_private_directory(self.directory)
         check_space(self.directory, _LEAST_SPACE_BYTES)
         lock = self._lock_of(role)
-        with self.handoff():
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise RoleTakenError(
-                    f"rank {self.rank} already has a {role}: {self.owner(role)} holds {self.lock_path(role)}; "
-                    "stop that one, or take another rank or --exchange-dir"
-                ) from None
-            me = Owner(pid=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
-            overwrite_in_place(self.lock_path(role), json.dumps(asdict(me)))
+        with ExitStack() as stack:
+            with self.handoff():
+                if not _take(lock, 0.0):
+                    raise RoleTakenError(
+                        f"rank {self.rank} already has a {role}: {self.owner(role)} holds {self.lock_path(role)}; "
+                        "stop that one, or take another rank or --exchange-dir"
+                    )
+                stack.callback(lock.release)
+                me = Owner(pid=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
+                overwrite_in_place(self.lock_path(role), json.dumps(asdict(me)))
             # What a dead predecessor left half-written: nobody else writes these while the lock is held.
-            remove_leftovers(self.directory, "task" if role == "client" else "result")
-        try:
+            for written in ("task", "finished", "exchange-id") if role == "client" else ("result", "left"):
+                remove_leftovers(self.directory, written)
             yield
-        finally:
-            lock.release()
 
     def is_held(self, role: Role) -> bool:
         """Tell whether a live process holds a role.
 
         Tried under the hand-off lock, which a starting process takes too: so a probe can never be what makes it fail.
         """
+        if not self.directory.is_dir():
+            return False
         with self.handoff():
             lock = self._lock_of(role)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
+            if not _take(lock, 0.0):
                 return True
             lock.release()
             return False
@@ -136,21 +137,23 @@ class Exchange:
     def owner(self, role: Role) -> Owner | None:
         """Return who wrote his name into a role's lock last, or None."""
         try:
-            return Owner(**json.loads(self.lock_path(role).read_text()))
-        except (OSError, ValueError, TypeError):
+            found = json.loads(self._read(self.lock_path(role)) or b"")
+            return Owner(pid=int(found["pid"]), host=str(found["host"]), started=str(found["started"]))
+        except (RecordError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return None
 
     @contextmanager
     def handoff(self) -> Iterator[None]:
         """Hold the lock that guards reading and bumping the counters; for microseconds only."""
-        try:
-            with self._handoff.acquire(timeout=_HANDOFF_TIMEOUT_S):
-                yield
-        except Timeout:
+        if not _take(self._handoff, _HANDOFF_TIMEOUT_S):
             raise ExchangeError(
                 f"{self._handoff.lock_file} was held for {_HANDOFF_TIMEOUT_S:.0f} s; a process of rank {self.rank} is "
                 "stopped in the middle of a hand-off (see python -m fedsplit status)"
-            ) from None
+            )
+        try:
+            yield
+        finally:
+            self._handoff.release()
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -172,6 +175,11 @@ class Exchange:
     def read_left(self) -> FinishedRecord | None:
         """Return the end of a run that a trainer has seen and left for, or None."""
         return self._read_finished(self.left_path)
+
+    def read_exchange_id(self) -> str | None:
+        """Return the name that this directory was given, or None if it has none."""
+        text = self._read(self.exchange_id_path) or b""
+        return text.decode() if _EXCHANGE_ID.fullmatch(text) else None
 
     def check_payload(self, payload: PayloadRecord) -> Path:
         """Return the path of a payload whose length matches and whose header parses; raises RecordError."""
@@ -196,18 +204,19 @@ class Exchange:
 
     def _lock_of(self, name: str) -> FileLock:
         # A soft lock, the library's fallback where flock is missing, would outlive its owner.
-        return FileLock(self.directory / f"{name}.lock", fallback_to_soft=False, mode=0o600)
+        return FileLock(
+            self.directory / f"{name}.lock", fallback_to_soft=False, mode=0o600, poll_interval=FIRST_POLL_S
+        )
 
     @staticmethod
     def _read(path: Path) -> bytes | None:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            with open_regular(path) as file:
+                text = file.read(_RECORD_BYTES + 1)
         except FileNotFoundError:
             return None
         except OSError as exc:
-            raise RecordError(f"cannot read the record {path}: {exc.strerror}") from exc
-        with os.fdopen(descriptor, "rb") as file:
-            text = file.read(_RECORD_BYTES + 1)
+            raise RecordError(f"cannot read the record {path}: {exc.strerror or exc}") from exc
         if len(text) > _RECORD_BYTES:
             raise RecordError(f"{path} is over {_RECORD_BYTES:,} bytes; a record is small")
         return text
@@ -223,3 +232,14 @@ class Poll:
         """Sleep once."""
         waited = time.monotonic() - self._began
         time.sleep(min(LAST_POLL_S, max(FIRST_POLL_S, waited / 50)))
+
+
+def _take(lock: FileLock, timeout_s: float) -> bool:
+    try:
+        lock.acquire(timeout=timeout_s)
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError) as exc:
+        problem = exc if isinstance(exc, OSError) else OSError(str(exc))
+        raise explain(problem, Path(lock.lock_file), "lock") from exc
+    return True

@@ -22,6 +22,9 @@ from fedsplit.errors import ExchangeError, FedSplitError
 
 Buffer = bytes | bytearray | memoryview
 
+_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+_COPY_BYTES = 1 << 24
+
 
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
@@ -34,8 +37,10 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        # What a dead process of the same id left may be a second name of a finished file: never write into it.
+        remove(temporary)
         # 0600 from the start: a mode set after the first byte would leave a moment in which others can read.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             yield file
             if durable:
@@ -78,29 +83,51 @@ def append_line(path: Path, line: str) -> None:
 
 def overwrite_in_place(path: Path, text: str) -> None:
     """Replace the content and keep the inode: for a lock file, whose lock lives on the inode."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    content = text.encode()
     try:
-        os.pwrite(descriptor, text.encode(), 0)
-        os.ftruncate(descriptor, len(text.encode()))
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+        try:
+            os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, len(content))
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        raise explain(exc, path) from exc
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a finished file a second name, or a copy where the file system cannot link (another disk, no links)."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    remove(temporary)
     try:
-        os.link(source, temporary, follow_symlinks=False)
+        remove(temporary)
+        try:
+            os.link(source, temporary, follow_symlinks=False)
+        except OSError as exc:
+            if exc.errno not in _CANNOT_LINK:
+                raise
+            with open_regular(source) as reader, atomic_file(target) as writer:
+                while chunk := reader.read(_COPY_BYTES):
+                    write_all(writer, chunk)
+            return
+        temporary.replace(target)
+        # rename(2) between two names of one inode does nothing and leaves both.
+        remove(temporary)
     except OSError as exc:
-        if exc.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-            raise explain(exc, target) from exc
-        with source.open("rb") as reader, atomic_file(target) as writer:
-            shutil.copyfileobj(reader, writer, 1 << 24)
-        return
-    temporary.replace(target)
-    # rename(2) between two names of one inode does nothing and leaves both.
-    remove(temporary)
+        raise explain(exc, target, f"link {source} to") from exc
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; a symbolic link, a pipe or a directory is an OSError, and never waited for."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed", str(path)) from exc
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def sync_file(path: Path) -> None:
@@ -119,7 +146,10 @@ def sync_directory(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file if it is there."""
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise explain(exc, path, "remove") from exc
 
 
 def remove_leftovers(directory: Path, prefix: str) -> None:
@@ -163,9 +193,9 @@ def check_space(directory: Path, needed_bytes: int) -> None:
         )
 
 
-def explain(exc: OSError, path: Path) -> FedSplitError:
+def explain(exc: OSError, path: Path, verb: str = "write") -> FedSplitError:
     """Turn an error of the operating system into one that names the path and the way out."""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         return ExchangeError(f"no space left to write {path} ({free:,} bytes free); free some or move the directory")
-    return ExchangeError(f"cannot write {path}: {exc.strerror or exc}")
+    return ExchangeError(f"cannot {verb} {path}: {exc.strerror or exc}")

@@ -16,7 +16,9 @@ from typing import TypeVar
 
 from fedsplit.errors import RecordError, SchemaError
 from fedsplit.exchange import Exchange
-from fedsplit.files import Buffer, atomic_file, check_space, link_or_copy, remove, write_all, write_chunks, write_json
+from fedsplit.files import (
+    Buffer, atomic_file, check_space, link_or_copy, open_regular, remove, write_all, write_chunks, write_json,
+)  # fmt: skip
 from fedsplit.records import FinishedRecord, PayloadRecord, Request, ResultRecord, Scalar, TaskRecord
 
 log = logging.getLogger("fedsplit")
@@ -43,6 +45,7 @@ class ClientSide:
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
+        self._highest = 0
 
     def offer(self, request: Request, digest: str | None, fetch: Callable[[str], Source | None]) -> int | None:
         """Put a request before the trainer, unless it is there already.
@@ -66,10 +69,14 @@ class ClientSide:
         """
         with self.exchange.handoff():
             task, result = _forgiving(self.exchange.read_task), _forgiving(self.exchange.read_result)
-            version = self._next_version(task, result)
+            finished = self._read_finished()
+            version = self._next_version(task, result, finished)
         if task and _asks(task, request, digest) and self._is_whole(task):
-            answered = result is not None and result.version == task.version
-            if not answered or (result and result.status == "ok" and self._is_whole(result)):
+            if result is None or result.version < task.version:
+                # A trainer never begins what is older than the end of a run, also if that run was resumed since.
+                if finished is None or finished.version < task.version:
+                    return task.version
+            elif result.status == "ok" and _answers(result, task) and self._is_whole(result):
                 return task.version
         payload = None
         if digest is not None:
@@ -79,6 +86,7 @@ class ClientSide:
         record = TaskRecord(version=version, request=request, payload=payload)
         with self.exchange.handoff():
             write_json(self.exchange.task_path, record.to_json())
+        self._highest = version
         # Up to what it answered the trainer has moved on; a newer one it may be about to open.
         self.exchange.remove_payloads("task", below=min(version, result.version + 1 if result else 0))
         return version
@@ -93,18 +101,24 @@ class ClientSide:
         return record
 
     def cancel(self, version: int) -> None:
-        """Tell the trainer that nobody waits for a version any more."""
+        """Tell the trainer that nobody waits for a version any more; one that it has answered stays answered."""
         with self.exchange.handoff():
-            task = _forgiving(self.exchange.read_task)
-            if task and task.version == version and not task.cancelled:
+            task, result = _forgiving(self.exchange.read_task), _forgiving(self.exchange.read_result)
+            answered = result is not None and result.version >= version
+            if task and task.version == version and not task.cancelled and not answered:
                 write_json(self.exchange.task_path, replace(task, cancelled=True).to_json())
 
     def finish(self, run_id: str, outcome: str, reason: str = "") -> None:
-        """Tell the trainer that the run is over."""
+        """Tell the trainer that the run is over; told twice, it is the same end."""
         with self.exchange.handoff():
-            version = self._next_version(_forgiving(self.exchange.read_task), _forgiving(self.exchange.read_result))
+            task, result = _forgiving(self.exchange.read_task), _forgiving(self.exchange.read_result)
+            past = self._read_finished()
+            if past and (past.run_id, past.outcome) == (run_id, outcome) and past.version > (task.version if task else 0):
+                return
+            version = self._next_version(task, result, past)
             record = FinishedRecord(version=version, run_id=run_id, outcome=outcome, reason=reason)
             write_json(self.exchange.finished_path, record.to_json())
+            self._highest = version
 
     def held_digest(self) -> str | None:
         """Return the digest of the state that the exchange holds, or None."""
@@ -113,12 +127,11 @@ class ClientSide:
 
     def exchange_id(self) -> str:
         """Return a name of this directory that no other has: it tells the server that a client came back."""
-        path = self.exchange.exchange_id_path
-        try:
-            return path.read_text()
-        except FileNotFoundError:
-            write_chunks(path, [uuid.uuid4().hex.encode()])
-            return path.read_text()
+        name = _forgiving(self.exchange.read_exchange_id)
+        if name is None:
+            name = uuid.uuid4().hex
+            write_chunks(self.exchange.exchange_id_path, [name.encode()])
+        return name
 
     def _place(
         self, task: TaskRecord | None, digest: str, fetch: Callable[[str], Source | None], version: int
@@ -137,17 +150,34 @@ class ClientSide:
             write_chunks(target, [source.content])
         payload = PayloadRecord(file=target.name, bytes=source.bytes, digest=digest)
         try:
-            self.exchange.check_payload(payload)
+            path = self.exchange.check_payload(payload)
+            # What was placed for this task before did not last: then its bytes are looked at too, so that a source
+            # that is itself damaged is named instead of placed again and again.
+            if task and task.payload and task.payload.digest == digest:
+                _check_digest(path, digest)
         except RecordError:
             remove(target)
             raise
         return payload
 
-    def _next_version(self, task: TaskRecord | None, result: ResultRecord | None) -> int:
-        finished, left = _forgiving(self.exchange.read_finished), _forgiving(self.exchange.read_left)
-        records = [record.version for record in (task, result, finished, left) if record]
+    def _read_finished(self) -> FinishedRecord | None:
+        """Read one's own note of an end; one that cannot be believed is removed, or the trainer would wait for it."""
+        try:
+            return self.exchange.read_finished()
+        except SchemaError:
+            raise
+        except RecordError as exc:
+            log.warning("%s; removed", exc)
+            remove(self.exchange.finished_path)
+            return None
+
+    def _next_version(
+        self, task: TaskRecord | None, result: ResultRecord | None, finished: FinishedRecord | None
+    ) -> int:
+        records = [record.version for record in (task, result, finished, _forgiving(self.exchange.read_left)) if record]
         # The payloads' names count too: a record that was lost or mangled must not make the counter go back.
-        return max([0, *records, *self.exchange.payload_versions("task"), *self.exchange.payload_versions("result")]) + 1
+        payloads = [*self.exchange.payload_versions("task"), *self.exchange.payload_versions("result")]
+        return max([self._highest, *records, *payloads]) + 1
 
     def _is_whole(self, record: TaskRecord | ResultRecord) -> bool:
         try:
@@ -170,7 +200,7 @@ class TrainerSide:
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self._verified: str | None = None
+        self._verified: tuple[str, tuple[int, ...]] | None = None
 
     def next(self) -> TaskRecord | FinishedRecord | None:
         """Return the newest task without an answer, or the end of the run, or None while there is neither.
@@ -204,7 +234,8 @@ class TrainerSide:
             return True
         if finished and finished.version > task.version:
             return False
-        return newest is not None and newest.version == task.version and not newest.cancelled
+        # By more than the version: whoever empties the directory under a live trainer makes the counter begin anew.
+        return newest is not None and newest.version == task.version and _asks(newest, task.request, _digest_of(task))
 
     def answer(
         self,
@@ -254,13 +285,16 @@ class TrainerSide:
 
     def _verify(self, payload: PayloadRecord) -> None:
         path = self.exchange.check_payload(payload)
-        if payload.digest == self._verified:
+        # A state that serves several tasks is one file under several names: it is looked at once.
+        if self._verified == (payload.digest, identity := _identity(path)):
             return
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != payload.digest:
-            raise RecordError(f"{path} has digest {found[:12]}…, its record says {payload.digest[:12]}…")
-        self._verified = payload.digest
+        try:
+            _check_digest(path, payload.digest)
+        except RecordError:
+            # Its length and header are right, so only this side knows; gone, the client sees it and places it anew.
+            remove(path)
+            raise
+        self._verified = (payload.digest, identity)
 
     @staticmethod
     def _log_stale(task: TaskRecord) -> None:
@@ -275,8 +309,38 @@ def _asks(task: TaskRecord, request: Request, digest: str | None) -> bool:
     return (
         not task.cancelled
         and (asked.run_id, asked.kind, asked.server_round) == (request.run_id, request.kind, request.server_round)
-        and (task.payload.digest if task.payload else None) == digest
+        and asked.split == request.split
+        and _digest_of(task) == digest
     )
+
+
+def _answers(result: ResultRecord, task: TaskRecord) -> bool:
+    asked = task.request
+    return (result.version, result.run_id, result.kind, result.server_round) == (
+        task.version, asked.run_id, asked.kind, asked.server_round,
+    )  # fmt: skip
+
+
+def _digest_of(task: TaskRecord) -> str | None:
+    return task.payload.digest if task.payload else None
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.lstat()
+    except OSError as exc:
+        raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    try:
+        with open_regular(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
+    if found != digest:
+        raise RecordError(f"{path} has digest {found[:12]}…, its record says {digest[:12]}…")
 
 
 def _forgiving(read: Callable[[], Record | None]) -> Record | None:

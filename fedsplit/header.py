@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-import stat
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import RecordError
+from fedsplit.files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64
+_LIMIT = 2**63
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
@@ -87,10 +90,12 @@ def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> d
     if len(start) < data_begin:
         raise RecordError(f"{where}: the header claims {data_begin - 8} bytes, {len(start) - 8} are there")
     try:
-        record = json.loads(bytes(start[8:data_begin]))
+        # Decoded here: given bytes, json would also take UTF-16 and lone surrogates.
+        record = json.loads(bytes(start[8:data_begin]).decode(), object_pairs_hook=_without_duplicates)
         found = {
             name: _entry(fields, data_begin) for name, fields in record.items() if name != "__metadata__"
         }
+        "".join(found).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RecordError(f"{where}: not a safetensors header ({type(exc).__name__}: {exc})") from exc
     position = data_begin
@@ -124,23 +129,34 @@ def read_header(path: Path, expected_bytes: int | None = None) -> dict[str, Entr
         If the file is missing, not a regular file, has another length than expected, or is not safetensors.
     """
     try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordError(f"{path} is not a regular file; a payload must be one")
-        if expected_bytes is not None and status.st_size != expected_bytes:
-            raise RecordError(f"{path} has {status.st_size} bytes, its record says {expected_bytes}")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if expected_bytes is not None and size != expected_bytes:
+                raise RecordError(f"{path} has {size} bytes, its record says {expected_bytes}")
             start = file.read(8)
-            start += file.read(header_bytes(start, status.st_size, str(path)))
+            start += file.read(header_bytes(start, size, str(path)))
     except OSError as exc:
-        raise RecordError(f"cannot read the payload {path}: {exc.strerror}") from exc
-    return parse_header(start, status.st_size, str(path))
+        raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
+    return parse_header(start, size, str(path))
 
 
 def _entry(fields: Any, data_begin: int) -> Entry:
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in [*shape, begin, end]):
-        raise ValueError("shapes and offsets must be non-negative integers")
+    if type(shape) is not list or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"a shape must be a list of at most {_MAX_DIMENSIONS} sizes")
+    if not all(type(number) is int and 0 <= number < _LIMIT for number in [*shape, begin, end]):
+        raise ValueError("shapes and offsets must be integers from 0 to 2**63 - 1")
+    # Also where another size is 0: the product without it is what overflows in a tensor's strides.
+    if math.prod(size or 1 for size in shape) >= _LIMIT:
+        raise ValueError(f"shape {shape} is larger than any tensor")
     if end - begin != ITEM_BYTES[dtype] * math.prod(shape):
         raise ValueError(f"{end - begin} bytes do not hold shape {shape} of {dtype}")
     return Entry(dtype=dtype, shape=tuple(shape), begin=data_begin + begin, end=data_begin + end)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Two readers may well disagree on which of two entries of one name counts.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError
-from fedsplit.files import Buffer, atomic_file, make_private_directory, remove, remove_leftovers, write_all, write_chunks
+from fedsplit.files import (
+    Buffer, atomic_file, explain, make_private_directory, open_regular, remove, write_all, write_chunks,
+)  # fmt: skip
 from fedsplit.records import is_digest
 
 _NONCE_BYTES = 32
@@ -51,8 +53,8 @@ class PayloadStore:
     def open(self) -> None:
         """Make the directory, or clear what an earlier server left in it."""
         make_private_directory(self.root, CheckpointError)
-        remove_leftovers(self.root, "")
-        self.keep_only(())
+        for path in self.root.iterdir():
+            remove(path)
 
     def path(self, digest: str) -> Path:
         """Return the path of a digest; raises RecordError if it is none: no other name is ever opened."""
@@ -78,7 +80,10 @@ class PayloadStore:
                 size += memoryview(chunk).nbytes
                 write_all(file, chunk)
         path = self.path(digest.hexdigest())
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except OSError as exc:
+            raise explain(exc, path) from exc
         return StoredPayload(digest=path.name, bytes=size, path=path)
 
     def map(self, digest: str) -> mmap.mmap:
@@ -89,11 +94,12 @@ class PayloadStore:
         RecordError
             If it is not there or its bytes have another digest.
         """
-        path = self.find(digest)
-        if path is None or path.stat().st_size == 0:
-            raise RecordError(f"payload {digest[:12]}… is not in {self.root}")
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        path = self.path(digest)
+        try:
+            with open_regular(path) as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
+            raise RecordError(f"payload {digest[:12]}… is not in {self.root} ({exc})") from exc
         found = hashlib.sha256(content).hexdigest()
         if found != digest:
             raise RecordError(f"{path} has digest {found[:12]}…: it was changed after it was written")
@@ -104,10 +110,10 @@ class PayloadStore:
         remove(self.path(digest))
 
     def keep_only(self, digests: Iterable[str]) -> None:
-        """Remove every payload but these."""
+        """Remove every payload but these; what a client is just linking under a temporary name is left to it."""
         wanted = set(digests)
         for path in self.root.iterdir():
-            if path.name not in wanted:
+            if is_digest(path.name) and path.name not in wanted:
                 remove(path)
 
     def put_nonce(self) -> tuple[str, str]:

@@ -21,6 +21,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 Scalar = bool | int | float | str
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_LIMIT = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class TaskRecord:
         return cls(
             version=_version(record, where),
             request=request_from_json(record, where),
-            payload=_payload(record, where),
+            payload=_payload(record, where, "task"),
             cancelled=_get(record, "cancelled", bool, where, False),
         )
 
@@ -108,13 +109,13 @@ class ResultRecord:
             version=_version(record, where),
             run_id=_get(record, "run_id", str, where),
             kind=_kind(record, where),
-            server_round=_get(record, "server_round", int, where),
+            server_round=_count(record, "server_round", where),
             status=status,
-            payload=_payload(record, where),
-            num_examples=_get(record, "num_examples", int, where, 0),
+            payload=_payload(record, where, "result"),
+            num_examples=_count(record, "num_examples", where, 0),
             loss=None if loss is None else float(loss),
             metrics=scalars(_get(record, "metrics", dict, where, {}), f"{where}: metrics"),
-            error=None if error is None else {str(key): str(value) for key, value in error.items()},
+            error=None if error is None else _texts(error, f"{where}: error"),
             seconds=float(_get(record, "seconds", int | float, where, 0.0)),
         )
 
@@ -152,7 +153,8 @@ def loads(text: bytes, where: str) -> dict[str, Any]:
         If it is not a JSON object, or of another schema; names both schemas.
     """
     try:
-        record = json.loads(text)
+        # Decoded here: given bytes, json would also take UTF-16 and lone surrogates.
+        record = json.loads(text.decode())
     except (ValueError, RecursionError) as exc:
         raise RecordError(f"{where} is not JSON ({exc})") from exc
     if not isinstance(record, dict):
@@ -175,8 +177,8 @@ def request_from_json(record: dict[str, Any], where: str) -> Request:
     return Request(
         run_id=_get(record, "run_id", str, where),
         kind=_kind(record, where),
-        server_round=_get(record, "server_round", int, where),
-        total_rounds=_get(record, "total_rounds", int, where),
+        server_round=_count(record, "server_round", where),
+        total_rounds=_count(record, "total_rounds", where),
         config=scalars(_get(record, "config", dict, where, {}), f"{where}: config"),
         split=tuple((pattern, local) for pattern, local in split),
     )
@@ -202,7 +204,23 @@ def _get(record: dict[str, Any], key: str, kind: type | UnionType, where: str, d
     # bool is an int to isinstance, and never what a counter should be.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RecordError(f"{where}: {key!r} is a {type(value).__name__}, expected {getattr(kind, '__name__', kind)}")
+    if isinstance(value, int) and not -_LIMIT <= value < _LIMIT:
+        raise RecordError(f"{where}: {key!r} does not fit 64 bits")
     return value
+
+
+def _count(record: dict[str, Any], key: str, where: str, default: Any = ...) -> int:
+    value: int = _get(record, key, int, where, default)
+    if value < 0:
+        raise RecordError(f"{where}: {key!r} is {value}, expected 0 or more")
+    return value
+
+
+def _texts(values: dict[str, Any], where: str) -> dict[str, str]:
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise RecordError(f"{where}: {key!r} is a {type(value).__name__}, expected str")
+    return values
 
 
 def _version(record: dict[str, Any], where: str) -> int:
@@ -219,7 +237,7 @@ def _kind(record: dict[str, Any], where: str) -> str:
     return kind
 
 
-def _payload(record: dict[str, Any], where: str) -> PayloadRecord | None:
+def _payload(record: dict[str, Any], where: str, of: Literal["task", "result"]) -> PayloadRecord | None:
     fields = _get(record, "payload", dict | None, where, None)
     if fields is None:
         return None
@@ -228,9 +246,10 @@ def _payload(record: dict[str, Any], where: str) -> PayloadRecord | None:
         bytes=_get(fields, "bytes", int, f"{where}: payload"),
         digest=_get(fields, "digest", str, f"{where}: payload"),
     )
-    # The only names that either side writes: a record can never lead a reader out of the directory.
-    if not re.fullmatch(r"(task|result)-[1-9][0-9]{0,18}\.safetensors", payload.file):
-        raise RecordError(f"{where}: {payload.file!r} is not the name of a payload")
+    # The only name that goes with this version: a record can never lead a reader out of the directory, nor to the
+    # state of another task.
+    if payload.file != (expected := f"{of}-{_version(record, where)}.safetensors"):
+        raise RecordError(f"{where}: the payload is called {payload.file!r}, expected {expected!r}")
     if payload.bytes < 8 or not is_digest(payload.digest):
         raise RecordError(f"{where}: payload has no valid length and digest")
     return payload

@@ -8,15 +8,17 @@ tensor, an entry that is no tensor) is refused by name.
 from __future__ import annotations
 
 import mmap
+import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fedsplit.errors import StateMismatchError, UsageError
-from fedsplit.files import Buffer
+from fedsplit.errors import RecordError, StateMismatchError, UsageError
+from fedsplit.files import Buffer, open_regular
 from fedsplit.header import build_header, parse_header
 
 StateDict = dict[str, torch.Tensor]
@@ -30,6 +32,8 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SHOWN_KEYS = 3
+# A whole component: a submodule may well be called my_orig_mod.
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 
 # Views over received bytes are only ever read; torch cannot know and would warn about each.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -61,9 +65,19 @@ def decode(payload: Buffer | mmap.mmap, where: str = "payload") -> StateDict:
 
 
 def map_file(path: Path) -> StateDict:
-    """Map a payload file and lay tensors over it. The mapping is private: writing to a tensor never reaches the file."""
-    with path.open("rb") as file:
-        return decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), str(path))
+    """Map a payload file and lay tensors over it; the mapping is private: writing to a tensor never reaches the file.
+
+    Raises
+    ------
+    RecordError
+        If it is missing, is not a regular file, or is not a safetensors payload.
+    """
+    try:
+        with open_regular(path) as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
+        raise RecordError(f"cannot read the payload {path}: {exc}") from exc
+    return decode(content, str(path))
 
 
 def own_state(source: ModelSource) -> StateDict:
@@ -93,11 +107,15 @@ def travel_names(names: Iterable[str]) -> dict[str, str]:
     """Map the names of a state_dict to those that travel.
 
     A state_dict taken from a wrapped module has ``module.`` before every name, and a compiled submodule ``_orig_mod.``
-    anywhere; a submodule that merely is called ``module`` keeps its name as long as it has a sibling.
+    anywhere; a submodule that merely is called ``module`` keeps its name as long as it has a sibling. A name that
+    travels stays as it is when it is put through this again.
     """
-    cleaned = {name: name.replace("_orig_mod.", "") for name in names}
-    if cleaned and all(name.startswith("module.") for name in cleaned.values()):
+    cleaned = {name: _COMPILED.sub("", name) for name in names}
+    while cleaned and all(name.startswith("module.") for name in cleaned.values()):
         cleaned = {name: clean.removeprefix("module.") for name, clean in cleaned.items()}
+    if len(set(cleaned.values())) != len(cleaned):
+        twice = [name for name, count in Counter(cleaned.values()).items() if count > 1]
+        raise UsageError(f"without the names of wrappers, several entries of the state_dict are called {_first(twice)}")
     return cleaned
 
 

@@ -1,4 +1,4 @@
-"""Each rule against numbers worked out by hand, independent implementations, and what must hold for any input."""
+"""Each rule against numbers worked out by hand, other implementations, and what must hold for any input."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def test_trimmed_mean_drops_both_ends():
 def test_krum_takes_the_client_among_its_neighbours_whole():
     # With f = 1 and n = 5, scores are sums over the 2 nearest. Squared distances on the line 0 1 2 10 11:
     # 0: 1+4, 1: 1+1, 2: 1+4, 10: 1+64, 11: 1+81. The client at 1 wins, and its own counter comes along.
-    states = [{"w": torch.tensor([x]), "n": torch.tensor(i)} for i, x in enumerate([0.0, 1.0, 2.0, 10.0, 11.0])]
+    states = [
+        {"w": torch.tensor([x]), "n": torch.tensor(i)} for i, x in enumerate([0.0, 1.0, 2.0, 10.0, 11.0])
+    ]
     result = krum(updates_of(*states), context(), byzantine=1)
     assert (result["w"].item(), result["n"].item()) == (1.0, 1)
 
@@ -173,14 +175,16 @@ def test_max_and_frozen():
 
 
 def test_max_refuses_complex_numbers():
-    with pytest.raises(AggregationError, match="'w' is torch.complex64"):
+    with pytest.raises(AggregationError, match="'w' is torch"):
         maximum_of_all(columns([1j], dtype=torch.complex64), context())
 
 
 @pytest.mark.parametrize("rule", [fedavg, median, geometric_median])
 def test_integers_take_the_maximum_exactly(rule):
     low, high = 2**53, 2**53 + 1
-    states = [{"n": torch.tensor(n), "b": torch.tensor(b)} for n, b in [(low, False), (high, True), (low, False)]]
+    states = [
+        {"n": torch.tensor(n), "b": torch.tensor(b)} for n, b in [(low, False), (high, True), (low, False)]
+    ]
     result = rule(updates_of(*states), context())
     assert (result["n"].item(), result["b"].item()) == (high, True)
     assert float(low) == float(high)  # what a merge by floating point would have lost
@@ -201,8 +205,18 @@ def test_every_whole_number_type_takes_the_maximum(dtype):
 @pytest.mark.parametrize(
     ("rule", "count", "params", "says"),
     [
-        (krum, 4, {"byzantine": 1}, "takes at least 5 updates (2 * byzantine + 3), found 4; with 4, at most byzantine=0"),
-        (krum, 6, {"byzantine": 2}, "at least 7 updates (2 * byzantine + 3), found 6; with 6, at most byzantine=1"),
+        (
+            krum,
+            4,
+            {"byzantine": 1},
+            "takes at least 5 updates (2 * byzantine + 3), found 4; with 4, at most byzantine=0",
+        ),
+        (
+            krum,
+            6,
+            {"byzantine": 2},
+            "at least 7 updates (2 * byzantine + 3), found 6; with 6, at most byzantine=1",
+        ),
         (multi_krum, 4, {"byzantine": 1}, "at least 5 updates"),
         (multi_krum, 5, {"byzantine": 1, "selected": 3}, "with 5 updates: at most 2"),
         (multi_krum, 2, {"byzantine": 0, "selected": 3}, "with 2 updates: at most 2"),
@@ -343,17 +357,19 @@ def test_krum_and_multi_krum_are_those_of_flower(stack, byzantine):
     np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-6)
 
 
+@pytest.mark.parametrize(("steps", "within"), [(32, 2e-3), (500, 1e-5)])
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6), count=st.integers(3, 7))
-def test_the_geometric_median_is_a_minimum(seed, count):
+def test_the_geometric_median_has_the_smallest_sum_of_distances(steps, within, seed, count):
     points = np.random.default_rng(seed).normal(size=(count, 3))
-    found = geometric_median(as_updates(points), context(), iterations=300)["w"].numpy()
+    found = geometric_median(as_updates(points), context(), iterations=steps)["w"].numpy()
 
     def cost(point):
         return np.linalg.norm(points - point, axis=1).sum()
 
-    best = scipy.optimize.minimize(cost, points.mean(axis=0), method="Nelder-Mead", options={"xatol": 1e-9})
-    assert cost(found) <= best.fun * (1 + 1e-4)
+    options = {"xatol": 1e-9, "fatol": 1e-12, "maxiter": 5000}
+    best = scipy.optimize.minimize(cost, points.mean(axis=0), method="Nelder-Mead", options=options)
+    assert cost(found) <= best.fun * (1 + within)
 
 
 # What must hold for any state
@@ -375,7 +391,10 @@ def states(draw, clients):
         )
     )
     return [
-        {f"layer.{i}": entry(dtype, shape, turned, generator) for i, (dtype, shape, turned) in enumerate(forms)}
+        {
+            f"layer.{i}": entry(dtype, shape, turned, generator)
+            for i, (dtype, shape, turned) in enumerate(forms)
+        }
         for _ in range(clients)
     ]
 
@@ -448,9 +467,7 @@ def test_a_weight_of_n_is_n_copies(data, count):
     copies = [state for state, weight in zip(many, weights, strict=True) for _ in range(weight)]
     copied = fedavg(updates_of(*copies), context())
     for key, tensor in weighed.items():
-        torch.testing.assert_close(
-            widest(tensor), widest(copied[key]), rtol=2 * eps(tensor.dtype), atol=1e-5
-        )
+        torch.testing.assert_close(widest(tensor), widest(copied[key]), rtol=2 * eps(tensor.dtype), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -56,12 +56,18 @@ class RunningMean:
         self._total += weight
         if self._mean is None:
             self._dtype = tensor.dtype
-            # A contiguous copy of its own: lerp_ below must never write into what a client sent.
+            # A contiguous copy of its own: lerp below must never write into what a client sent.
             self._mean = tensor.detach().to(
                 wide_dtype(tensor.dtype), copy=True, memory_format=torch.contiguous_format
             )
         else:
-            self._mean.lerp_(widened(tensor), weight / self._total)
+            share, tensor = weight / self._total, widened(tensor)
+            # From the nearer end: torch then takes `end - (end - start) * …`, which leaves identical inputs as they
+            # are bit for bit, -0.0 too; `start + …` would make it 0.0.
+            if share < 0.5:
+                torch.lerp(tensor, self._mean, 1 - share, out=self._mean)
+            else:
+                self._mean.lerp_(tensor, share)
 
     def result(self) -> Tensor:
         """The mean so far, in the type of the first tensor."""
@@ -166,13 +172,13 @@ def sorted_rows(rows: Sequence[Tensor]) -> list[Tensor]:
     return ordered
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass at the speed of memory when all is well.
+def surely_finite(tensor: Tensor) -> bool:
+    """Whether one pass at the speed of memory proves that no element is NaN or infinite.
 
-    A sum of finite and non-finite numbers is never finite, so a finite sum proves it. A sum of finite numbers
-    may overflow, so any other sum proves nothing and each element is looked at.
+    A sum with a NaN or infinity in it is never finite, so a finite sum proves that there is none. Any other sum
+    proves nothing, as finite numbers may overflow it: then each element must be looked at.
     """
     if not is_floating(tensor):
         return True
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else widened(tensor)
-    return bool(real.sum().isfinite()) or bool(torch.isfinite(real).all())
+    return bool(real.sum().isfinite())

@@ -147,7 +147,8 @@ def geometric_median(
     once.
 
     Tolerates fewer than half of the clients: (n - 1) // 2 of n. Found by the smoothed Weiszfeld algorithm,
-    which here starts from the median of each coordinate and not from the mean, and weighs all clients alike.
+    which here starts from the mean of the half nearest to the median of each coordinate, and weighs all
+    clients alike.
 
     Parameters
     ----------
@@ -161,13 +162,18 @@ def geometric_median(
     """
     keys = floating_keys(updates[0].state_dict)
     start = median(updates, context)
-    centre = {key: widened(start[key]) for key in keys}
+    # Not from the median itself: it may be one of the clients, and the algorithm leaves those only slowly.
+    distances = [squared_distance(update.state_dict, start, keys) for update in updates]
+    nearest = sorted(range(len(updates)), key=lambda i: (distances[i], updates[i].rank))[
+        : len(updates) // 2 + 1
+    ]
+    centre = {key: mean_of([widened(updates[i].state_dict[key]) for i in nearest]) for key in keys}
     weights = [0.0] * len(updates)
     for _ in range(iterations):
         distances = [math.sqrt(squared_distance(u.state_dict, centre, keys)) for u in updates]
         inverse = [1 / max(distance, smoothing) for distance in distances]
         before, weights = weights, [value / sum(inverse) for value in inverse]
-        # The heaviest first: a mean that began at a far outlier would overflow, or lose the bits of the others.
+        # The heaviest first: a mean that began at a far outlier would overflow or lose the others' bits.
         order = sorted(range(len(updates)), key=lambda i: -weights[i])
         heavy = [weights[i] for i in order]
         centre = {key: mean_of([widened(updates[i].state_dict[key]) for i in order], heavy) for key in keys}

@@ -1,0 +1,33 @@
+"""Looks at, shows and takes out what the three programs do and leave behind; `demo` runs all of them here.
+
+    python -m fedsplit demo
+
+Each command has its own --help with an example.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fedsplit import cli
+from fedsplit.commands import checkpoints, demo, export, plot, status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = cli.make_parser(__doc__, "python -m fedsplit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for command in (demo, status, checkpoints, export, plot):
+        command.add_to(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    return cli.run(lambda arguments: arguments.run(arguments), make_parser(), argv, "fedsplit")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

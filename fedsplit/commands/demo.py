@@ -1,0 +1,302 @@
+"""Runs a whole federation on this machine: a server, and a client and a trainer for each rank.
+
+    python -m fedsplit demo --rounds 5
+
+The programs are those that are otherwise started by hand; each writes to its own file in DIR/logs. Ctrl-C ends
+all of them. Ends with exit code 15 if one of them fails, and says which and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from fedsplit import cli
+from fedsplit.commands.demo_view import View, make_view, refusals
+from fedsplit.commands.places import Places
+from fedsplit.commands.plot import write_plot
+from fedsplit.commands.programs import Program, Programs
+from fedsplit.commands.status import ROLES, RankStatus, read_status
+from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError
+from fedsplit.files import make_private_directory
+from fedsplit.history import Line, read_history
+
+_POLL_S = 0.1
+# When one has failed, the others are given a moment: they may fail for the same reason, or be the reason.
+_SETTLE_S = 2.0
+# When one has ended well, the run is over, and the others have this long: the server's goodbye takes up to 10 s.
+_FAREWELL_S = 30.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DOING = {"initialize": "asking for the initial state", "train": "training", "evaluate": "evaluating"}
+
+
+def add_to(commands: cli.Commands) -> None:
+    """Add the command's parser."""
+    parser = cli.add_command(commands, "demo", __doc__, run)
+    add = parser.add_argument
+    add("-r", "--rounds", type=cli.positive_int, default=5, metavar="N", help="rounds to run")
+    add(
+        "--clients",
+        type=cli.positive_int,
+        default=2,
+        metavar="N",
+        help="how many clients, each with its trainer",
+    )
+    add(
+        "--checkpoint-dir",
+        "--directory",
+        type=Path,
+        default=Path("checkpoints"),
+        metavar="DIR",
+        help="where checkpoints, logs and the plot go; what an earlier run left there is put aside",
+    )
+    add(
+        "--exchange-dir",
+        type=Path,
+        default=Path("exchange"),
+        metavar="DIR",
+        help="where clients and trainers meet; a RAM disk such as /dev/shm is fastest",
+    )
+    add(
+        "--aggregate",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help="how the state_dict is merged, as for server_main.py; repeatable (default: fedavg)",
+    )
+    add("--workload", default="digits", metavar="MODULE:FACTORY", help="what to train, as for model_main.py")
+    add(
+        "--workload-option",
+        action="append",
+        type=cli.key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="reaches the workload, for example partition=dirichlet; repeatable",
+    )
+    add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
+    add(
+        "--seed",
+        type=cli.natural,
+        default=0,
+        metavar="N",
+        help="of the initial model, the partitioning and the server",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the programs to the end of the run; returns 128 and the signal's number if one ended it."""
+    places = Places(arguments.checkpoint_dir)
+    make_private_directory(places.logs, CheckpointError)
+    _check_roles_are_free(arguments.exchange_dir, arguments.clients)
+    follower = _Follower(places, arguments.exchange_dir, arguments.clients)
+    title = f"fedsplit demo: {arguments.workload}, {arguments.clients} clients, {arguments.rounds} rounds"
+    with _received_signals() as received:
+        programs = Programs(
+            plan(arguments, places), _environment(arguments.clients), lambda: len(received) > 1
+        )
+        # The view last: its thread must not be there when the programs are forked.
+        with programs, make_view(title) as view:
+            _watch(programs, follower, view, received)
+        if received:
+            # Only now: every program has ended.
+            print(
+                f"interrupted by {received[0].name}: all {len(programs.programs)} programs have ended",
+                flush=True,
+            )
+            return 128 + received[0]
+        if programs.failed:
+            raise RunFailedError(_explain(programs.failed))
+    _conclude(follower, places)
+    return 0
+
+
+def plan(arguments: argparse.Namespace, places: Places) -> list[Program]:
+    """Return the programs: the server, then client and trainer of each rank."""
+    address, seed, clients = f"127.0.0.1:{_free_port()}", str(arguments.seed), str(arguments.clients)
+    store, exchange = str(arguments.checkpoint_dir), str(arguments.exchange_dir)
+    verbose = ["--verbose"] if arguments.verbose else []
+    server = [
+        "--address", address, "--rounds", str(arguments.rounds), "--min-clients", clients, "--checkpoint-dir",
+        store, "--seed", seed, *(f"--aggregate={rule}" for rule in arguments.aggregate), *verbose,
+    ]  # fmt: skip
+    client = ["--server-address", address, "--exchange-dir", exchange, *verbose]
+    trainer = [
+        "--exchange-dir", exchange, "--checkpoint-dir", store, "--num-partitions", clients, "--seed", seed,
+        f"--workload={arguments.workload}", *verbose,
+        *(f"--workload-option={key}={value}" for key, value in arguments.workload_option),
+    ]  # fmt: skip
+    if arguments.data_dir:
+        trainer += ["--data-dir", str(arguments.data_dir)]
+    programs = [Program("server", "server_main", server, places.logs / "server.log")]
+    for rank in map(str, range(1, arguments.clients + 1)):
+        for role, module, flags in (("client", "client_main", client), ("trainer", "model_main", trainer)):
+            log = places.logs / f"{role}-{rank}.log"
+            programs.append(Program(f"{role} of rank {rank}", module, ["--rank", rank, *flags], log))
+    return programs
+
+
+class _Follower:
+    """Reads what the programs write: the history, and who does what."""
+
+    def __init__(self, places: Places, exchange_dir: Path, clients: int) -> None:
+        self.lines: list[Line] = []
+        self._places = places
+        self._exchange_dir = exchange_dir
+        self._ranks = range(1, clients + 1)
+        # Until the server has put an old run aside, its history is not ours.
+        self._old_run_id = places.run_id()
+        self._run_id: str | None = None
+        self._size = 0
+        self._all_came = False
+
+    def update(self) -> str:
+        """Read the new lines of the history; returns what is going on."""
+        statuses = [read_status(self._exchange_dir, rank, probe=not self._all_came) for rank in self._ranks]
+        if self._run_id is None:
+            found = self._places.run_id()
+            self._run_id = None if found == self._old_run_id else found
+        if self._run_id is not None:
+            self._read_history()
+        return self._describe(statuses)
+
+    def _read_history(self) -> None:
+        path = self._places.history
+        size = path.stat().st_size if path.exists() else 0
+        if size != self._size:
+            self._size, self.lines = size, read_history(path)
+
+    def _describe(self, statuses: Sequence[RankStatus]) -> str:
+        if not self._all_came:
+            missing = [] if self._run_id else ["the server"]
+            missing += [
+                f"{role} {status.rank}"
+                for status in statuses
+                for role in ROLES
+                if status.holders.get(role) is None
+            ]
+            if missing:
+                return f"starting: waiting for {', '.join(missing)}"
+            self._all_came = True
+        mine = [status for status in statuses if status.task and status.task.request.run_id == self._run_id]
+        if any(status.is_over for status in mine):
+            return "the run is over: waiting for the programs to end"
+        newest = max(mine, key=lambda status: _when(status)[0], default=None)
+        if newest is None or newest.task is None:
+            return "starting: waiting for the first task"
+        _, kind, total = _when(newest)
+        server_round, done = newest.task.request.server_round, self.lines[-1]["round"] if self.lines else 0
+        if server_round <= done < total:
+            # What was read of the exchange is older than the history.
+            return f"round {done + 1} of {total}: starting"
+        return (
+            f"round {server_round} of {total}: {_DOING[kind]}"
+            if server_round
+            else f"starting: {_DOING[kind]}"
+        )
+
+
+def _when(status: RankStatus) -> tuple[tuple[int, bool], str, int]:
+    assert status.task is not None  # noqa: S101  (for the type checker)
+    request = status.task.request
+    return (request.server_round, request.kind == "evaluate"), request.kind, request.total_rounds
+
+
+def _watch(programs: Programs, follower: _Follower, view: View, received: Sequence[signal.Signals]) -> None:
+    """Watch until all have ended; leaves early when one failed, hangs at the end, or a signal came."""
+    over_since: float | None = None
+    while not received:
+        programs.poll()
+        if programs.failed:
+            view.show(f"{programs.failed[0].describe_end()}: stopping the others", follower.lines)
+            programs.settle(_SETTLE_S)
+            return
+        activity, running = follower.update(), programs.running
+        if not running:
+            view.show("", follower.lines)
+            return
+        view.show(activity, follower.lines)
+        if len(running) < len(programs.programs):
+            over_since = over_since or time.monotonic()
+            if time.monotonic() - over_since > _FAREWELL_S:
+                raise RunFailedError(
+                    f"the run is over, but {_FAREWELL_S:.0f} s later these still ran and were stopped: "
+                    + ", ".join(f"{program.name} ({program.log})" for program in running)
+                )
+        time.sleep(_POLL_S)
+    view.show(f"{received[0].name}: stopping all programs", follower.lines)
+
+
+def _explain(failed: Sequence[Program]) -> str:
+    first = failed[0]
+    text = f"{first.describe_end()}; the last lines of its log, {first.log}:"
+    text += "".join(f"\n    {line}" for line in first.tail().splitlines())
+    return text + "".join(f"\nalso {program.describe_end()}: see {program.log}" for program in failed[1:])
+
+
+def _conclude(follower: _Follower, places: Places) -> None:
+    """Draw the plot and say what came out; a run in which nothing was ever learned is a failed one."""
+    follower.update()
+    lines = follower.lines
+    if not any(line.get("accepted") for line in lines):
+        reasons = "; ".join(refusals(lines)[-2:]) or "no round was run"
+        raise RunFailedError(
+            f"no update of any trainer was accepted: {reasons}; see the logs in {places.logs}"
+        )
+    write_plot(lines, places.plot)
+    final = lines[-1].get("evaluate", {})
+    shown = [
+        f"final {name} {final[name]:.4f}"
+        for name in ("accuracy", "loss")
+        if isinstance(final.get(name), float)
+    ]
+    print(f"{shown[0] if shown else 'finished'} after {lines[-1]['round']} rounds")
+    for name, path in (("checkpoints", places.server), ("plot", places.plot), ("logs", places.logs)):
+        print(f"{name + ':':<12} {path}", flush=True)
+
+
+def _check_roles_are_free(exchange_dir: Path, clients: int) -> None:
+    # Before the logs of programs that are at work here are overwritten.
+    for rank in range(1, clients + 1):
+        status = read_status(exchange_dir, rank)
+        for role, holder in status.holders.items():
+            if holder is not None:
+                raise RoleTakenError(
+                    f"rank {rank} already has a {role} in {status.directory}: {holder}; stop that one, "
+                    "or take another --exchange-dir"
+                )
+
+
+def _environment(clients: int) -> dict[str, str]:
+    """Return the environment of the programs: so many at once must not each start a thread for every core."""
+    threads = str(max(1, (os.cpu_count() or 1) // clients))
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    return {"PYTHONUNBUFFERED": "1", **limits, **os.environ}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _received_signals() -> Iterator[list[signal.Signals]]:
+    """Collect signals instead of being interrupted by them: between two steps one is acted on, never inside of one."""
+    received: list[signal.Signals] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+
+    previous = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

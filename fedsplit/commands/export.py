@@ -1,0 +1,81 @@
+"""Writes the global state_dict of a round as .safetensors or .pt.
+
+    python -m fedsplit export --checkpoint-dir checkpoints --output model.pt
+
+What comes out is plain: torch.load("model.pt", weights_only=True) or safetensors.torch.load_file("model.safetensors").
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedsplit import cli
+from fedsplit.checkpoints import Checkpoint, CheckpointStore
+from fedsplit.commands.places import Places
+from fedsplit.errors import CheckpointError, UsageError
+from fedsplit.files import write_chunks
+from fedsplit.run import STATE_FILE
+
+
+def add_to(commands: cli.Commands) -> None:
+    """Add the command's parser."""
+    parser = cli.add_command(commands, "export", __doc__, run)
+    add = parser.add_argument
+    add(
+        "--checkpoint-dir",
+        type=Path,
+        default=Path("checkpoints"),
+        metavar="DIR",
+        help="the server's --checkpoint-dir",
+    )
+    add("--round", type=cli.natural, metavar="N", help="which round (default: the newest that is valid)")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where to; its ending, .safetensors or .pt, says as what",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the file."""
+    output: Path = arguments.output
+    # Before torch is imported: a wrong name is told at once.
+    if output.suffix not in (".safetensors", ".pt"):
+        raise UsageError(f"--output {output}: expected a name ending in .safetensors or .pt")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: there is no directory {output.parent}")
+    checkpoint = choose(CheckpointStore(Places(arguments.checkpoint_dir).server), arguments.round)
+
+    from fedsplit.strategy import export_state
+
+    write_chunks(output, export_state(checkpoint.path(STATE_FILE), output))
+    print(f"{output}: the state after round {checkpoint.server_round} of run {checkpoint.run_id}, "
+          f"{output.stat().st_size:,} bytes")  # fmt: skip
+    return 0
+
+
+def choose(store: CheckpointStore, server_round: int | None) -> Checkpoint:
+    """Return a round's checkpoint, the newest valid one by default.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not there or corrupt.
+    """
+    rounds = store.rounds()
+    if not rounds:
+        raise CheckpointError(f"no checkpoints in {store.directory}; is it the server's --checkpoint-dir?")
+    if server_round is None:
+        newest = store.newest()
+        if newest is None:
+            raise CheckpointError(
+                f"every checkpoint in {store.directory} is corrupt; see python -m fedsplit checkpoints"
+            )
+        return newest
+    if server_round not in rounds:
+        there = ", ".join(map(str, rounds))
+        raise CheckpointError(f"round {server_round} is not in {store.directory}; there are rounds {there}")
+    return store.read(server_round)

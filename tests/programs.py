@@ -1,0 +1,149 @@
+"""Starts the five programs as a user would, on loopback, and ends only what it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedsplit.history import read_history
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    """Return a port of loopback that nothing listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Programs:
+    """One federation in a directory: its flags, its processes, their logs."""
+
+    directory: Path
+    ranks: int = 2
+    server_flags: Sequence[str] = ("--rounds", "2")
+    client_flags: Sequence[str] = ()
+    model_flags: Sequence[str] = ("--threads", "1")
+    exchange_dir: Path | None = None
+    port: int = field(default_factory=free_port)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Every program's name."""
+        ranks = range(1, self.ranks + 1)
+        return ["server", *(f"client-{rank}" for rank in ranks), *(f"model-{rank}" for rank in ranks)]
+
+    @property
+    def exchange(self) -> Path:
+        return self.exchange_dir or self.directory / "exchange"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def command(self, name: str) -> list[str]:
+        """Return the command that a user types for a program."""
+        address = f"127.0.0.1:{self.port}"
+        kind, _, rank = name.partition("-")
+        if kind == "server":
+            flags = ["--address", address, "--checkpoint-dir", str(self.checkpoints), *self.server_flags]
+        elif kind == "client":
+            flags = ["--rank", rank, "--server-address", address, "--exchange-dir", str(self.exchange), *self.client_flags]
+        else:
+            flags = ["--rank", rank, "--exchange-dir", str(self.exchange), "--checkpoint-dir", str(self.checkpoints),
+                     "--num-partitions", str(self.ranks), *self.model_flags]  # fmt: skip
+        return [sys.executable, str(ROOT / f"{kind}_main.py"), *flags]
+
+    def start(self, name: str, *extra: str) -> subprocess.Popen[bytes]:
+        """Start a program, or start it again; its output is appended to its log."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        with self.log_path(name).open("ab") as log:
+            process = subprocess.Popen(
+                [*self.command(name), *extra], cwd=self.directory, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+        self.processes[name] = process
+        self.starts[name] = self.starts.get(name, 0) + 1
+        return process
+
+    def start_all(self, order: Sequence[str] | None = None) -> None:
+        """Start every program, in the order given."""
+        for name in order or self.names:
+            self.start(name)
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a program that was started here."""
+        process = self.processes[name]
+        if process.poll() is None:
+            process.send_signal(number)
+        if number == signal.SIGKILL:
+            process.wait(10)
+
+    def wait(self, timeout_s: float = 120.0, names: Sequence[str] | None = None) -> dict[str, int]:
+        """Wait until programs have ended; returns their exit codes."""
+        deadline = time.monotonic() + timeout_s
+        codes = {}
+        for name in names or self.names:
+            try:
+                codes[name] = self.processes[name].wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{name} is still running after {timeout_s} s\n{self.tails()}") from None
+        return codes
+
+    def wait_for(self, name: str, text: str, timeout_s: float = 60.0) -> None:
+        """Wait until a program's log has a text."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.log(name):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{text!r} did not appear in the log of {name}\n{self.tails()}")
+            time.sleep(0.02)
+
+    def log_path(self, name: str) -> Path:
+        return self.directory / f"{name}.log"
+
+    def log(self, name: str) -> str:
+        """Return what a program has printed so far."""
+        path = self.log_path(name)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def tails(self) -> str:
+        """Return the end of every log, for a failing test's message."""
+        return "\n".join(f"--- {name}\n{self.log(name)[-1500:]}" for name in self.names)
+
+    def history(self) -> list[dict[str, object]]:
+        """Return the lines of history.jsonl."""
+        return read_history(self.checkpoints / "server" / "history.jsonl")
+
+    def final_state(self) -> Path:
+        """Return the payload of the newest checkpoint of the server."""
+        return max((self.checkpoints / "server").glob("round-*/state.safetensors"))
+
+    def stop(self) -> None:
+        """Kill what still runs."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                process.wait(10)
+
+
+@contextlib.contextmanager
+def programs(directory: Path, **settings: object) -> Iterator[Programs]:
+    """A federation that leaves nothing running."""
+    federation = Programs(directory, **settings)  # type: ignore[arg-type]
+    try:
+        yield federation
+    finally:
+        federation.stop()

@@ -1,0 +1,251 @@
+"""The product: five programs, started by hand in any order, train a real model on real data."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsplit.state_dict import map_file
+from fedsplit.workloads import WorkloadContext, create_workload
+from tests.programs import ROOT, free_port, programs
+from tests.reference import federated_averaging
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+
+TESTS = Path(__file__).parent
+
+
+def digits(rank: int) -> object:
+    return create_workload("digits", WorkloadContext(rank=rank, num_partitions=2, seed=0))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_five_programs_in_any_order_learn_the_digits_to_the_bits_of_plain_loops(tmp_path: Path, seed: int) -> None:
+    torch.set_num_threads(1)
+    with programs(tmp_path, server_flags=("--rounds", "5")) as federation:
+        order = federation.names
+        random.Random(seed).shuffle(order)
+        for name in order:
+            federation.start(name)
+            time.sleep(random.Random(seed).random() / 2)
+        assert federation.wait() == dict.fromkeys(federation.names, 0), federation.tails()
+        lines = federation.history()
+        assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
+        assert lines[-1]["evaluate"]["accuracy"] >= 0.93  # type: ignore[index]
+        found = map_file(federation.final_state())
+    expected = federated_averaging(digits, ranks=2, rounds=5)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_bytes_in_messages_give_the_same_bits_as_payloads_by_reference(tmp_path: Path) -> None:
+    states = []
+    for store in ("auto", "none"):
+        directory = tmp_path / store
+        directory.mkdir()
+        with programs(directory, server_flags=("--rounds", "2", "--payload-store", store)) as federation:
+            federation.start_all()
+            assert set(federation.wait().values()) == {0}, federation.tails()
+            way = "by reference" if store == "auto" else "in messages"
+            assert f"payloads {way}" in federation.log("server")
+            states.append(federation.final_state().read_bytes())
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("store", ["auto", "none"])
+def test_every_dtype_comes_back_with_the_same_bits_when_trainers_change_nothing(tmp_path: Path, store: str) -> None:
+    from tests.unchanged import entries
+
+    flags = ("--threads", "1", "--workload", "tests.unchanged:unchanged")
+    with programs(
+        tmp_path, ranks=3, model_flags=flags, server_flags=("--rounds", "2", "--min-clients", "3", "--payload-store", store)
+    ) as federation:
+        link_tests(tmp_path)
+        federation.start_all()
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        found = map_file(federation.final_state())
+    expected = entries()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
+def test_large_states_are_pulled_when_the_merge_wants_them(tmp_path: Path) -> None:
+    flags = ("--threads", "1", "--workload", "tests.unchanged:large")
+    server_flags = ("--rounds", "2", "--payload-store", "none")
+    with programs(tmp_path, model_flags=flags, server_flags=server_flags) as federation:
+        link_tests(tmp_path)
+        federation.start_all()
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert [line["accepted"] for line in federation.history()] == [2, 2]
+
+
+def test_no_program_sees_the_others_library(tmp_path: Path) -> None:
+    for module, unwanted in (("fedsplit.client", {"torch"}), ("fedsplit.trainer", {"flwr", "grpc"}),
+                             ("fedsplit.workloads", {"torch", "flwr"}), ("fedsplit", {"torch", "flwr", "numpy"})):  # fmt: skip
+        code = f"import sys, {module}; print(sorted({unwanted!r} & set(sys.modules)))"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert found.stdout.strip() == "[]", module
+
+
+def test_nothing_of_flower_calls_home_unless_the_environment_asks_for_it(tmp_path: Path) -> None:
+    code = (
+        "import fedsplit.client, fedsplit.server, os; from flwr.supercore import telemetry as t;"
+        "print(t.FLWR_TELEMETRY_ENABLED, os.environ['FLWR_DISABLE_UPDATE_CHECK'])"
+    )
+    for asked, expected in ((None, "0 1"), ("1", "1 1")):
+        environment = {"FLWR_TELEMETRY_ENABLED": asked} if asked else {}
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                               env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment})  # fmt: skip
+        assert found.stdout.strip() == expected, found.stderr
+
+
+def test_ctrl_c_on_the_server_ends_all_five_and_says_so(tmp_path: Path) -> None:
+    flags = ("--threads", "1", "--workload", "tests.unchanged:slow")
+    with programs(tmp_path, server_flags=("--rounds", "1"), model_flags=flags) as federation:
+        link_tests(tmp_path)
+        federation.start_all()
+        for rank in (1, 2):
+            federation.wait_for(f"client-{rank}", "train, round 1")
+        time.sleep(0.5)
+        began = time.monotonic()
+        federation.kill("server", signal.SIGINT)
+        codes = federation.wait(20)
+        assert time.monotonic() - began < 10
+        assert codes == dict.fromkeys(federation.names, 14), federation.tails()
+        assert "stopped by SIGINT" in federation.log("server")
+        assert "stopped by SIGINT" in federation.log("model-1")
+
+
+def test_a_client_waits_for_its_server_and_exits_when_it_waited_too_long(tmp_path: Path) -> None:
+    with programs(tmp_path, client_flags=("--max-wait", "1")) as federation:
+        federation.start("client-1")
+        assert federation.wait(20, ["client-1"]) == {"client-1": 7}
+        assert "waiting for the server" in federation.log("client-1")
+        assert "no server at" in federation.log("client-1")
+
+
+def test_a_failing_trainer_reaches_the_server_with_its_traceback_and_the_round_goes_on(tmp_path: Path) -> None:
+    flags = ("--threads", "1", "--workload", "tests.unchanged:failing_on_rank_2")
+    with programs(tmp_path, model_flags=flags) as federation:
+        link_tests(tmp_path)
+        federation.start_all()
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert "the loss of rank 2 is not what it should be" in federation.log("server")
+        assert "in train" in federation.log("server")
+        assert all("2" in line["refused"] for line in federation.history())  # type: ignore[operator]
+
+
+def test_two_trainers_with_different_models_are_told_the_first_differing_keys(tmp_path: Path) -> None:
+    flags = ("--threads", "1", "--workload", "tests.unchanged:wider_on_rank_2")
+    with programs(tmp_path, model_flags=flags, client_flags=("--trainer-wait", "1")) as federation:
+        link_tests(tmp_path)
+        federation.start_all()
+        codes = federation.wait()
+        assert codes["model-2"] == 6, federation.tails()
+        assert codes["server"] == codes["model-1"] == 0, federation.tails()
+        assert "'layer.weight'" in federation.log("model-2")
+        assert "'layer.weight'" in federation.log("server")
+
+
+MISTAKES = [
+    (["client_main.py", "--rank", "0"], 2, "positive integer"),
+    (["client_main.py", "--rank", "one"], 2, "positive integer"),
+    (["client_main.py", "--server-address", "localhost"], 2, "expected HOST:PORT"),
+    (["client_main.py", "--server-address", "no-such-host.invalid:8080"], 2, "cannot resolve"),
+    (["client_main.py", "--nonsense"], 2, "unrecognized"),
+    (["server_main.py", "--address", "here"], 2, "expected HOST:PORT"),
+    (["server_main.py", "--aggregate", "fedagv"], 2, "fedavg"),
+    (["server_main.py", "--keep-checkpoints", "1"], 2, "at least 2"),
+    (["server_main.py", "--fraction-train", "0"], 2, "above 0"),
+    (["server_main.py", "--initial-checkpoint", "missing.pt"], 2, "missing.pt"),
+    (["server_main.py", "--ssl-certfile", "missing.pem"], 2, "missing.pem"),
+    (["model_main.py", "--workload", "digit"], 11, "digits"),
+    (["model_main.py", "--workload", "tests.unchanged:without_evaluate"], 11, "evaluate"),
+    (["model_main.py", "--workload-option", "epochs=many"], 2, "epochs"),
+    (["model_main.py", "--rank", "3"], 2, "--num-partitions"),
+    (["model_main.py", "--device", "quantum"], 2, "quantum"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "code", "said"), MISTAKES, ids=[" ".join(mistake[0]) for mistake in MISTAKES])
+def test_a_mistake_gets_one_clear_line_and_its_exit_code(
+    tmp_path: Path, command: list[str], code: int, said: str
+) -> None:
+    link_tests(tmp_path)
+    ended = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], capture_output=True, text=True,
+                           cwd=tmp_path, timeout=60, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})  # fmt: skip
+    assert ended.returncode == code, ended.stderr
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_port_in_use_is_told(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = subprocess.run([sys.executable, str(ROOT / "server_main.py"), "--address", address],
+                               capture_output=True, text=True, cwd=tmp_path, timeout=60)  # fmt: skip
+    assert ended.returncode == 7
+    assert f"cannot listen at {address}" in ended.stderr
+
+
+def test_a_taken_rank_names_the_process_that_holds_it(tmp_path: Path) -> None:
+    with programs(tmp_path) as federation:
+        first = federation.start("client-1")
+        federation.wait_for("client-1", "waiting for the server")
+        second = subprocess.run(federation.command("client-1"), capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert second.returncode == 4
+        assert f"process {first.pid}" in second.stderr
+
+
+def test_an_exchange_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    open_to_all = tmp_path / "shared" / "rank-1"
+    open_to_all.mkdir(parents=True)
+    open_to_all.chmod(0o777)
+    for directory, said in (("file", "cannot make the directory"), ("shared", "chmod go-w")):
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / "client_main.py"), "--exchange-dir", directory,
+             "--server-address", f"127.0.0.1:{free_port()}"],
+            capture_output=True, text=True, cwd=tmp_path, timeout=60,
+        )  # fmt: skip
+        assert ended.returncode == 3, ended.stderr
+        assert said in ended.stderr
+
+
+@pytest.mark.parametrize("script", ["server_main.py", "client_main.py", "model_main.py"])
+def test_help_names_every_flag_of_the_design(script: str) -> None:
+    shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
+    for flag in CONTRACT[script].split():
+        assert flag in shown.stdout, flag
+
+
+CONTRACT = {
+    "server_main.py": "--address --rounds --min-clients --min-results --fraction-train --evaluate-every --aggregate "
+    "--checkpoint-dir --keep-checkpoints --resume --initial-checkpoint --round-timeout --train-config --payload-store "
+    "--engine --seed --ssl-ca-certfile --ssl-certfile --ssl-keyfile --verbose -r -v",
+    "client_main.py": "--rank --server-address --exchange-dir --root-certificates --max-wait --trainer-wait "
+    "--payload-store --engine --verbose",
+    "model_main.py": "--rank --exchange-dir --checkpoint-dir --workload --workload-option --num-partitions --data-dir "
+    "--seed --device --state --client-wait --verbose",
+}
+
+
+def link_tests(directory: Path) -> None:
+    """Make `tests` importable from where the programs are started, as a user's own package would be."""
+    (directory / "tests").symlink_to(TESTS)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

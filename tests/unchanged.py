@@ -1,0 +1,101 @@
+"""Workloads of the tests' own: as a user's package would have them, found by ``--workload tests.unchanged:NAME``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsplit import EvaluateResult, TrainResult, WorkloadContext
+
+
+def entries() -> dict[str, torch.Tensor]:
+    """One entry of every kind that travels."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "single": torch.randn(3, 5, generator=generator),
+        "brain": torch.randn(7, generator=generator).bfloat16(),
+        "half_": torch.randn(2, 3, generator=generator).half(),
+        "double_": torch.randn(4, generator=generator, dtype=torch.float64),
+        "counter": torch.tensor(2**53 + 1),
+        "mask": torch.tensor([True, False, True]),
+        "bytes_": torch.arange(5, dtype=torch.uint8),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(0.1),
+        "tiny": torch.tensor([1e-45, -0.0, 3.4e38]),
+    }
+
+
+class Holder(nn.Module):
+    """A module whose state_dict is exactly the given entries."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+class Unchanged:
+    """Trains nothing and says so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def train(self, task: Any) -> TrainResult:
+        return TrainResult(10 * task.server_round, {})
+
+    def evaluate(self, task: Any) -> EvaluateResult:
+        return EvaluateResult(0.5, 4, {})
+
+
+def unchanged(context: WorkloadContext) -> Unchanged:
+    return Unchanged(Holder(entries()))
+
+
+def large(context: WorkloadContext) -> Unchanged:
+    return Unchanged(Holder({"a": torch.arange(1_000_000, dtype=torch.float32)}))
+
+
+class Slow(Unchanged):
+    """Trains for a minute, unless it is told to stop."""
+
+    def train(self, task: Any) -> TrainResult:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not task.should_stop():
+            time.sleep(0.01)
+        return TrainResult(1, {})
+
+
+def slow(context: WorkloadContext) -> Slow:
+    return Slow(Holder(entries()))
+
+
+class Failing(Unchanged):
+    def train(self, task: Any) -> TrainResult:
+        raise ArithmeticError("the loss of rank 2 is not what it should be")
+
+
+def failing_on_rank_2(context: WorkloadContext) -> Unchanged:
+    return (Failing if context.rank == 2 else Unchanged)(Holder(entries()))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, width)
+
+
+def wider_on_rank_2(context: WorkloadContext) -> Unchanged:
+    return Unchanged(Layer(4 if context.rank == 2 else 3))
+
+
+def without_evaluate(context: WorkloadContext) -> Any:
+    class Half:
+        model = nn.Linear(1, 1)
+
+        def train(self, task: Any) -> TrainResult:
+            return TrainResult(1)
+
+    return Half()
