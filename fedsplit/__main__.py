@@ -8,6 +8,8 @@ Each command has its own --help with an example.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +28,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    return cli.run(lambda arguments: arguments.run(arguments), make_parser(), argv, "fedsplit")
+    try:
+        return cli.run(lambda arguments: arguments.run(arguments), make_parser(), argv, "fedsplit")
+    except BrokenPipeError:
+        # Whoever read stdout has left, as `head` does; the interpreter would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

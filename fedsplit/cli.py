@@ -24,7 +24,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the docstring as it is, and each flag with its default unless that is None or the help names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or "default" in (action.help or ""):
+        # Not `in (None, False)`: a default of 0 equals False and is one to show.
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        if "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -37,7 +40,7 @@ def make_parser(doc: str, prog: str | None = None) -> argparse.ArgumentParser:
 def add_command(
     commands: Commands, name: str, doc: str, run: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
-    """Add a command of ``python -m fedsplit``; the module's docstring is its help, the first line in short."""
+    """Add a command of ``python -m fedsplit``; its module's docstring is its help."""
     summary = doc.splitlines()[0].rstrip(".")
     parser = commands.add_parser(
         name, help=summary, description=doc, formatter_class=HelpFormatter, allow_abbrev=False
@@ -112,6 +115,11 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
         return EXIT_INTERRUPTED
     finally:
         logging.shutdown()
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun, in the plural where it is one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def read_file(path: Path | None, flag: str) -> bytes | None:

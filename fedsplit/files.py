@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,7 +117,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         raise explain(exc, target, f"link {source} to") from exc
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading; a symbolic link, a pipe or a directory is an OSError, and never waited for."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -8,6 +8,7 @@ there.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import mmap
 import secrets
@@ -33,7 +34,7 @@ class StoredPayload:
     bytes: int
     path: Path
 
-    def read(self) -> bytes:
+    def read(self) -> builtins.bytes:
         """Return the content as bytes: what a message carries."""
         return self.path.read_bytes()
 

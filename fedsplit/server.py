@@ -30,7 +30,7 @@ from flwr.server.strategy import FedAvg
 
 from fedsplit.checkpoints import BackgroundWriter
 from fedsplit.conversation import Answer, Conversation, StoppedError, Terms, Turns
-from fedsplit.errors import FedSplitError, RecordError, RunFailedError, RunStoppedError
+from fedsplit.errors import FedSplitError, RecordError, RunFailedError, RunStoppedError, UsageError
 from fedsplit.history import Line, weighted_mean
 from fedsplit.payloads import StoredPayload
 from fedsplit.records import Request
@@ -213,6 +213,11 @@ class Server(FlowerServer):
 
     def _print_split(self, strategy: Strategy) -> None:
         strategy.resolve_split(self._run.local_entries())
+        if strategy.split.min_updates > strategy.settings.min_clients:
+            raise UsageError(
+                f"the rules need at least {strategy.split.min_updates} updates a round, --min-clients is "
+                f"{strategy.settings.min_clients}; start with --min-clients {strategy.split.min_updates} or more"
+            )
         for part, entries, size, rule in strategy.split.describe():
             log.info("split: %s: %d entries, %s bytes, rule %s", part, entries, f"{size:,}", rule)
 
@@ -260,10 +265,13 @@ class Server(FlowerServer):
             str(rank): {"num_examples": a.num_examples, "seconds": round(a.seconds, 6), **_with_loss(a)}
             for rank, a in phase.good().items()
         }
-        return {
+        line: Line = {
             "train": means, "evaluate": {}, "clients": clients, "asked": len(ranks), "accepted": merge.accepted,
             "refused": {str(rank): reason for rank, reason in sorted(phase.refused.items())},
         }  # fmt: skip
+        if privacy := strategy.privacy_spent():
+            line["privacy"] = privacy
+        return line
 
     def _merge_one(self, conversation: Conversation, answer: Answer, merge: Merge) -> str | None:
         """Fetch an update and merge it; returns why it was refused, or None."""

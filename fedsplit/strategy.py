@@ -118,6 +118,14 @@ class Strategy(FlowerStrategy):
         """Begin to merge a round's updates."""
         return Merge(self, server_round, self.total_rounds, self._reference)
 
+    def privacy_spent(self) -> dict[str, Any] | None:
+        """Return epsilon and delta over all private parts so far; None without one."""
+        if not any(spec.inner for spec in self.settings.rules):
+            return None
+        from fedsplit.aggregation.privacy import privacy_spent
+
+        return privacy_spent(self.memory)
+
     def dump_memory(self) -> bytes | None:
         """Return what the rules remember, for the checkpoint; None if there is nothing."""
         if not any(self.memory.values()):

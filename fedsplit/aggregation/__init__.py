@@ -1,5 +1,4 @@
-"""How the clients' states become the next global state: the rules, and the split that says which part gets
-which.
+"""How the clients' states become the next global state: the rules, and which part of the model gets which.
 
 Names are loaded when they are first used, so that reading the flags (`fedsplit.aggregation.spec`) does not
 import torch::

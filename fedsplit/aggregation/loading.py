@@ -1,5 +1,4 @@
-"""From what was asked for to a rule that can be called: built-in, Flower's, the user's, or one wrapped in
-another."""
+"""From what was asked for to a rule that can be called: built-in, Flower's, the user's, or a wrapped one."""
 
 from __future__ import annotations
 

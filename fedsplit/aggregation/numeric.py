@@ -1,7 +1,6 @@
-"""The arithmetic the rules share: which precision, a running mean, an elementwise maximum, a norm over a
-part.
+"""The arithmetic the rules share: precision, a running mean, an elementwise maximum, distances, sorting.
 
-A running mean is kept as ``mean.lerp_(x, weight / weight_so_far)``: identical inputs come out bit for bit as
+A running mean is kept as ``lerp(mean, x, weight / weight_so_far)``: identical inputs come out bit for bit as
 they went in, it works in place, and it needs one pass. ``sum(weight * x)`` promises none of the three.
 """
 
@@ -20,14 +19,12 @@ _CHUNK = 1 << 14
 
 
 def is_floating(tensor: Tensor) -> bool:
-    """Whether a rule averages this entry: floating point or complex. Integers and booleans are merged by
-    maximum."""
+    """Whether a rule averages this entry: floating point or complex. The others are merged by maximum."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The floating type to add up in: at least float32 (or two of them), and the entry's own where that is
-    wider."""
+    """The type to add up in: at least float32, or a pair of them, or the entry's own if that is wider."""
     lowest = torch.complex64 if dtype.is_complex else torch.float32
     # Not torch.promote_types: it knows no 8-bit floats.
     return dtype if dtype.itemsize >= lowest.itemsize else lowest
@@ -62,8 +59,8 @@ class RunningMean:
             )
         else:
             share, tensor = weight / self._total, widened(tensor)
-            # From the nearer end: torch then takes `end - (end - start) * …`, which leaves identical inputs as they
-            # are bit for bit, -0.0 too; `start + …` would make it 0.0.
+            # From the nearer end: torch then takes `end - (end - start) * …`, which leaves identical inputs
+            # as they are bit for bit, -0.0 too; `start + …` would make it 0.0.
             if share < 0.5:
                 torch.lerp(tensor, self._mean, 1 - share, out=self._mean)
             else:
@@ -133,8 +130,7 @@ def flat_real(tensor: Tensor) -> Tensor:
 
 
 def chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The same stretch of each tensor, flat and in the wide type, short enough to stay in the processor's
-    cache."""
+    """The same stretch of each tensor, flat and in the wide type, short enough for the processor's cache."""
     rows = [flat_real(tensor) for tensor in tensors]
     for start in range(0, rows[0].numel(), _CHUNK):
         yield [widened(row[start : start + _CHUNK]) for row in rows]
@@ -175,8 +171,8 @@ def sorted_rows(rows: Sequence[Tensor]) -> list[Tensor]:
 def surely_finite(tensor: Tensor) -> bool:
     """Whether one pass at the speed of memory proves that no element is NaN or infinite.
 
-    A sum with a NaN or infinity in it is never finite, so a finite sum proves that there is none. Any other sum
-    proves nothing, as finite numbers may overflow it: then each element must be looked at.
+    A sum with a NaN or infinity in it is never finite, so a finite sum proves that there is none. Any other
+    sum proves nothing, as finite numbers may overflow it: then each element must be looked at.
     """
     if not is_floating(tensor):
         return True

@@ -231,8 +231,7 @@ def parse_rules(texts: Sequence[str]) -> tuple[RuleSpec, ...]:
 
 
 def first_match(specs: Sequence[RuleSpec], key: str) -> RuleSpec | None:
-    """The rule that takes `key`: the first whose pattern matches, else the one without a pattern, else
-    None."""
+    """The rule that takes `key`: the first whose pattern matches, else the bare one, else None."""
     ordered = sorted(specs, key=lambda spec: spec.pattern is None)
     return next((spec for spec in ordered if spec.matches(key)), None)
 

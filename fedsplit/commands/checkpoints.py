@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if corrupt:
         names = ", ".join(f"{row.store} round {row.server_round}" for row in corrupt)
         raise CheckpointError(
-            f"{len(corrupt)} of {len(listed)} checkpoints are corrupt ({names}); a resumed run passes over them"
+            f"{len(corrupt)} of {len(listed)} checkpoints are corrupt ({names}); --resume passes over them"
         )
     return 0
 

@@ -2,7 +2,7 @@
 
     python -m fedsplit demo --rounds 5
 
-The programs are those that are otherwise started by hand; each writes to its own file in DIR/logs. Ctrl-C ends
+The programs are those that are otherwise started by hand, each with a log of its own in DIR/logs. Ctrl-C ends
 all of them. Ends with exit code 15 if one of them fails, and says which and why.
 """
 
@@ -19,22 +19,21 @@ from pathlib import Path
 from types import FrameType
 
 from fedsplit import cli
+from fedsplit.commands.demo_follower import Follower
 from fedsplit.commands.demo_view import View, make_view, refusals
 from fedsplit.commands.places import Places
 from fedsplit.commands.plot import write_plot
 from fedsplit.commands.programs import Program, Programs
-from fedsplit.commands.status import ROLES, RankStatus, read_status
+from fedsplit.commands.status import read_status
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError
 from fedsplit.files import make_private_directory
-from fedsplit.history import Line, read_history
 
 _POLL_S = 0.1
 # When one has failed, the others are given a moment: they may fail for the same reason, or be the reason.
 _SETTLE_S = 2.0
-# When one has ended well, the run is over, and the others have this long: the server's goodbye takes up to 10 s.
+# When one has ended well, the run is over, the others have this long; a goodbye takes up to 10 s.
 _FAREWELL_S = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_DOING = {"initialize": "asking for the initial state", "train": "training", "evaluate": "evaluating"}
 
 
 def add_to(commands: cli.Commands) -> None:
@@ -95,8 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
     places = Places(arguments.checkpoint_dir)
     make_private_directory(places.logs, CheckpointError)
     _check_roles_are_free(arguments.exchange_dir, arguments.clients)
-    follower = _Follower(places, arguments.exchange_dir, arguments.clients)
-    title = f"fedsplit demo: {arguments.workload}, {arguments.clients} clients, {arguments.rounds} rounds"
+    follower = Follower(places, arguments.exchange_dir, arguments.clients)
+    parts = cli.count(arguments.clients, "client"), cli.count(arguments.rounds, "round")
+    title = f"fedsplit demo: {arguments.workload}, {', '.join(parts)}"
     with _received_signals() as received:
         programs = Programs(
             plan(arguments, places), _environment(arguments.clients), lambda: len(received) > 1
@@ -142,73 +142,7 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Program]:
     return programs
 
 
-class _Follower:
-    """Reads what the programs write: the history, and who does what."""
-
-    def __init__(self, places: Places, exchange_dir: Path, clients: int) -> None:
-        self.lines: list[Line] = []
-        self._places = places
-        self._exchange_dir = exchange_dir
-        self._ranks = range(1, clients + 1)
-        # Until the server has put an old run aside, its history is not ours.
-        self._old_run_id = places.run_id()
-        self._run_id: str | None = None
-        self._size = 0
-        self._all_came = False
-
-    def update(self) -> str:
-        """Read the new lines of the history; returns what is going on."""
-        statuses = [read_status(self._exchange_dir, rank, probe=not self._all_came) for rank in self._ranks]
-        if self._run_id is None:
-            found = self._places.run_id()
-            self._run_id = None if found == self._old_run_id else found
-        if self._run_id is not None:
-            self._read_history()
-        return self._describe(statuses)
-
-    def _read_history(self) -> None:
-        path = self._places.history
-        size = path.stat().st_size if path.exists() else 0
-        if size != self._size:
-            self._size, self.lines = size, read_history(path)
-
-    def _describe(self, statuses: Sequence[RankStatus]) -> str:
-        if not self._all_came:
-            missing = [] if self._run_id else ["the server"]
-            missing += [
-                f"{role} {status.rank}"
-                for status in statuses
-                for role in ROLES
-                if status.holders.get(role) is None
-            ]
-            if missing:
-                return f"starting: waiting for {', '.join(missing)}"
-            self._all_came = True
-        mine = [status for status in statuses if status.task and status.task.request.run_id == self._run_id]
-        if any(status.is_over for status in mine):
-            return "the run is over: waiting for the programs to end"
-        newest = max(mine, key=lambda status: _when(status)[0], default=None)
-        if newest is None or newest.task is None:
-            return "starting: waiting for the first task"
-        _, kind, total = _when(newest)
-        server_round, done = newest.task.request.server_round, self.lines[-1]["round"] if self.lines else 0
-        if server_round <= done < total:
-            # What was read of the exchange is older than the history.
-            return f"round {done + 1} of {total}: starting"
-        return (
-            f"round {server_round} of {total}: {_DOING[kind]}"
-            if server_round
-            else f"starting: {_DOING[kind]}"
-        )
-
-
-def _when(status: RankStatus) -> tuple[tuple[int, bool], str, int]:
-    assert status.task is not None  # noqa: S101  (for the type checker)
-    request = status.task.request
-    return (request.server_round, request.kind == "evaluate"), request.kind, request.total_rounds
-
-
-def _watch(programs: Programs, follower: _Follower, view: View, received: Sequence[signal.Signals]) -> None:
+def _watch(programs: Programs, follower: Follower, view: View, received: Sequence[signal.Signals]) -> None:
     """Watch until all have ended; leaves early when one failed, hangs at the end, or a signal came."""
     over_since: float | None = None
     while not received:
@@ -240,7 +174,7 @@ def _explain(failed: Sequence[Program]) -> str:
     return text + "".join(f"\nalso {program.describe_end()}: see {program.log}" for program in failed[1:])
 
 
-def _conclude(follower: _Follower, places: Places) -> None:
+def _conclude(follower: Follower, places: Places) -> None:
     """Draw the plot and say what came out; a run in which nothing was ever learned is a failed one."""
     follower.update()
     lines = follower.lines
@@ -256,7 +190,7 @@ def _conclude(follower: _Follower, places: Places) -> None:
         for name in ("accuracy", "loss")
         if isinstance(final.get(name), float)
     ]
-    print(f"{shown[0] if shown else 'finished'} after {lines[-1]['round']} rounds")
+    print(f"{shown[0] if shown else 'finished'} after {cli.count(lines[-1]['round'], 'round')}")
     for name, path in (("checkpoints", places.server), ("plot", places.plot), ("logs", places.logs)):
         print(f"{name + ':':<12} {path}", flush=True)
 
@@ -288,7 +222,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _received_signals() -> Iterator[list[signal.Signals]]:
-    """Collect signals instead of being interrupted by them: between two steps one is acted on, never inside of one."""
+    """Collect signals instead of being interrupted: one is acted on between two steps, not inside one."""
     received: list[signal.Signals] = []
 
     def note(number: int, _: FrameType | None) -> None:

@@ -62,7 +62,7 @@ class PlainView:
             for text in refusals([line]):
                 print(text, flush=True)
         self._printed = len(lines)
-        if activity != self._activity:
+        if activity and activity != self._activity:
             self._activity = activity
             print(activity, flush=True)
 
@@ -113,7 +113,8 @@ class LiveView:
         notes = [Text(text, "yellow") for text in refusals(lines)[-_REFUSALS_SHOWN:]]
         if not self._activity:
             return Group(table, *notes)
-        self._spinner.update(text=Text(f"{self._activity} ({format_seconds(seconds)})"))
+        lasted = f" ({format_seconds(seconds)})" if seconds >= 1 else ""
+        self._spinner.update(text=Text(self._activity + lasted))
         return Group(table, *notes, self._spinner)
 
 

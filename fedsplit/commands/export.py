@@ -2,7 +2,8 @@
 
     python -m fedsplit export --checkpoint-dir checkpoints --output model.pt
 
-What comes out is plain: torch.load("model.pt", weights_only=True) or safetensors.torch.load_file("model.safetensors").
+What comes out is plain: it is read by torch.load("model.pt", weights_only=True), or by
+safetensors.torch.load_file("model.safetensors").
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Places:
         self.plot = checkpoint_dir / "plot.png"
 
     def run_id(self) -> str | None:
-        """Return the id of the run that is here, or None; a reader may come before the server has begun one."""
+        """Return the id of the run that is here, or None: it may not have begun yet."""
         try:
             return str(json.loads(self.run.read_bytes())["run_id"])
         except (OSError, ValueError, KeyError, TypeError):

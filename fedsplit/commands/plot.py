@@ -22,6 +22,7 @@ from fedsplit.history import Line, read_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and by their grey on paper.
 _TRAIN, _TEST, _REST = "#0072B2", "#D55E00", "#B4B4B4"
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not lines:
         raise CheckpointError(f"no rounds in {path} yet; is it the server's --checkpoint-dir?")
     write_plot(lines, output)
-    print(f"{output}: {len(lines)} rounds of {path}")
+    print(f"{output}: {cli.count(len(lines), 'round')} of {path}")
     return 0
 
 
@@ -78,6 +79,13 @@ def draw(lines: Sequence[Line]) -> bytes:
     png : bytes
         1560 pixels wide with an accuracy or another metric, 1080 without.
     """
+    buffer = io.BytesIO()
+    make_figure(lines).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def make_figure(lines: Sequence[Line]) -> Figure:
+    """Return the figure that `draw` writes: loss, the metric if there is one, time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -104,9 +112,7 @@ def draw(lines: Sequence[Line]) -> bytes:
         each.grid(visible=True, axis="y", color="#E6E6E6", linewidth=0.8)
         each.set_axisbelow(True)
         each.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _draw_metric(axes: Axes, lines: Sequence[Line], name: str, label: str) -> None:
@@ -146,6 +152,8 @@ def _draw_time(axes: Axes, lines: Sequence[Line]) -> None:
         for row, label, color in zip(rows, labels, colors, strict=True):
             axes.bar(rounds, row, bottom=bottom, width=0.7, color=color, label=label)
             bottom = [low + high for low, high in zip(bottom, row, strict=True)]
+        # A single bar would fill the panel.
+        axes.set_xlim(min(rounds) - 0.9, max(rounds) + 0.9)
     axes.set_ylabel("seconds")
     # Room above the bars, so that the legend covers none of them.
     axes.set_ylim(0, 1.35 * max(map(sum, stages)) or 1)
@@ -166,7 +174,7 @@ def _slowest(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _title(lines: Sequence[Line], metric: str | None) -> str:
-    parts = [f"{len(lines)} rounds" if len(lines) > 1 else "1 round", f"{len(_ranks(lines))} clients"]
+    parts = [cli.count(len(lines), "round"), cli.count(len(_ranks(lines)), "client")]
     name = metric or "loss"
     judged = [(line["round"], value) for line in lines
               if not math.isnan(value := _number(line.get("evaluate", {}), name))]  # fmt: skip

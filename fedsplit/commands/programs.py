@@ -1,9 +1,9 @@
 """Programs that run side by side as children: started, watched, and always ended.
 
-Each child has a session of its own, so that a terminal's Ctrl-C reaches only the parent, which passes it on once, and a
-log file of its own. However the block of `Programs` is left, no child is left running: each is sent SIGINT, given
-``STOP_S`` seconds, and then killed by its id. A parent that is itself killed by SIGKILL can do nothing; on Linux the
-kernel then sends its children SIGTERM (``PR_SET_PDEATHSIG``), elsewhere they run to the end of their run.
+Each child has a log file of its own, and a session of its own, so that a terminal's Ctrl-C reaches only the
+parent, which passes it on once. However the block of `Programs` is left, no child is left running: each is
+sent SIGINT, given ``STOP_S`` seconds, then killed by its id. A parent that is itself killed by SIGKILL can
+do nothing: on Linux the kernel then sends its children SIGTERM (`PR_SET_PDEATHSIG`); elsewhere they go on.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Program:
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it."""
-        # A stream that grows, not a file that is there or not: the atomic writers of files.py have no part in it.
+        # A stream that grows, so not one for the writers of files.py, which put whole files into place.
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         try:
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", self.module, *self.arguments],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment), start_new_session=True,
-                preexec_fn=_tie_to_parent(),  # noqa: PLW1509  (no threads have been started yet)
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment),
+                start_new_session=True, preexec_fn=_tie_to_parent(),
             )  # fmt: skip
         finally:
             os.close(log)
@@ -81,7 +81,7 @@ class Program:
         return self.exit_code
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal, if it still runs: subprocess never signals an id that may be another's by now."""
+        """Send it a signal if it still runs; an id that may be another's by now is never signalled."""
         if self._process:
             self._process.send_signal(number)
 
@@ -156,37 +156,36 @@ class Programs:
 
     @property
     def failed(self) -> list[Program]:
-        """Those that ended badly, the likely cause first: who ended because another did is named after it."""
+        """Those that ended badly, the likely cause first, those that ended because another did last."""
         followed = (RunStoppedError.exit_code, RunFailedError.exit_code)
         return sorted(
             self._failed, key=lambda program: (program.exit_code in followed, self.programs.index(program))
         )
 
     def settle(self, seconds: float) -> None:
-        """Wait until all have ended, at most so long: whoever fails for the same reason is then known as well."""
+        """Wait until all have ended, at most so long: who fails for the same reason is then known too."""
         deadline = time.monotonic() + seconds
         while self.running and time.monotonic() < deadline and not self._hurry():
             time.sleep(_POLL_S)
             self.poll()
 
     def stop(self) -> None:
-        """End all that still run: asked first, killed after ``STOP_S`` seconds. How they then end is no failure."""
-        for number in (signal.SIGINT, signal.SIGKILL):
+        """End all that still run: asked first, killed after ``STOP_S`` s. How they end then is no failure."""
+        self._send_and_wait(signal.SIGINT, self._hurry)
+        self._send_and_wait(signal.SIGKILL, lambda: False)
+
+    def _send_and_wait(self, number: signal.Signals, hurry: Callable[[], bool]) -> None:
+        for program in self.running:
+            program.send(number)
+        deadline = time.monotonic() + STOP_S
+        while self.running and time.monotonic() < deadline and not hurry():
+            time.sleep(_POLL_S)
             for program in self.running:
-                program.send(number)
-            deadline = time.monotonic() + STOP_S
-            while (
-                self.running
-                and time.monotonic() < deadline
-                and not (number == signal.SIGINT and self._hurry())
-            ):
-                time.sleep(_POLL_S)
-                for program in self.running:
-                    program.poll()
+                program.poll()
 
 
 def _tie_to_parent() -> Callable[[], None] | None:
-    """Return what a child does before its program starts, so that it is told when the parent dies; Linux only."""
+    """Return what a child does first, so that it is told when the parent dies; None where Linux is not."""
     if not sys.platform.startswith("linux"):
         return None
     # Looked up here: between fork and exec as little as possible should happen.

@@ -2,8 +2,8 @@
 
     python -m fedsplit status exchange
 
-Looking disturbs nobody: it may be done while a run is on, and makes no file. Whether a process is alive is told
-by its lock; how long a step has lasted by the time stamp of its record, which nothing else looks at.
+Looking disturbs nobody: it may be done while a run is on, and makes no file. Whether a process is alive is
+told by its lock, how long a step has lasted by the time stamp of its record, which nothing else looks at.
 """
 
 from __future__ import annotations

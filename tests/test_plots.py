@@ -1,0 +1,121 @@
+"""The picture of a run: what is drawn is what the history says."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedsplit.__main__ import main
+from fedsplit.commands.plot import draw, make_figure
+from fedsplit.errors import CheckpointError, UsageError
+from fedsplit.history import History, Line
+
+LINES: list[Line] = [
+    {
+        "round": server_round,
+        "seconds": 2.0,
+        "train": {"loss": 1 / server_round, "accuracy": 0.5},
+        "evaluate": {"loss": 0.5 / server_round, "accuracy": 0.8},
+        "clients": {
+            str(rank): {
+                "num_examples": 10, "seconds": 1.0 / rank, "loss": rank / server_round, "accuracy": 0.5,
+                "evaluate": {"num_examples": 5, "seconds": 0.25, "loss": 0.1 * rank, "accuracy": 0.8},
+            }
+            for rank in (1, 2)
+        },
+    }
+    for server_round in (1, 2, 3)
+]  # fmt: skip
+
+
+def drawn(lines: list[Line], panel: int) -> list[list[float]]:
+    """Return what stands on the vertical axis of each line of a panel."""
+    return [
+        np.asarray(line.get_ydata(), float).tolist() for line in make_figure(lines).axes[panel].get_lines()
+    ]
+
+
+def decoded(png: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.load()
+        return picture
+
+
+def test_the_loss_of_each_client_is_faint_and_the_mean_is_bold() -> None:
+    lines = make_figure(LINES).axes[0].get_lines()
+    bold = [line for line in lines if line.get_linewidth() > 2]
+    faint = [line for line in lines if (line.get_alpha() or 1) < 0.5]
+    assert [line.get_label() for line in bold] == ["training", "test"]
+    assert len(faint) == 4
+    assert drawn(LINES, 0)[-2:] == [[1.0, 1 / 2, 1 / 3], [0.5, 0.25, 0.5 / 3]]
+    assert drawn(LINES, 0)[0] == [1.0, 1 / 2, 1 / 3]
+    assert drawn(LINES, 0)[1] == [0.1, 0.1, 0.1]
+
+
+def test_the_seconds_of_a_round_are_divided_without_a_rest() -> None:
+    bars = make_figure(LINES[:1]).axes[2].containers
+    assert [bar[0].get_height() for bar in bars] == [1.0, 0.25, 0.75]
+
+
+def test_every_panel_has_a_title_and_labels_with_units() -> None:
+    axes = make_figure(LINES).axes
+    assert [each.get_title(loc="left") for each in axes] == ["Loss", "Accuracy", "Time per round"]
+    assert all(each.get_xlabel() == "round" for each in axes)
+    assert axes[2].get_ylabel() == "seconds"
+
+
+def test_null_is_a_gap_and_a_client_that_was_away_is_one_too() -> None:
+    gap: Line = {"round": 4, "seconds": 1.0, "train": {"loss": None}, "evaluate": {}, "clients": {}}
+    losses = drawn([*LINES, gap], 0)
+    assert all(math.isnan(line[3]) for line in losses)
+    assert decoded(draw([*LINES, gap])).size == (1560, 504)
+
+
+def test_another_metric_takes_the_place_of_a_missing_accuracy() -> None:
+    lines = [
+        {
+            "round": 1,
+            "seconds": 1.0,
+            "train": {"loss": 1.0},
+            "evaluate": {"loss": 1.0, "f1": 0.5},
+            "clients": {},
+        }
+    ]
+    axes = make_figure(lines).axes
+    assert [each.get_title(loc="left") for each in axes] == ["Loss", "F1", "Time per round"]
+
+
+@pytest.mark.parametrize("rounds", [1, 200])
+def test_one_round_and_very_many_are_drawn(rounds: int) -> None:
+    lines: list[Any] = [{**LINES[0], "round": number + 1} for number in range(rounds)]
+    picture = decoded(draw(lines))
+    assert picture.size == (1560, 504)
+    assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
+
+
+def test_a_line_without_any_number_is_no_reason_to_fail() -> None:
+    assert decoded(draw([{"round": 1}])).size == (1080, 504)
+
+
+def test_plot_writes_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "server").mkdir()
+    for line in LINES:
+        History(tmp_path / "server/history.jsonl").append(line)
+    output = tmp_path / "plot.png"
+    assert main(["plot", "--checkpoint-dir", str(tmp_path), "--output", str(output)]) == 0
+    assert decoded(output.read_bytes()).format == "PNG"
+    assert "3 rounds" in capsys.readouterr().out
+
+
+def test_plot_of_nothing_and_under_a_wrong_name_are_errors(tmp_path: Path) -> None:
+    command = ["plot", "--checkpoint-dir", str(tmp_path), "--output"]
+    assert main([*command, str(tmp_path / "plot.png")]) == CheckpointError.exit_code
+    assert main([*command, str(tmp_path / "plot.jpg")]) == UsageError.exit_code
+    assert main([*command, str(tmp_path / "nowhere/plot.png")]) == UsageError.exit_code
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,191 @@
+"""The records of the exchange: written and read back, checked field by field, never trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from fedsplit.errors import RecordError, SchemaError
+from fedsplit.records import (
+    SCHEMA, FinishedRecord, PayloadRecord, Request, ResultRecord, TaskRecord, is_digest, loads, request_from_json, scalars,
+)  # fmt: skip
+
+DIGEST = "0123456789abcdef" * 4
+REQUEST = Request(
+    run_id="r", kind="train", server_round=2, total_rounds=5, config={"a": True, "b": 2, "c": 0.1, "d": "x"},
+    split=(("head.*", True), ("*", False)),
+)  # fmt: skip
+TASK = TaskRecord(
+    version=7, request=REQUEST, payload=PayloadRecord(file="task-7.safetensors", bytes=80, digest=DIGEST)
+)
+RESULT = ResultRecord(
+    version=7, run_id="r", kind="train", server_round=2, status="ok", num_examples=3, loss=0.25, seconds=1.5,
+    payload=PayloadRecord(file="result-7.safetensors", bytes=80, digest=DIGEST), metrics={"acc": 0.5, "n": 3},
+)  # fmt: skip
+FAILED = ResultRecord(
+    version=7, run_id="r", kind="train", server_round=2, status="error",
+    error={"type": "ValueError", "message": "no", "traceback": "…"},
+)  # fmt: skip
+FINISHED = FinishedRecord(version=8, run_id="r", outcome="stopped", reason="Ctrl-C")
+RECORDS = {"task": TASK, "result": RESULT, "failed": FAILED, "finished": FINISHED}
+
+
+def written(record: Any) -> dict[str, Any]:
+    return loads(json.dumps(record.to_json()).encode(), "here")
+
+
+def changed(record: Any, key: str, value: Any) -> Any:
+    """Read a record back with one key changed; a dot leads into an inner object; ``...`` takes the key out."""
+    fields = written(record)
+    *path, last = key.split(".")
+    inner = fields
+    for name in path:
+        inner = inner[name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return type(record).from_json(fields, "here")
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS.keys())
+def test_a_record_is_read_back_as_it_was_written(record):
+    fields = written(record)
+    assert fields["schema"] == SCHEMA
+    assert type(record).from_json(fields, "here") == record
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS.keys())
+def test_keys_that_are_not_known_are_ignored(record):
+    assert changed(record, "of_a_newer_version", [{"a": None}]) == record
+
+
+def test_the_records_have_the_keys_that_the_design_promises():
+    task = {"schema", "run_id", "version", "kind", "server_round", "total_rounds", "config", "payload"}
+    result = {"schema", "run_id", "version", "kind", "server_round", "payload", "status", "num_examples", "loss", "metrics", "error"}
+    assert task <= written(TASK).keys() and result <= written(RESULT).keys()
+    assert {"file", "bytes"} <= written(TASK)["payload"].keys()
+    assert written(FAILED)["error"].keys() == {"type", "message", "traceback"}
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS.keys())
+def test_numbers_that_json_has_no_word_for_survive(record):
+    if isinstance(record, ResultRecord):
+        assert math.isnan(changed(record, "loss", math.nan).loss)
+        assert changed(record, "loss", math.inf).loss == math.inf
+
+
+WRONG: list[tuple[str, str, Any]] = [
+    (name, "version", value) for name in RECORDS for value in (..., 0, -1, True, 1.0, "7", None, 2**63, 10**4000)
+] + [
+    (name, "kind", value) for name in ("task", "result") for value in (..., "test", "", None, 3, ["train"])
+] + [
+    (name, "server_round", value) for name in ("task", "result") for value in (..., -1, 1.5, True, None, "1", 2**63)
+] + [
+    (name, "run_id", value) for name in RECORDS for value in (..., None, 3, ["r"])
+] + [
+    ("task", "total_rounds", value) for value in (..., -1, None, "5")
+] + [
+    ("task", "config", value) for value in (None, [], "x", {"a": None}, {"a": [1]}, {"a": {}})
+] + [
+    ("task", "split", value) for value in (None, {}, "x", [["a"]], [["a", 1]], [[1, True]], ["ab"], [["a", True, 2]])
+] + [
+    ("task", "cancelled", value) for value in (None, 0, 1, "true")
+] + [
+    ("result", "status", value) for value in (..., "done", None, True)
+] + [
+    ("result", "num_examples", value) for value in (None, -1, 1.0, True, "3", 2**64)
+] + [
+    ("result", "loss", value) for value in ("0.1", True, [], 10**400)
+] + [
+    ("result", "seconds", value) for value in (None, "1", True, 10**400)
+] + [
+    ("result", "metrics", value) for value in (None, [], {"a": None}, {"a": []})
+] + [
+    ("failed", "error", value) for value in ("no", [], {"type": 3}, {"message": None}, {"traceback": ["…"]})
+] + [
+    (name, "payload", value) for name in ("task", "result") for value in ("x", [], 3, {}, True)
+] + [
+    (name, "payload.bytes", value) for name in ("task", "result") for value in (..., 0, 7, -1, "80", 80.0, True, 2**64)
+] + [
+    (name, "payload.digest", value) for name in ("task", "result") for value in (..., "", DIGEST[:-1], DIGEST.upper(), "g" * 64, None, DIGEST + "\n")
+] + [
+    ("task", "payload.file", value) for value in (..., None, "result-7.safetensors", "task-6.safetensors", "../task-7.safetensors")
+] + [
+    ("result", "payload.file", value) for value in (..., None, "task-7.safetensors", "result-70.safetensors", "/result-7.safetensors")
+] + [
+    ("finished", "outcome", None), ("finished", "reason", 3)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "value"), WRONG, ids=[f"{n}-{k}-{str(v)[:20]}" for n, k, v in WRONG])
+def test_a_field_of_the_wrong_kind_is_a_record_error_that_names_place_and_key(name, key, value):
+    with pytest.raises(RecordError) as caught:
+        changed(RECORDS[name], key, value)
+    message = str(caught.value)
+    assert message.startswith("here") and (key.split(".")[0] in message or "payload" in message)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "default"),
+    [
+        ("task", "config", {}), ("task", "split", ()), ("task", "cancelled", False), ("task", "payload", None),
+        ("result", "num_examples", 0), ("result", "loss", None), ("result", "metrics", {}), ("result", "seconds", 0.0),
+        ("failed", "error", None), ("finished", "outcome", "complete"), ("finished", "reason", ""),
+    ],
+)  # fmt: skip
+def test_what_another_program_may_leave_out_has_a_default(name, key, default):
+    found = changed(RECORDS[name], key, ...)
+    holder = found.request if key in ("config", "split") else found
+    assert getattr(holder, key) == default
+
+
+@pytest.mark.parametrize("schema", ["fedsplit/2", "fedsplit/0", "other", None, 1, []])
+def test_another_schema_is_refused_naming_both(schema):
+    with pytest.raises(SchemaError, match=r"here has schema .*, this version of fedsplit reads 'fedsplit/1'"):
+        loads(json.dumps({"schema": schema}).encode(), "here")
+
+
+def test_a_record_without_a_schema_is_refused():
+    with pytest.raises(SchemaError, match="schema None"):
+        loads(b"{}", "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b" ", b"{", b'{"a": }', b"\xff", b"{}{}", '{"schema": "fedsplit/1"}'.encode("utf-16"), b"[" * 200_000, b"9" * 5000],
+    ids=["empty", "blank", "torn", "value", "not UTF-8", "two", "UTF-16", "deep", "long number"],
+)  # fmt: skip
+def test_what_is_not_json_is_a_record_error(text):
+    with pytest.raises(RecordError, match="here is not JSON"):
+        loads(text, "here")
+
+
+@pytest.mark.parametrize("text", [b"[]", b"3", b"null", b'"x"', b"true"])
+def test_what_is_no_object_is_a_record_error(text):
+    with pytest.raises(RecordError, match="expected an object"):
+        loads(text, "here")
+
+
+def test_a_request_of_the_server_is_checked_like_one_of_a_file():
+    fields = {"run_id": "r", "kind": "train", "server_round": 2, "total_rounds": 5}
+    assert request_from_json(fields, "the server's request").split == ()
+    with pytest.raises(RecordError, match="the server's request: kind is 'x'"):
+        request_from_json(fields | {"kind": "x"}, "the server's request")
+
+
+def test_metrics_hold_only_what_json_and_flower_can_carry():
+    assert scalars({"a": True, "b": 1, "c": 1.5, "d": "x"}, "metrics") == {"a": True, "b": 1, "c": 1.5, "d": "x"}
+    for value in (None, [1], {}, b"x", 1j):
+        with pytest.raises(RecordError, match="metrics: 'a' is a"):
+            scalars({"a": value}, "metrics")
+    with pytest.raises(RecordError, match="3 is a"):
+        scalars({3: "x"}, "metrics")  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("text", ["", "0" * 63, "0" * 65, "0" * 63 + "G", "A" * 64, "0" * 63 + "\n", None, 0, b"0" * 64, "../" + "0" * 61])
+def test_only_a_digest_is_a_digest(text):
+    assert is_digest(DIGEST) and not is_digest(text)
