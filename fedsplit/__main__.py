@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cli.run(lambda arguments: arguments.run(arguments), make_parser(), argv, "fedsplit")
     except BrokenPipeError:
-        # Whoever read stdout has left, as `head` does; the interpreter would complain when it flushes at its end.
+        # Whoever read stdout has left, as `head` does; without this the flush at the end would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from fedsplit.errors import FedSplitError, RecordError, RefusedError
 from fedsplit.exchange import Exchange, Poll
 from fedsplit.files import link_or_copy
 from fedsplit.handoff import ClientSide, Source
+from fedsplit.join import Transcript, is_nonce
 from fedsplit.payloads import PayloadStore, read_nonce
-from fedsplit.protocol import INLINE_BYTES, TENSOR_TYPE, pack, unpack
+from fedsplit.protocol import BYTES_PER_S, EMBEDDED, LARGE_BYTES, TENSOR_TYPE, Engine, pack, unpack
 from fedsplit.records import FinishedRecord, PayloadRecord, Request, ResultRecord, request_from_json
 
 log = logging.getLogger("fedsplit")
@@ -47,16 +50,30 @@ class Relay(Client):
         Seconds to wait for a trainer to be there before a task is reported as failed.
     use_store
         Whether payloads may travel by reference, where the server's store can be seen.
+    join_key
+        What the server and this client must prove to each other to know; None takes any server.
+    engine
+        Which of Flower's engines this runs on.
 
     Attributes
     ----------
     outcome : FinishedRecord or None
         How the run ended, once the server has said so.
     refused : RefusedError or None
-        Why the server turned this client away.
+        Why the server turned this client away, or this client the server.
+    missing_since : float or None
+        `time.monotonic` since when no trainer was there, while a task waits for one.
     """
 
-    def __init__(self, exchange: Exchange, *, trainer_wait_s: float, use_store: bool = True) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        trainer_wait_s: float,
+        use_store: bool = True,
+        join_key: bytes | None = None,
+        engine: Engine = EMBEDDED,
+    ) -> None:
         self.outcome: FinishedRecord | None = None
         self.refused: RefusedError | None = None
         self._exchange = exchange
@@ -64,29 +81,71 @@ class Relay(Client):
         self._trainer_wait_s = trainer_wait_s
         self._use_store = use_store
         self._store: PayloadStore | None = None
-        self._missing_since: float | None = None
+        self._join_key = join_key
+        self._engine = engine
+        self._transcript: Transcript | None = None
+        self._knows_server = join_key is None
+        self._last_heard = time.monotonic()
+        self._natural_silence_s = 0.0
+        self._busy = False
+        self.missing_since: float | None = None
         self._announced: tuple[str, str, int] | None = None
+
+    # -- the connection --------------------------------------------------------------------------------------------
+
+    def begin_connection(self) -> None:
+        """Forget what was proved: whoever answers in a new connection has proved nothing yet."""
+        self._transcript = None
+        self._knows_server = self._join_key is None
+        self._store = None
+        self._natural_silence_s = 0.0
+        self._last_heard = time.monotonic()
+
+    def silence_s(self) -> float:
+        """Return for how many seconds the server has said nothing, beyond what a large message explains; 0 while busy."""
+        if self._busy:
+            return 0.0
+        return max(0.0, time.monotonic() - self._last_heard - self._natural_silence_s)
+
+    @contextmanager
+    def _question(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Read a question, and note that the server is alive."""
+        self._busy, self._natural_silence_s = True, 0.0
+        try:
+            message = unpack(config, "the server")
+            if not self._knows_server and message.get("op") not in ("join", "hello", "refuse"):
+                raise RecordError("the server has not proved that it knows the join token")
+            yield message
+        finally:
+            self._last_heard, self._busy = time.monotonic(), False
 
     # -- Flower's verbs --------------------------------------------------------------------------------------------
 
     def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
-        """Answer ``hello``, ``finish`` and ``refuse``."""
-        message = unpack(ins.config, "the server")
-        operation = message.get("op")
-        reply: dict[str, Any] = {}
-        if operation == "hello":
-            reply = self._greet(message)
-        elif operation == "finish":
-            self._finish(message)
-        elif operation == "refuse":
-            self.refused = RefusedError(f"the server refused rank {self._exchange.rank}: {message.get('reason')}")
-        elif operation != "ping":
-            raise RecordError(f"the server asks for {operation!r}, which this version of fedsplit does not know")
-        return GetPropertiesRes(status=_OK, properties=pack(reply))
+        """Answer ``join``, ``hello``, ``finish``, ``refuse`` and ``ping``."""
+        with self._question(ins.config) as message:
+            operation = message.get("op")
+            reply: dict[str, Any] = {}
+            if operation == "join":
+                reply = self._prove(message)
+            elif operation == "hello":
+                reply = self._greet(message)
+            elif operation == "finish":
+                self._finish(message)
+            elif operation == "refuse":
+                self.refused = self.refused or RefusedError(
+                    f"the server refused rank {self._exchange.rank}: {message.get('reason')}"
+                )
+            elif operation == "ping":
+                self._natural_silence_s = int(message.get("bytes") or 0) / BYTES_PER_S
+            else:
+                raise RecordError(f"the server asks for {operation!r}, which this version of fedsplit does not know")
+            return GetPropertiesRes(status=_OK, properties=pack(reply))
 
     def fit(self, ins: FitIns) -> FitRes:
         """Answer ``ask`` for ``initialize`` and ``train``."""
-        reply, blobs = self._ask(ins.config, ins.parameters)
+        with self._question(ins.config) as message:
+            reply, blobs = self._ask(message, ins.parameters)
         return FitRes(
             status=_OK, parameters=Parameters(blobs, TENSOR_TYPE),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
@@ -94,7 +153,8 @@ class Relay(Client):
 
     def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
         """Answer ``ask`` for ``evaluate``."""
-        reply, _ = self._ask(ins.config, ins.parameters)
+        with self._question(ins.config) as message:
+            reply, _ = self._ask(message, ins.parameters)
         return EvaluateRes(
             status=_OK, loss=float(reply.get("loss") or 0.0),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
@@ -102,21 +162,48 @@ class Relay(Client):
 
     def get_parameters(self, ins: GetParametersIns) -> GetParametersRes:
         """Answer ``pull``: the payload of the newest result, in one read."""
-        digest = unpack(ins.config, "the server").get("digest")
-        try:
-            result = self._exchange.read_result()
-            if result and result.payload and result.payload.digest == digest:
-                content = self._exchange.check_payload(result.payload).read_bytes()
-                return GetParametersRes(status=_OK, parameters=Parameters([content], TENSOR_TYPE))
-        except RecordError as exc:
-            log.warning("%s", exc)
-        message = f"rank {self._exchange.rank} no longer holds that result"
-        status = Status(code=Code.GET_PARAMETERS_NOT_IMPLEMENTED, message=message)
+        with self._question(ins.config) as message:
+            try:
+                result = self._exchange.read_result()
+                if result and result.payload and result.payload.digest == message.get("digest"):
+                    content = self._exchange.check_payload(result.payload).read_bytes()
+                    self._natural_silence_s = len(content) / BYTES_PER_S
+                    return GetParametersRes(status=_OK, parameters=Parameters([content], TENSOR_TYPE))
+            except RecordError as exc:
+                log.warning("%s", exc)
+        reason = f"rank {self._exchange.rank} no longer holds that result"
+        status = Status(code=Code.GET_PARAMETERS_NOT_IMPLEMENTED, message=reason)
         return GetParametersRes(status=status, parameters=Parameters([], TENSOR_TYPE))
 
     # -- the operations ---------------------------------------------------------------------------------------------
 
+    def _prove(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Answer the server's challenge, and challenge it."""
+        me = {"rank": self._exchange.rank, "exchange_id": self._side.exchange_id()}
+        if self._join_key is None:
+            return me
+        if not is_nonce(message.get("nonce")):
+            raise RecordError("the server's challenge is none")
+        transcript = self._transcript = Transcript(
+            run_id=str(message.get("run_id")), server_nonce=message["nonce"], **me
+        )
+        return {**me, "nonce": transcript.client_nonce, "proof": transcript.proof(self._join_key, "client")}
+
+    def _distrust(self, message: dict[str, Any]) -> str | None:
+        """Return why a server that greets is not the one to work for, or None."""
+        if self._join_key is None:
+            return None
+        if self._transcript is None:
+            return "the server asks for no join token, this client was given one; start both with --join-token-file"
+        if not self._transcript.is_proof(self._join_key, "server", message.get("proof")):
+            return "the server did not prove that it knows the join token"
+        return None
+
     def _greet(self, message: dict[str, Any]) -> dict[str, Any]:
+        if reason := self._distrust(message):
+            self.refused = RefusedError(f"rank {self._exchange.rank} turned the server down: {reason}")
+            return {"rank": self._exchange.rank, "leaving": reason}
+        self._knows_server = True
         proof = None
         self._store = None
         if self._use_store and (root := message.get("store_root")) and (name := message.get("nonce_name")):
@@ -134,8 +221,7 @@ class Relay(Client):
         self._side.finish(run_id, outcome, reason)
         self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
 
-    def _ask(self, config: dict[str, Any], parameters: Parameters) -> tuple[dict[str, Any], list[bytes]]:
-        message = unpack(config, "the server")
+    def _ask(self, message: dict[str, Any], parameters: Parameters) -> tuple[dict[str, Any], list[bytes]]:
         request = request_from_json(message, "the server's request")
         try:
             return self._relay(request, message, parameters.tensors)
@@ -165,7 +251,7 @@ class Relay(Client):
         if message.get("cancel"):
             self._side.cancel(version)
             return {"status": "cancelled"}, []
-        waiting_for = "trainer" if self._missing_since is not None else None
+        waiting_for = "trainer" if self.missing_since is not None else None
         return {"status": "working", "waiting_for": waiting_for}, []
 
     def _await(self, version: int, hold_s: float) -> ResultRecord | None:
@@ -176,7 +262,7 @@ class Relay(Client):
             now = time.monotonic()
             try:
                 if result := self._side.result(version):
-                    self._missing_since = None
+                    self.missing_since = None
                     return result
             except RecordError as exc:
                 bad_since = bad_since or now
@@ -192,18 +278,18 @@ class Relay(Client):
     def _check_trainer(self, now: float) -> None:
         rank = self._exchange.rank
         if self._exchange.is_held("trainer"):
-            if self._missing_since is not None:
+            if self.missing_since is not None:
                 log.info("rank %d: a trainer is here (%s)", rank, self._exchange.owner("trainer"))
-            self._missing_since = None
+            self.missing_since = None
             return
-        if self._missing_since is None:
-            self._missing_since = now
+        if self.missing_since is None:
+            self.missing_since = now
             log.warning(
                 "rank %d: no trainer holds %s; waiting up to %g s for model_main.py --rank %d",
                 rank, self._exchange.lock_path("trainer"), self._trainer_wait_s, rank,
             )  # fmt: skip
-        elif now - self._missing_since > self._trainer_wait_s:
-            self._missing_since = None
+        elif now - self.missing_since > self._trainer_wait_s:
+            self.missing_since = None
             raise FedSplitError(
                 f"no trainer of rank {rank} for {self._trainer_wait_s:g} s; start model_main.py --rank {rank} "
                 f"with the same --exchange-dir ({self._exchange.directory.parent})"
@@ -230,7 +316,11 @@ class Relay(Client):
             path = self._exchange.directory / payload.file
             link_or_copy(path, self._store.path(payload.digest))
             return "store"
-        return "inline" if payload.bytes <= INLINE_BYTES else "pull"
+        if payload.bytes > self._engine.inline_bytes:
+            return "pull"
+        # It may take its time on the way, unlike the small answers that are never thought of.
+        self._natural_silence_s = payload.bytes / BYTES_PER_S if payload.bytes > LARGE_BYTES else 0.0
+        return "inline"
 
     def _announce(self, request: Request, version: int) -> None:
         what = (request.run_id, request.kind, request.server_round)

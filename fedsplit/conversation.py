@@ -17,7 +17,7 @@ from typing import Any
 from fedsplit.errors import RecordError
 from fedsplit.files import Buffer
 from fedsplit.payloads import PayloadStore, StoredPayload
-from fedsplit.protocol import HOLD_S, INLINE_BYTES, MAX_MESSAGE_BYTES, ask_record
+from fedsplit.protocol import EMBEDDED, Engine, ask_record
 from fedsplit.records import Request
 from fedsplit.roster import Peer, PeerLostError, Roster
 
@@ -26,6 +26,7 @@ log = logging.getLogger("fedsplit")
 # How many clients are sent a large state at the same time: each holds a copy of it in a message.
 _SENDERS = 4
 _MESSAGE_OVERHEAD_BYTES = 100_000
+_LOOK_S = 1.0
 
 
 class StoppedError(Exception):
@@ -77,6 +78,7 @@ class Terms:
     deadline: float | None
     deadline_s: float | None
     stop: threading.Event
+    engine: Engine = EMBEDDED
     sending: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_SENDERS))
 
 
@@ -167,12 +169,13 @@ class Conversation:
         """Ask with the state's bytes in the message."""
         state = self._state
         assert state is not None  # noqa: S101  (for the type checker; `_ask` has looked)
-        if state.bytes + _MESSAGE_OVERHEAD_BYTES > MAX_MESSAGE_BYTES:
+        largest = self._terms.engine.largest_bytes
+        if state.bytes + _MESSAGE_OVERHEAD_BYTES > largest:
             raise RecordError(
-                f"the state has {state.bytes:,} bytes, a message of this engine holds {MAX_MESSAGE_BYTES:,}; let the "
+                f"the state has {state.bytes:,} bytes, a message of this engine holds {largest:,}; let the "
                 "client see the server's payload store (--payload-store), or use --engine superlink"
             )
-        if state.bytes <= INLINE_BYTES:
+        if state.bytes <= self._terms.engine.inline_bytes:
             return peer.ask(self._record(hold_s, cancel), state.read())
         with self._terms.sending:
             # Not held: the bytes are let go before the training begins.
@@ -186,9 +189,10 @@ class Conversation:
         peer, _ = self._find_peer()
         if peer is None:
             raise RecordError("the client went away with the result")
-        if answer.payload_bytes + _MESSAGE_OVERHEAD_BYTES > MAX_MESSAGE_BYTES:
+        largest = self._terms.engine.largest_bytes
+        if answer.payload_bytes + _MESSAGE_OVERHEAD_BYTES > largest:
             raise RecordError(
-                f"the result has {answer.payload_bytes:,} bytes, a message of this engine holds {MAX_MESSAGE_BYTES:,}; "
+                f"the result has {answer.payload_bytes:,} bytes, a message of this engine holds {largest:,}; "
                 "let the client see the server's payload store (--payload-store), or use --engine superlink"
             )
         try:
@@ -200,7 +204,7 @@ class Conversation:
     def _find_peer(self) -> tuple[Peer | None, str]:
         began, said = time.monotonic(), False
         while not self._terms.stop.is_set():
-            if peer := self._terms.roster.wait_for_rank(self._rank, HOLD_S if said else 0.05):
+            if peer := self._terms.roster.wait_for_rank(self._rank, _LOOK_S if said else 0.05):
                 return peer, ""
             if not said:
                 said = True
@@ -232,9 +236,10 @@ class Conversation:
         return self._terms.deadline is not None and time.monotonic() >= self._terms.deadline
 
     def _hold_s(self) -> float:
+        hold_s = self._terms.engine.hold_s
         if self._terms.deadline is None:
-            return HOLD_S
-        return max(0.0, min(HOLD_S, self._terms.deadline - time.monotonic()))
+            return hold_s
+        return max(0.0, min(hold_s, self._terms.deadline - time.monotonic()))
 
     def _note(self, waiting_for: str | None) -> None:
         if waiting_for and waiting_for != self._waiting_for:

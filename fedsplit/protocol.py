@@ -3,6 +3,9 @@
 ============  ====================  ==============================================================================
 operation     travels as            meaning
 ============  ====================  ==============================================================================
+``join``      ``get_properties``    only with a join token: a challenge. Answered with the rank, a challenge back and the
+                                    client's proof; the server's own proof comes with ``hello``. Before that neither
+                                    side does anything for the other (see `fedsplit.join`)
 ``hello``     ``get_properties``    who are you? The rank, the exchange directory's id, the state held there, and
                                     whether the server's payload store can be seen (proved by reading back a nonce)
 ``ask``       ``fit`` for           do this task. Answered within ``hold_s`` seconds, with the result or with
@@ -12,7 +15,8 @@ operation     travels as            meaning
 ``pull``      ``get_parameters``    send the payload of a result, when the merge has come to it
 ``finish``    ``get_properties``    the run is over; tell the trainer
 ``refuse``    ``get_properties``    you cannot take part, and why
-``ping``      ``get_properties``    are you still there?
+``ping``      ``get_properties``    are you still there? Asked when there was nothing else to ask for a while, and before
+                                    a large state, with its ``bytes``: so a client knows how long a silence is natural
 ============  ====================  ==============================================================================
 
 Each record stands as a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The bytes
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedsplit.errors import RecordError
@@ -32,12 +36,43 @@ from fedsplit.records import SCHEMA, Request, loads
 KEY = "fedsplit"
 TENSOR_TYPE = "safetensors"
 
-# Results and states up to this size go along with the message; larger ones wait until they are wanted.
-INLINE_BYTES = 1 << 20
-# How long a client holds an unanswered question: long enough to cost nothing, short enough to stop a run at once.
-HOLD_S = 1.0
 # Flower's default, and what gRPC can do at most.
 MAX_MESSAGE_BYTES = 2**31 - 1
+# The slowest link that is waited for, and the size above which the time that a message takes is thought of at all.
+BYTES_PER_S = 1_000_000.0
+LARGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How an engine of Flower's wants to be spoken through.
+
+    Attributes
+    ----------
+    hold_s : float
+        Seconds that a client holds an unanswered question.
+    inline_bytes : int
+        Results and states up to this size go along with a question that is held; larger ones have a message of their own.
+    largest_bytes : int
+        What a message can carry at most.
+    ping_s : float or None
+        Seconds of silence after which a client is asked whether it is still there; None if the engine sees to that.
+    """
+
+    name: str
+    hold_s: float
+    inline_bytes: int
+    largest_bytes: int
+    ping_s: float | None
+
+
+# A second costs nothing, since a question takes a millisecond; and a run that is stopped stops at once.
+EMBEDDED = Engine(
+    name="embedded", hold_s=1.0, inline_bytes=1 << 20, largest_bytes=MAX_MESSAGE_BYTES, ping_s=10.0
+)
+# A question starts a process and is found by polls of seconds: most tasks should take one. Not for ever, or nobody could
+# tell a trainer in the middle of a task that the run was stopped.
+SUPERLINK = Engine(name="superlink", hold_s=20.0, inline_bytes=1 << 62, largest_bytes=1 << 62, ping_s=None)
 
 
 def pack(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from fedsplit.conversation import Answer, Conversation, StoppedError, Terms, Tur
 from fedsplit.errors import FedSplitError, RecordError, RunFailedError, RunStoppedError, UsageError
 from fedsplit.history import Line, weighted_mean
 from fedsplit.payloads import StoredPayload
+from fedsplit.protocol import EMBEDDED, Engine
 from fedsplit.records import Request
 from fedsplit.roster import Roster
 from fedsplit.run import Run
@@ -83,6 +84,10 @@ class Server(FlowerServer):
         Seconds that a round waits for a client that went away.
     offer_store
         Whether clients on this machine may exchange payloads by reference.
+    join_key
+        What a client must prove to know before it takes part; None lets everybody in who can connect.
+    engine
+        Which of Flower's engines this runs on.
     on_round
         Called with each line of the history.
     """
@@ -96,15 +101,20 @@ class Server(FlowerServer):
         round_timeout_s: float | None = None,
         client_wait_s: float = 300.0,
         offer_store: bool = True,
+        join_key: bytes | None = None,
+        engine: Engine = EMBEDDED,
         on_round: Callable[[Line], None] | None = None,
     ) -> None:
-        self._roster = Roster(run.run_id, run.payloads if offer_store else None)
+        self._roster = Roster(
+            run.run_id, run.payloads if offer_store else None, join_key=join_key, ping_s=engine.ping_s
+        )
         super().__init__(client_manager=self._roster, strategy=FedAvg())
         self._run = run
         self._settings = settings
         self._rounds = rounds
         self._round_timeout_s = round_timeout_s
         self._client_wait_s = client_wait_s
+        self._engine = engine
         self._on_round = on_round
         self._writer = BackgroundWriter()
         self._stop = threading.Event()
@@ -322,7 +332,7 @@ class Server(FlowerServer):
     def _terms(self, deadline: float | None) -> Terms:
         return Terms(
             roster=self._roster, store=self._run.payloads, client_wait_s=self._client_wait_s, deadline=deadline,
-            deadline_s=self._round_timeout_s, stop=self._stop,
+            deadline_s=self._round_timeout_s, stop=self._stop, engine=self._engine,
         )  # fmt: skip
 
     def _in_parallel(self, job: Callable[[int], None], ranks: Sequence[int]) -> None:

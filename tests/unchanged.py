@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -89,6 +90,54 @@ class Layer(nn.Module):
 
 def wider_on_rank_2(context: WorkloadContext) -> Unchanged:
     return Unchanged(Layer(4 if context.rank == 2 else 3))
+
+
+class Counting(Unchanged):
+    """Adds one to its entry and notes every training in a file of the directory it was started in.
+
+    Options: ``sleep`` seconds of training, ``fork`` a child that outlives a kill, as a DataLoader's worker does.
+    """
+
+    def __init__(self, context: WorkloadContext) -> None:
+        super().__init__(Holder({"count": torch.zeros(8)}))
+        self._rank = context.rank
+        self._sleep_s = float(context.options.get("sleep", "0"))
+        if context.options.get("fork") == "yes" and os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+
+    def train(self, task: Any) -> TrainResult:
+        note(f"rank {self._rank} begins {task.server_round}")
+        deadline = time.monotonic() + self._sleep_s
+        while time.monotonic() < deadline:
+            if task.should_stop():
+                note(f"rank {self._rank} stops {task.server_round}")
+                break
+            time.sleep(0.005)
+        self.model.count += 1
+        note(f"rank {self._rank} trained {task.server_round}")
+        return TrainResult(1, {})
+
+
+def note(text: str) -> None:
+    with open("trained.log", "a") as file:  # noqa: PTH123
+        file.write(text + "\n")
+
+
+def counting(context: WorkloadContext) -> Counting:
+    return Counting(context)
+
+
+class Growing(Unchanged):
+    """Six megabytes that differ from round to round, so that every checkpoint needs its own space."""
+
+    def train(self, task: Any) -> TrainResult:
+        self.model.a += 1
+        return TrainResult(1, {})
+
+
+def growing(context: WorkloadContext) -> Growing:
+    return Growing(Holder({"a": torch.zeros(1_000_000)}))
 
 
 def without_evaluate(context: WorkloadContext) -> Any:
