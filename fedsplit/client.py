@@ -22,7 +22,7 @@ from flwr.common import (
     GetPropertiesRes, Parameters, Status,
 )  # fmt: skip
 
-from fedsplit.errors import FedSplitError, RecordError, RefusedError
+from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RefusedError
 from fedsplit.exchange import Exchange, Poll
 from fedsplit.files import link_or_copy
 from fedsplit.handoff import ClientSide, Source
@@ -114,7 +114,7 @@ class Relay(Client):
         try:
             message = unpack(config, "the server")
             if not self._knows_server and message.get("op") not in ("join", "hello", "refuse"):
-                raise RecordError("the server has not proved that it knows the join token")
+                raise RefusedError("the server asks for work and has not proved that it knows the join token")
             yield message
         finally:
             self._last_heard, self._busy = time.monotonic(), False
@@ -179,15 +179,18 @@ class Relay(Client):
 
     def _prove(self, message: dict[str, Any]) -> dict[str, Any]:
         """Answer the server's challenge, and challenge it."""
-        me = {"rank": self._exchange.rank, "exchange_id": self._side.exchange_id()}
         if self._join_key is None:
-            return me
+            return {"rank": self._exchange.rank}
         if not is_nonce(message.get("nonce")):
             raise RecordError("the server's challenge is none")
         transcript = self._transcript = Transcript(
-            run_id=str(message.get("run_id")), server_nonce=message["nonce"], **me
-        )
-        return {**me, "nonce": transcript.client_nonce, "proof": transcript.proof(self._join_key, "client")}
+            run_id=str(message.get("run_id")), rank=self._exchange.rank, exchange_id=self._side.exchange_id(),
+            server_nonce=message["nonce"],
+        )  # fmt: skip
+        return {
+            "rank": transcript.rank, "exchange_id": transcript.exchange_id, "nonce": transcript.client_nonce,
+            "proof": transcript.proof(self._join_key, "client"),
+        }  # fmt: skip
 
     def _distrust(self, message: dict[str, Any]) -> str | None:
         """Return why a server that greets is not the one to work for, or None."""
@@ -313,9 +316,11 @@ class Relay(Client):
     def _place(self, payload: PayloadRecord) -> str:
         """Bring a result to where the server can get it; returns how it gets there."""
         if self._store:
-            path = self._exchange.directory / payload.file
-            link_or_copy(path, self._store.path(payload.digest))
-            return "store"
+            try:
+                link_or_copy(self._exchange.directory / payload.file, self._store.path(payload.digest))
+                return "store"
+            except ExchangeError as exc:  # the server's disk is full, say: then a message is the way
+                log.warning("rank %d: %s; sending the result in a message", self._exchange.rank, exc)
         if payload.bytes > self._engine.inline_bytes:
             return "pull"
         # It may take its time on the way, unlike the small answers that are never thought of.

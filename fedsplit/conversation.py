@@ -95,6 +95,11 @@ class Conversation:
         What is asked.
     state
         The state it starts from; None for ``initialize``.
+
+    Attributes
+    ----------
+    waited_s : float
+        Seconds in which there was no client, or no trainer, to do it.
     """
 
     def __init__(self, terms: Terms, rank: int, request: Request, state: StoredPayload | None) -> None:
@@ -103,6 +108,7 @@ class Conversation:
         self._request = request
         self._state = state
         self._waiting_for: str | None = None
+        self.waited_s = 0.0
 
     def until_done(self) -> Answer:
         """Ask until there is a result or a failure."""
@@ -143,6 +149,7 @@ class Conversation:
     def _ask(self, peer: Peer) -> Answer:
         force_send = False
         while True:
+            asked = time.monotonic()
             if self._terms.stop.is_set():
                 raise StoppedError
             cancel = self._is_late()
@@ -163,7 +170,7 @@ class Conversation:
                 return Answer(rank=self._rank, failure=f"not completed within {self._terms.deadline_s:g} s")
             if status != "working":
                 return self._failed(reply.get("error") or {})
-            self._note(reply.get("waiting_for"))
+            self._note(reply.get("waiting_for"), time.monotonic() - asked)
 
     def _send(self, peer: Peer, hold_s: float, cancel: bool) -> tuple[dict[str, Any], bytes | None]:
         """Ask with the state's bytes in the message."""
@@ -241,7 +248,9 @@ class Conversation:
             return hold_s
         return max(0.0, min(hold_s, self._terms.deadline - time.monotonic()))
 
-    def _note(self, waiting_for: str | None) -> None:
+    def _note(self, waiting_for: str | None, seconds: float) -> None:
+        if waiting_for:
+            self.waited_s += seconds
         if waiting_for and waiting_for != self._waiting_for:
             log.warning("rank %d: its client waits for a %s", self._rank, waiting_for)
         self._waiting_for = waiting_for

@@ -1,5 +1,9 @@
 """Flower's embedded gRPC engine, and the only module that calls functions which Flower marks deprecated.
 
+A link that dies without a word, as a pulled cable does, is noticed on both sides: by the server when a question or a ping
+stays unanswered, by the client when it hears nothing at all for `_SILENCE_S`. Either drops the connection, and the client
+comes back with the exchange directory that it had.
+
 ``flwr.server.start_server`` and ``flwr.client.start_client`` are what a hand-started script can run on without starting a
 process for each message. They are in every release up to the newest that was tried; see README, "Why the embedded
 engine". Import this module before anything else of Flower: it keeps telemetry and the update check off.
@@ -9,8 +13,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import ssl
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 # Nothing leaves the machine unless the user's environment asks for it. Flower reads these when it is imported.
@@ -20,8 +29,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from fedsplit.errors import ConnectionFailedError, UsageError  # noqa: E402
 from fedsplit.protocol import MAX_MESSAGE_BYTES  # noqa: E402
+from fedsplit.tls import check_server, client_context  # noqa: E402
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from flwr.server import Server
 
     from fedsplit.client import Relay
@@ -31,6 +43,23 @@ log = logging.getLogger("fedsplit")
 _FIRST_WAIT_S = 0.05
 _LAST_WAIT_S = 2.0
 _REMIND_S = 30.0
+_CONNECT_S = 5.0
+# The server pings after 10 s, so this is several of its pings; a server busy with a merge still sends them.
+_SILENCE_S = 45.0
+
+
+class _SilentError(BaseException):
+    """Raised in the main thread when the server has not been heard of for too long; past every ordinary handler."""
+
+
+def is_available() -> bool:
+    """Tell whether this release of Flower still has the two deprecated functions."""
+    try:
+        from flwr.client import start_client  # noqa: F401
+        from flwr.server import start_server  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -93,21 +122,27 @@ def connect(
     Raises
     ------
     ConnectionFailedError
-        If the server could not be reached for ``max_wait_s``, or what answers there is no Flower server.
+        If the server could not be reached for ``max_wait_s``, what answers there is no server of ours, or its
+        certificate is not one for it.
     RefusedError
         If the server turned this client away.
     """
     import grpc
     from flwr.client import start_client
 
+    context = None if root_certificates is None else client_context(root_certificates)
     while relay.outcome is None and relay.refused is None:
-        _wait_for_server(address, max_wait_s)
+        _wait_for_server(address, max_wait_s, context)
         began = time.monotonic()
+        relay.begin_connection()
         try:
-            start_client(
-                server_address=address, client=relay, root_certificates=root_certificates,
-                insecure=root_certificates is None, grpc_max_message_length=MAX_MESSAGE_BYTES,
-            )  # fmt: skip
+            with _watching(relay):
+                start_client(
+                    server_address=address, client=relay, root_certificates=root_certificates,
+                    insecure=root_certificates is None, grpc_max_message_length=MAX_MESSAGE_BYTES,
+                )  # fmt: skip
+        except _SilentError:
+            log.warning("heard nothing of the server at %s for %.0f s; connecting again", address, _SILENCE_S)
         except (grpc.RpcError, StopIteration) as exc:
             if relay.outcome is None and relay.refused is None:
                 log.warning("lost the server at %s (%s); connecting again", address, _reason(exc))
@@ -131,12 +166,38 @@ def quiet_flower(verbose: bool) -> None:
     logging.getLogger("flwr").addFilter(wanted)
 
 
-def _wait_for_server(address: str, max_wait_s: float | None) -> None:
+@contextmanager
+def _watching(relay: Relay) -> Iterator[None]:
+    """Interrupt the block when the server has been silent for too long.
+
+    gRPC would wait for ever on a link whose packets vanish, and Flower lets nobody set its keepalive. The block waits in
+    the main thread, which a timer's signal can reach; from another thread there is nobody to interrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def look(_number: int, _frame: FrameType | None) -> None:
+        if relay.silence_s() > _SILENCE_S:
+            # Once: closing the connection must not be interrupted in its turn.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise _SilentError
+
+    previous = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _wait_for_server(address: str, max_wait_s: float | None, context: ssl.SSLContext | None) -> None:
     host, port = parse_address(address)
     began, reminded, pause = time.monotonic(), 0.0, _FIRST_WAIT_S
     while True:
         try:
-            socket.create_connection((host, port), timeout=5.0).close()
+            check_server(host, port, context, _CONNECT_S)
             return
         except socket.gaierror as exc:
             raise UsageError(f"cannot resolve the host of --server-address {address}: {exc.strerror}") from exc

@@ -51,7 +51,7 @@ class History:
         for name, sign in (("accuracy", 1), ("loss", -1)):
             scored = [(sign * metrics[name], -number) for number, metrics in judged if _is_number(metrics.get(name))]
             if scored:
-                return -max(scored)[1]
+                return int(-max(scored)[1])
         return None
 
 

@@ -32,6 +32,9 @@ from fedsplit.protocol import BYTES_PER_S, LARGE_BYTES, TENSOR_TYPE, pack, unpac
 
 log = logging.getLogger("fedsplit")
 
+# A client that trains answers every second; one that was silent for longer is asked before it is believed to live.
+_HEARD_S = 3.0
+
 _GREETING_S = 30.0
 # What a relay may take to answer beyond what it was told to hold: it never waits for the trainer any longer.
 _GRACE_S = 30.0
@@ -67,6 +70,11 @@ class Peer:
         self.last_heard = time.monotonic()
         # Flower's bridge takes one question at a time.
         self._lock = threading.Lock()
+        self._heard = time.monotonic()
+
+    def was_heard_within(self, seconds: float) -> bool:
+        """Tell whether the client answered anything lately; while it trains it does so every second."""
+        return time.monotonic() - self._heard < seconds
 
     def control(self, record: dict[str, Any]) -> dict[str, Any]:
         """Send ``hello``, ``finish`` or ``refuse``."""
@@ -321,6 +329,8 @@ class Roster(ClientManager):
         log.info("rank %d: client %s (payloads %s)", peer.rank, "is back" if came_back else "connected", how)
 
     def _is_alive(self, peer: Peer) -> bool:
+        if peer.was_heard_within(_HEARD_S):
+            return True
         try:
             peer.control({"op": "ping"})
         except (PeerLostError, RecordError):

@@ -56,11 +56,34 @@ class _SignalError(BaseException):
         super().__init__(signal.Signals(number).name)
 
 
+class Stages:
+    """Accounts for the seconds of a round, or of one rank in it: every second belongs to exactly one stage."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def end(self, stage: str, **within: float) -> None:
+        """End a stage; what is known of where its seconds went is accounted for under names of its own."""
+        now = time.monotonic()
+        left = now - self._last
+        for name, seconds in within.items():
+            self.seconds[name] = round(min(seconds, left), 6)
+            left -= self.seconds[name]
+        self.seconds[stage] = round(left, 6)
+        self._last = now
+
+    def total(self) -> float:
+        """Return the seconds since the beginning."""
+        return round(self._last - self._began, 6)
+
+
 @dataclass(kw_only=True)
 class _Phase:
     """What came of asking a number of ranks for one kind of task."""
 
     answers: dict[int, Answer] = field(default_factory=dict)
+    stages: dict[int, Stages] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
 
     def good(self) -> dict[int, Answer]:
@@ -221,6 +244,9 @@ class Server(FlowerServer):
         self._state = state
         strategy.set_state(self._run.payloads.map(state.digest))
 
+    def _digest(self) -> str | None:
+        return self._state.digest if self._state else None
+
     def _print_split(self, strategy: Strategy) -> None:
         strategy.resolve_split(self._run.local_entries())
         if strategy.split.min_updates > strategy.settings.min_clients:
@@ -234,47 +260,63 @@ class Server(FlowerServer):
     # -- a round -----------------------------------------------------------------------------------------------------
 
     def _round(self, strategy: Strategy, server_round: int, *, trained: bool) -> None:
-        began = time.monotonic()
+        stages = Stages()
         settings = strategy.settings
-        deadline = None if self._round_timeout_s is None else began + self._round_timeout_s
+        deadline = None if self._round_timeout_s is None else time.monotonic() + self._round_timeout_s
         self._writer.check()
         self._wait_for_clients(settings.min_clients)
+        stages.end("wait for clients")
         if trained:
             line = dict(self._run.partial_line())
         else:
             ranks = settings.sample(server_round, self._roster.ranks())
-            line = self._train(strategy, server_round, ranks, self._terms(deadline))
+            line = self._train(strategy, server_round, ranks, self._terms(deadline), stages)
             self._save(server_round, line)
+            stages.end("wait for the last checkpoint")
         if settings.is_evaluated(server_round):
             self._evaluate(strategy, server_round, self._roster.ranks(), self._terms(deadline), line)
-        line = {"round": server_round, "seconds": round(time.monotonic() - began, 6), **line}
+            stages.end("evaluate")
+        line = {"round": server_round, "seconds": stages.total(), **line, "stages": stages.seconds}
         self._run.history.append(line)
         log.info("%s", describe_round(line, self._rounds))
         if self._on_round:
             self._on_round(line)
 
-    def _train(self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms) -> Line:
+    def _train(
+        self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, stages: Stages
+    ) -> Line:
         merge, turns, phase = strategy.begin_merge(server_round), Turns(ranks), _Phase()
 
         def train(rank: int) -> None:
             conversation = self._converse(terms, rank, "train", server_round, strategy, self._state)
+            own = phase.stages[rank] = Stages()
             try:
                 answer = phase.answers[rank] = conversation.until_done()
+                own.end("hand-off", waiting=conversation.waited_s, training=answer.seconds)
                 turns.wait(rank)
-                if reason := answer.failure or self._merge_one(conversation, answer, merge):
+                own.end("turn")
+                if reason := answer.failure or self._merge_one(conversation, answer, merge, own):
                     self._refuse(phase, rank, "train", reason, answer.traceback)
             finally:
                 turns.done(rank)
 
         self._in_parallel(train, ranks)
+        stages.end("train")
         chunks = merge.finish()
+        # Only now: ranks with the same result share one payload.
+        for digest in {answer.digest for answer in phase.answers.values()} - {None, self._digest()}:
+            self._run.payloads.drop(str(digest))
         if chunks is not None:
             self._set_state(strategy, self._run.payloads.put(chunks))
+        stages.end("merge")
         means = weighted_mean((a.num_examples, _with_loss(a)) for a in phase.good().values())
         clients = {
-            str(rank): {"num_examples": a.num_examples, "seconds": round(a.seconds, 6), **_with_loss(a)}
+            str(rank): {
+                "num_examples": a.num_examples, "seconds": round(a.seconds, 6), "bytes": a.payload_bytes,
+                "stages": phase.stages[rank].seconds, **_with_loss(a),
+            }
             for rank, a in phase.good().items()
-        }
+        }  # fmt: skip
         line: Line = {
             "train": means, "evaluate": {}, "clients": clients, "asked": len(ranks), "accepted": merge.accepted,
             "refused": {str(rank): reason for rank, reason in sorted(phase.refused.items())},
@@ -283,7 +325,7 @@ class Server(FlowerServer):
             line["privacy"] = privacy
         return line
 
-    def _merge_one(self, conversation: Conversation, answer: Answer, merge: Merge) -> str | None:
+    def _merge_one(self, conversation: Conversation, answer: Answer, merge: Merge, stages: Stages) -> str | None:
         """Fetch an update and merge it; returns why it was refused, or None."""
         if not answer.digest:
             return "it came without a state_dict"
@@ -294,10 +336,11 @@ class Server(FlowerServer):
         if merge.retains and isinstance(content, bytes):
             # What has to wait for the others waits in a file, not in memory.
             content = self._run.payloads.map(self._run.payloads.put([content]).digest)
-        reason = merge.offer(answer.rank, content, answer.num_examples, answer.metrics)
-        if self._state is None or answer.digest != self._state.digest:
-            self._run.payloads.drop(answer.digest)  # the mapping, where one is needed, outlives the name
-        return reason
+        stages.end("transfer")
+        try:
+            return merge.offer(answer.rank, content, answer.num_examples, answer.metrics)
+        finally:
+            stages.end("merging")
 
     def _evaluate(
         self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line

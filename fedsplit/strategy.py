@@ -230,5 +230,6 @@ def export_state(payload: Path, output: Path) -> list[Buffer]:
     except RecordError as exc:
         raise CheckpointError(str(exc)) from exc
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    # Copies: torch refuses views of one buffer under several dtypes.
+    torch.save({name: tensor.clone() for name, tensor in state.items()}, buffer)
     return [buffer.getvalue()]

@@ -12,6 +12,9 @@
 
 The process is nobody's child: it may be started before or after its client and outlives it. Killed at any moment and
 started again, it finds the task that has no answer and does it again from the same state.
+
+Where a process group of torch.distributed is initialised, the same lines run in every process and act as one trainer
+(see `fedsplit.integrations.ddp`). With ``standalone=True`` the trainer asks itself (see `fedsplit.standalone`).
 """
 
 from __future__ import annotations
@@ -24,16 +27,17 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 
+from fedsplit.channel import Answer, Channel, ExchangeChannel
 from fedsplit.checkpoints import BackgroundWriter, Checkpoint, CheckpointStore
-from fedsplit.errors import CheckpointError, PeerMissingError, RecordError, SchemaError, UsageError
-from fedsplit.exchange import Exchange, Poll
+from fedsplit.errors import CheckpointError, TrainingError, UsageError
+from fedsplit.exchange import Exchange
 from fedsplit.files import make_private_directory, write_chunks
-from fedsplit.handoff import TrainerSide
 from fedsplit.records import FinishedRecord, Scalar, TaskRecord, scalars
 from fedsplit.split_keys import is_local
 from fedsplit.state_dict import ModelSource, StateDict, encode, load_into, map_file, own_state
@@ -43,10 +47,6 @@ log = logging.getLogger("fedsplit")
 # A server that finds its newest checkpoints corrupt goes back up to its --keep-checkpoints (3) rounds; the trainer
 # must still have the round before those, and is itself up to one round ahead.
 KEEP_ROUNDS = 5
-_STOP_CHECK_S = 0.05
-_REMIND_S = 30.0
-_CLIENT_CHECK_S = 0.5
-_BAD_RECORD_S = 1.0
 _LOCAL_STATE = "local_state.pt"
 _LOCAL_PART = "local.safetensors"
 
@@ -75,16 +75,15 @@ class Task:
         self._base = base
         self._state: StateDict | None = None
         self._began = time.monotonic()
-        self._checked = 0.0
         self._stop = False
         self.answered = False
+        self.failed = False
 
     @property
     def state_dict(self) -> StateDict:
         """The state that was received, mapped from the exchange: read it or copy it; writing to it changes nothing."""
         if self._state is None:
-            payload = self._record.payload
-            self._state = {} if payload is None else map_file(self._trainer.exchange.directory / payload.file)
+            self._state = self._trainer._channel.read_state(self._record)  # noqa: SLF001
         return self._state
 
     @property
@@ -128,9 +127,11 @@ class Task:
         model
             The module or state_dict after training; none for ``evaluate``.
         num_examples
-            How many examples this answer speaks for: its weight in the merge.
+            How many examples this answer speaks for: its weight in the merge. In several processes each gives its own,
+            and the answer has their sum.
         loss
-            Mean loss over them; needed for ``evaluate``.
+            Mean loss over them; needed for ``evaluate``. In several processes each gives that of its own examples,
+            as with `metrics`, and the answer has the weighted mean.
         metrics
             Further numbers for the server's history.
         local_state
@@ -145,33 +146,35 @@ class Task:
             raise UsageError(f"{self.kind} is answered with task.reply(model, num_examples=…)")
         if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 0:
             raise UsageError(f"num_examples must be a whole number of examples, not {num_examples!r}")
-        state = None if self.kind == "evaluate" or model is None else own_state(model)
         seconds = time.monotonic() - self._began
-        metrics = scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics")
-        self.answered = True
-        self._trainer._answer(  # noqa: SLF001
-            self, state, num_examples=num_examples, loss=None if loss is None else float(loss),
-            metrics=metrics, local_state=local_state, seconds=seconds,
+        state = None if self.kind == "evaluate" or model is None else own_state(model)
+        answer = Answer(
+            state=None if state is None else {name: value for name, value in state.items() if not self.is_local(name)},
+            num_examples=num_examples, loss=None if loss is None else float(loss), seconds=seconds,
+            metrics=scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics"),
+            checksum=_checksum(model) if self._trainer.processes > 1 else None,
         )  # fmt: skip
+        self._trainer._answer(self, answer, state or {}, local_state)  # noqa: SLF001
+        # Not before: a reply that could not be given is an error that the client must hear of.
+        self.answered = True
 
     def fail(self, exc: BaseException) -> None:
         """Report that the task cannot be done; the error and its traceback reach the client and the server."""
         if self.answered:
             return
-        self.answered = True
+        self.answered = self.failed = True
         text = "".join(traceback.format_exception(exc))
         error = {"type": type(exc).__name__, "message": str(exc), "traceback": text}
-        self._trainer.side.answer(self._record, error=error, seconds=time.monotonic() - self._began)
+        self._trainer._channel.fail(self._record, error, time.monotonic() - self._began)  # noqa: SLF001
 
     def should_stop(self) -> bool:
         """Tell whether nobody waits for the answer any more: the run ended, or the round's deadline passed.
 
-        Cheap enough to be asked for every batch: it looks at most every 50 ms.
+        Cheap enough to be asked for every batch: it looks at most every 50 ms. In several processes each call gives
+        all of them the same answer, so all must make it equally often.
         """
-        now = time.monotonic()
-        if not self._stop and now - self._checked >= _STOP_CHECK_S:
-            self._checked = now
-            self._stop = not self._trainer.side.is_wanted(self._record)
+        if not self._stop:
+            self._stop = not self._trainer._channel.is_wanted(self._record)  # noqa: SLF001
         return self._stop
 
     def _local_part(self, kept: Mapping[str, torch.Tensor]) -> StateDict:
@@ -200,6 +203,16 @@ class Trainer:
         ``keep``: the local state goes on from round to round. ``reset``: each round starts fresh.
     client_wait_s
         Seconds to wait for a client to be there; None waits for ever.
+    standalone
+        Take part in no federation: `standalone_rounds` rounds of training and evaluation are asked for in this
+        process, each from what the reply before gave. Uses no directory.
+
+    Attributes
+    ----------
+    process, processes : int
+        Which of how many processes of this trainer this is, counted from 0: 0 of 1 without a process group.
+    outcome : FinishedRecord or None
+        How the run ended, once the loop is over.
 
     Raises
     ------
@@ -218,27 +231,35 @@ class Trainer:
         checkpoint_dir: Path | str = "checkpoints",
         state: Literal["keep", "reset"] = "keep",
         client_wait_s: float | None = None,
+        standalone: bool = False,
+        standalone_rounds: int = 3,
     ) -> None:
         if state not in ("keep", "reset"):
             raise UsageError(f"state must be 'keep' or 'reset', not {state!r}")
         self.exchange = Exchange(exchange_dir, rank)
-        self.side = TrainerSide(self.exchange)
         self.state = state
         self.outcome: FinishedRecord | None = None
         self._model = model
         self._has_snapshot = isinstance(model, torch.nn.Module | Mapping)
-        self._client_wait_s = client_wait_s
-        self._store = CheckpointStore(Path(checkpoint_dir) / f"rank-{rank}", keep=KEEP_ROUNDS)
+        self._channel = _channel(self.exchange, client_wait_s, standalone_rounds if standalone else None)
+        self.process, self.processes = self._channel.process, self._channel.processes
+        self._stack = ExitStack()
+        if standalone:
+            checkpoint_dir = self._stack.enter_context(TemporaryDirectory(prefix="fedsplit-standalone-"))
+        # Process 0's store is that of a single process; the others' lie in it.
+        self._first_store = CheckpointStore(Path(checkpoint_dir) / f"rank-{rank}", keep=KEEP_ROUNDS)
+        self._store = self._first_store
+        if self.process:
+            self._store = CheckpointStore(self._store.directory / f"process-{self.process}", keep=KEEP_ROUNDS)
         self._initial_path = self._store.directory / "initial.safetensors"
         self._writer = BackgroundWriter()
-        self._stack = ExitStack()
         self._current: Task | None = None
         self._run_id: str | None = None
         # Which round's end the process memory stands at: (run, round), (None, 0) when fresh, None when in between.
         self._memory: tuple[str | None, int] | None = (None, 0)
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self.exchange.hold("trainer"))
+        self._stack.enter_context(self._channel.hold())
         make_private_directory(self._store.directory, CheckpointError)
         if self._has_snapshot:
             # Training changes the model in place; a later run must start from what it was.
@@ -253,10 +274,10 @@ class Trainer:
                 self._current.fail(exc)
             self._writer.close()
         finally:
-            self._stack.close()
+            self._stack.__exit__(kind, exc, tb)
 
     def __iter__(self) -> Iterator[Task]:
-        while (record := self._wait()) is not None:
+        while isinstance(record := self._channel.next(), TaskRecord):
             task = self._current = self._begin(record)
             if task.kind == "initialize" and self._model is not None:
                 state = self.initial_state()
@@ -267,6 +288,13 @@ class Trainer:
                 error = UsageError(f"the loop went on without task.reply() for {task.kind}, round {task.server_round}")
                 task.fail(error)
                 raise error
+            if task.failed and self.processes > 1:
+                # The other processes may be anywhere, most likely in a collective that this one never comes to.
+                raise TrainingError(
+                    f"{task.kind} of round {task.server_round} failed in process {self.process} of {self.processes}; "
+                    "the processes are out of step and must be started again: torchrun --max-restarts does it"
+                )
+        self.outcome = record
 
     def initial_state(self) -> StateDict:
         """Return the state that the model had on entering."""
@@ -280,13 +308,27 @@ class Trainer:
             self._store.begin_run(request.run_id)
             self._run_id = request.run_id
         before = request.server_round + (request.kind == "evaluate")
-        base = self._store.newest(run_id=request.run_id, before=before)
+        base = self._find_base(request.run_id, before)
         if base is None and self.state == "keep":
             self._check_beginning(request.server_round)
         restore = self._memory != ((request.run_id, base.server_round) if base else (None, 0))
         if request.kind == "train" or restore:
             self._memory = None
         return Task(self, record, base, restore or self.state == "reset")
+
+    def _find_base(self, run_id: str, before: int) -> Checkpoint | None:
+        """Return the round whose local state is gone on from: process 0 chooses it, each process reads its own."""
+        base = self._store.newest(run_id=run_id, before=before)
+        chosen = self._channel.share(base.server_round if base else -1)
+        saved_by = self._channel.share(base.info.get("processes", 1) if base else 0)
+        if chosen >= 0 and saved_by != self.processes:
+            log.warning("the local state of round %d was saved by %d processes, now there are %d: each goes on from that "
+                        "of process 0", chosen, saved_by, self.processes)  # fmt: skip
+        if self.process == 0:
+            return base
+        if chosen < 0:
+            return None
+        return (self._store if saved_by == self.processes else self._first_store).read(chosen)
 
     def _check_beginning(self, server_round: int) -> None:
         """Refuse to start afresh in a run whose earlier local states were pruned."""
@@ -297,11 +339,10 @@ class Trainer:
                 f"begin with round {rounds[0]}; resume the server from a later round, or start with --state reset"
             )
 
-    def _answer(self, task: Task, state: StateDict | None, *, local_state: Any, **result: Any) -> None:
+    def _answer(self, task: Task, answer: Answer, state: StateDict, local_state: Any) -> None:
         record, server_round = task._record, task.server_round  # noqa: SLF001
-        travels = None if state is None else {name: value for name, value in state.items() if not task.is_local(name)}
-        saved = task.kind == "train" and self._save(task, state or {}, local_state)
-        accepted = self.side.answer(record, None if travels is None else encode(travels), **result)
+        saved = task.kind == "train" and self._save(task, state, local_state)
+        accepted = self._channel.answer(record, answer)
         if task.kind != "train":
             return
         if accepted:
@@ -318,7 +359,8 @@ class Trainer:
             files[_LOCAL_STATE] = [_dump(local_state)]
         if local_part:
             files[_LOCAL_PART] = encode(local_part)
-        if not files and not self._store.rounds():
+        # Several processes save each round or none, also where only one of them has something to keep.
+        if not files and not self._store.rounds() and self.processes == 1:
             return False
         # Before the result is offered: whoever sees the result can count on the state that made it.
         self._writer.wait()
@@ -328,57 +370,25 @@ class Trainer:
         base = task._base.server_round if task._base else None  # noqa: SLF001
         self._store.save(
             run_id=task._record.request.run_id, server_round=task.server_round, files=files,  # noqa: SLF001
-            info={"base": base}, durable=False,
+            info={"base": base, "processes": self.processes}, durable=False,
         )  # fmt: skip
         self._store.prune()
         return True
 
-    def _wait(self) -> TaskRecord | None:
-        """Wait for a task; None when the run is over."""
-        poll, began = Poll(), time.monotonic()
-        reminded, checked = began, 0.0
-        bad_since: float | None = None
-        missing_since: float | None = None
-        while True:
-            now = time.monotonic()
-            try:
-                found = self.side.next()
-                bad_since = None
-            except SchemaError:
-                raise
-            except RecordError as exc:
-                found, bad_since = None, bad_since or now
-                if now - bad_since > _BAD_RECORD_S:
-                    log.warning("%s; waiting for the client to write it anew", exc)
-                    bad_since = now + _REMIND_S
-            if isinstance(found, FinishedRecord):
-                self.side.leave(found)
-                self.outcome = found
-                return None
-            if found:
-                return found
-            if now - checked > _CLIENT_CHECK_S:
-                checked, was_missing = now, missing_since
-                missing_since = self._check_client(missing_since, now)
-                if now - reminded > _REMIND_S or (missing_since is None) != (was_missing is None):
-                    reminded = now
-                    self._remind(missing_since is not None, now - began)
-            poll.sleep()
 
-    def _check_client(self, missing_since: float | None, now: float) -> float | None:
-        if self.exchange.is_held("client"):
-            return None
-        since = now if missing_since is None else missing_since
-        if self._client_wait_s is not None and now - since > self._client_wait_s:
-            raise PeerMissingError(
-                f"no client of rank {self.exchange.rank} came to {self.exchange.directory} within "
-                f"{self._client_wait_s:g} s; start client_main.py --rank {self.exchange.rank} with the same --exchange-dir"
-            )
-        return since
+def _channel(exchange: Exchange, client_wait_s: float | None, standalone_rounds: int | None) -> Channel:
+    channel: Channel
+    if standalone_rounds is None:
+        channel = ExchangeChannel(exchange, client_wait_s)
+    else:
+        from fedsplit.standalone import StandaloneChannel
 
-    def _remind(self, missing: bool, seconds: float) -> None:
-        whom = "a client" if missing else "the server's next task"
-        log.info("rank %d: waiting for %s (%s, %.0f s)", self.exchange.rank, whom, self.exchange.directory, seconds)
+        channel = StandaloneChannel(standalone_rounds)
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        from fedsplit.integrations.ddp import ProcessGroupChannel
+
+        channel = ProcessGroupChannel(channel)
+    return channel
 
 
 def _dump(local_state: Any) -> bytes:
@@ -406,3 +416,13 @@ def _describe_local(task: Task, state: StateDict) -> dict[str, str]:
 def _plain(value: Any) -> Any:
     # numpy and torch scalars are what people have at hand.
     return value.item() if hasattr(value, "item") and not isinstance(value, bool | int | float | str) else value
+
+
+def _checksum(model: ModelSource | None) -> float | None:
+    """Return the sum of a module's parameters, or None where it would not be the same in all processes."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    parameters = list(model.parameters())
+    if any(type(parameter.data) is not torch.Tensor for parameter in parameters):  # sharded
+        return None
+    return sum(parameter.detach().double().sum().item() for parameter in parameters if parameter.is_floating_point())

@@ -215,7 +215,7 @@ def test_a_pickle_is_no_initial_checkpoint(tmp_path: Path) -> None:
 def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     small = tmp_path / "checkpoints" / "server"
     small.mkdir(parents=True, mode=0o700)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m,mode=700", "tmpfs", str(small)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m,mode=700", "tmpfs", str(small)], check=False).returncode:
         pytest.skip("this machine does not let the test mount a small file system")
     link_tests(tmp_path)
     flags = ("--threads", "1", "--workload", "tests.unchanged:growing")

@@ -1,0 +1,176 @@
+"""TLS on the embedded engine: what is looked at before gRPC is, so that a mistake is one line and not endless silence.
+
+gRPC retries whatever fails in a handshake for ever and names no reason. So the server's files are read and checked here
+before it listens, and a client tries a handshake of its own before each connection: a certificate that has expired,
+that was made for another host or by another CA, and two sides of which one speaks TLS and the other does not, are told
+apart and end the client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import socket
+import ssl
+
+from fedsplit.errors import ConnectionFailedError, UsageError
+
+_EXPIRED, _NOT_YET_VALID, _WRONG_HOST, _WRONG_ADDRESS = 10, 9, 62, 64
+_SOON = datetime.timedelta(days=14)
+# What an HTTP/2 client says first: its preface, and settings that are empty.
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_HTTP2_SETTINGS, _TLS_ALERT = 4, 21
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether every address of a host is one of this machine's own, which no other machine can reach."""
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    return bool(addresses) and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
+
+
+def check_exposure(host: str, *, encrypted: bool, insecure: bool, has_token: bool) -> None:
+    """Refuse to listen where others could read and change what is said.
+
+    Raises
+    ------
+    UsageError
+        Without TLS on anything but loopback, unless ``insecure``; with a join token there in any case.
+    """
+    if encrypted or is_loopback(host):
+        return
+    if has_token:
+        raise UsageError(
+            f"--join-token-file works over TLS or on loopback only: on {host} without TLS its proof could be passed on "
+            "by whoever listens; add --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile"
+        )
+    if not insecure:
+        raise UsageError(
+            f"refusing to listen at {host} without TLS: everybody on the way could read and change the models; add "
+            "--ssl-ca-certfile, --ssl-certfile and --ssl-keyfile (examples/make_certificates.py makes them), or say "
+            "--insecure if the network itself is private"
+        )
+
+
+def check_server_files(certificates: tuple[bytes, bytes, bytes]) -> str | None:
+    """Check a server's certificate and key; returns a warning if it expires soon, else None.
+
+    Parameters
+    ----------
+    certificates
+        CA certificate, server certificate and server key, PEM.
+
+    Raises
+    ------
+    UsageError
+        If one of them is no PEM, the certificate is not valid now, has no host name, or is not that of the key.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    encoding, form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    try:
+        x509.load_pem_x509_certificate(certificates[0])
+    except ValueError as exc:
+        raise UsageError("--ssl-ca-certfile holds no PEM certificate") from exc
+    try:
+        certificate = x509.load_pem_x509_certificate(certificates[1])
+    except ValueError as exc:
+        raise UsageError("--ssl-certfile holds no PEM certificate") from exc
+    try:
+        key = serialization.load_pem_private_key(certificates[2], password=None)
+    except (ValueError, TypeError) as exc:
+        raise UsageError("--ssl-keyfile holds no unencrypted PEM private key") from exc
+    if key.public_key().public_bytes(encoding, form) != certificate.public_key().public_bytes(encoding, form):
+        raise UsageError("--ssl-keyfile is not the key of --ssl-certfile")
+    try:
+        certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound as exc:
+        raise UsageError("--ssl-certfile names no host (subjectAltName), so no client could accept it") from exc
+    now = datetime.datetime.now(datetime.UTC)
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now > ends:
+        raise UsageError(f"--ssl-certfile expired on {ends:%Y-%m-%d %H:%M} UTC; make a new certificate")
+    if now < begins:
+        raise UsageError(f"--ssl-certfile is not valid before {begins:%Y-%m-%d %H:%M} UTC; is this clock right?")
+    return f"--ssl-certfile expires on {ends:%Y-%m-%d %H:%M} UTC" if now + _SOON > ends else None
+
+
+def client_context(root_certificates: bytes) -> ssl.SSLContext:
+    """Return what verifies a server by CA certificates alone; raises UsageError if they are none."""
+    try:
+        context = ssl.create_default_context(cadata=root_certificates.decode())
+    except (ssl.SSLError, ValueError) as exc:
+        raise UsageError("--root-certificates holds no PEM certificate") from exc
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def check_server(host: str, port: int, context: ssl.SSLContext | None, timeout_s: float) -> None:
+    """Connect once as the client will, and say what is wrong if that can never work.
+
+    Parameters
+    ----------
+    context
+        What verifies the server; None if the client is to speak without TLS.
+
+    Raises
+    ------
+    ConnectionFailedError
+        If trying again is in vain.
+    OSError
+        If the server is not there, or not yet: worth trying again.
+    """
+    with socket.create_connection((host, port), timeout=timeout_s) as connection:
+        if context is None:
+            _check_plaintext(connection, f"{host}:{port}")
+            return
+        try:
+            context.wrap_socket(connection, server_hostname=host).close()
+        except ssl.SSLCertVerificationError as exc:
+            raise ConnectionFailedError(_certificate_problem(exc, f"{host}:{port}", host)) from exc
+        except ssl.SSLError as exc:
+            if exc.reason in ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+                raise ConnectionFailedError(
+                    f"the server at {host}:{port} does not speak TLS, this client does (--root-certificates); start the "
+                    "server with --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile"
+                ) from exc
+            raise ConnectionFailedError(f"no TLS connection to {host}:{port}: {exc.reason or exc}") from exc
+
+
+def _check_plaintext(connection: socket.socket, where: str) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.sendall(_HTTP2_HELLO)
+    try:
+        answer = connection.recv(9)
+    except ConnectionResetError:
+        answer = b""
+    if answer[:1] == bytes([_TLS_ALERT]):
+        raise ConnectionFailedError(
+            f"the server at {where} speaks TLS and this client does not; give it the CA's certificate with "
+            "--root-certificates"
+        )
+    if not answer:
+        # Also what a server does that is just starting or ending.
+        raise ConnectionResetError(f"it closed the connection at once; does the server at {where} speak TLS?")
+    if len(answer) < 4 or answer[3] != _HTTP2_SETTINGS:
+        raise ConnectionFailedError(f"what answers at {where} is not a server of fedsplit; check --server-address")
+
+
+def _certificate_problem(exc: ssl.SSLCertVerificationError, where: str, host: str) -> str:
+    if exc.verify_code == _EXPIRED:
+        return f"the certificate of the server at {where} has expired; the server needs a new one (or this clock is wrong)"
+    if exc.verify_code == _NOT_YET_VALID:
+        return f"the certificate of the server at {where} is not valid yet; are both clocks right?"
+    if exc.verify_code in (_WRONG_HOST, _WRONG_ADDRESS):
+        return (
+            f"the certificate of the server at {where} was not made for {host}; use the name in the certificate as "
+            "--server-address, or add this one to the certificate (subjectAltName)"
+        )
+    return (
+        f"the certificate of the server at {where} is not signed by a CA of --root-certificates "
+        f"({exc.verify_message})"
+    )
