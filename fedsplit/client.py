@@ -248,7 +248,12 @@ class Relay(Client):
         if version is None:
             return {"status": "need"}, []
         self._announce(request, version)
-        result = self._await(version, float(message.get("hold_s", 0.0)))
+        try:
+            result = self._await(version, float(message.get("hold_s", 0.0)))
+        except FedSplitError:
+            # The server is told that this came to nothing: a trainer that comes later must not begin it.
+            self._side.cancel(version)
+            raise
         if result is not None:
             return self._deliver(result)
         if message.get("cancel"):

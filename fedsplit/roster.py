@@ -70,11 +70,10 @@ class Peer:
         self.last_heard = time.monotonic()
         # Flower's bridge takes one question at a time.
         self._lock = threading.Lock()
-        self._heard = time.monotonic()
 
     def was_heard_within(self, seconds: float) -> bool:
         """Tell whether the client answered anything lately; while it trains it does so every second."""
-        return time.monotonic() - self._heard < seconds
+        return time.monotonic() - self.last_heard < seconds
 
     def control(self, record: dict[str, Any]) -> dict[str, Any]:
         """Send ``hello``, ``finish`` or ``refuse``."""

@@ -447,6 +447,9 @@ class Server(FlowerServer):
             yield
         except StoppedError as exc:
             raise _SignalError(signal.SIGTERM) from exc
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:

@@ -59,7 +59,7 @@ class StandaloneChannel:
             self._state = {name: tensor.detach().cpu().clone() for name, tensor in answer.state.items()}
         numbers = ({} if answer.loss is None else {"loss": answer.loss}) | dict(answer.metrics)
         if record.request.kind != "initialize":
-            shown = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if isinstance(value, int | float))
+            shown = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, str))
             log.info(
                 "standalone: %s of round %d/%d, %d examples%s",
                 record.request.kind, record.request.server_round, self._rounds, answer.num_examples, shown,

@@ -83,7 +83,7 @@ class Task:
     def state_dict(self) -> StateDict:
         """The state that was received, mapped from the exchange: read it or copy it; writing to it changes nothing."""
         if self._state is None:
-            self._state = self._trainer._channel.read_state(self._record)  # noqa: SLF001
+            self._state = self._trainer._channel.read_state(self._record)
         return self._state
 
     @property
@@ -154,7 +154,7 @@ class Task:
             metrics=scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics"),
             checksum=_checksum(model) if self._trainer.processes > 1 else None,
         )  # fmt: skip
-        self._trainer._answer(self, answer, state or {}, local_state)  # noqa: SLF001
+        self._trainer._answer(self, answer, state or {}, local_state)
         # Not before: a reply that could not be given is an error that the client must hear of.
         self.answered = True
 
@@ -165,7 +165,7 @@ class Task:
         self.answered = self.failed = True
         text = "".join(traceback.format_exception(exc))
         error = {"type": type(exc).__name__, "message": str(exc), "traceback": text}
-        self._trainer._channel.fail(self._record, error, time.monotonic() - self._began)  # noqa: SLF001
+        self._trainer._channel.fail(self._record, error, time.monotonic() - self._began)
 
     def should_stop(self) -> bool:
         """Tell whether nobody waits for the answer any more: the run ended, or the round's deadline passed.
@@ -174,7 +174,7 @@ class Task:
         all of them the same answer, so all must make it equally often.
         """
         if not self._stop:
-            self._stop = not self._trainer._channel.is_wanted(self._record)  # noqa: SLF001
+            self._stop = not self._trainer._channel.is_wanted(self._record)
         return self._stop
 
     def _local_part(self, kept: Mapping[str, torch.Tensor]) -> StateDict:
@@ -322,8 +322,10 @@ class Trainer:
         chosen = self._channel.share(base.server_round if base else -1)
         saved_by = self._channel.share(base.info.get("processes", 1) if base else 0)
         if chosen >= 0 and saved_by != self.processes:
-            log.warning("the local state of round %d was saved by %d processes, now there are %d: each goes on from that "
-                        "of process 0", chosen, saved_by, self.processes)  # fmt: skip
+            log.warning(
+                "the local state of round %d was saved by %d processes, now there are %d: each takes that of process 0",
+                chosen, saved_by, self.processes,
+            )  # fmt: skip
         if self.process == 0:
             return base
         if chosen < 0:
@@ -340,7 +342,7 @@ class Trainer:
             )
 
     def _answer(self, task: Task, answer: Answer, state: StateDict, local_state: Any) -> None:
-        record, server_round = task._record, task.server_round  # noqa: SLF001
+        record, server_round = task._record, task.server_round
         saved = task.kind == "train" and self._save(task, state, local_state)
         accepted = self._channel.answer(record, answer)
         if task.kind != "train":
@@ -367,9 +369,9 @@ class Trainer:
         for later in self._store.rounds():
             if later > task.server_round:  # the server went back: these belong to a course that was given up
                 self._store.remove(later)
-        base = task._base.server_round if task._base else None  # noqa: SLF001
+        base = task._base.server_round if task._base else None
         self._store.save(
-            run_id=task._record.request.run_id, server_round=task.server_round, files=files,  # noqa: SLF001
+            run_id=task._record.request.run_id, server_round=task.server_round, files=files,
             info={"base": base, "processes": self.processes}, durable=False,
         )  # fmt: skip
         self._store.prune()
@@ -384,7 +386,8 @@ def _channel(exchange: Exchange, client_wait_s: float | None, standalone_rounds:
         from fedsplit.standalone import StandaloneChannel
 
         channel = StandaloneChannel(standalone_rounds)
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         from fedsplit.integrations.ddp import ProcessGroupChannel
 
         channel = ProcessGroupChannel(channel)

@@ -358,10 +358,10 @@ def test_what_is_no_directory_is_refused_with_the_error_of_the_callers_choice(tm
 
 AS_NOBODY = """
 import os, sys
-os.setgid(65534); os.setuid(65534)
 from pathlib import Path
 from fedsplit.errors import ExchangeError
 from fedsplit.files import make_private_directory
+os.setgid(65534); os.setuid(65534)
 try:
     make_private_directory(Path(sys.argv[1]))
 except ExchangeError as exc:
