@@ -6,12 +6,16 @@ Your own training instead of the shipped digits:
 
     python model_main.py --rank 1 --workload my_package.my_module:make_workload
 
-or a script of your own around `fedsplit.Trainer`: see the README.
+or a script of your own around `fedsplit.Trainer`: see docs/own-training.md. In several processes, as one trainer:
+
+    torchrun --standalone --nproc-per-node 2 model_main.py --rank 1
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +27,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "model_main.py")
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
-    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR", help="holds rank-K/, shared with the client")
+    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
+        help="holds rank-K/, shared with the client")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="where rank-K/ is kept")
     add("--workload", default="digits", metavar="MODULE:FACTORY",
         help="what to train: digits, mnist, fashion-mnist, cifar10, or a factory of your own")
@@ -47,17 +52,31 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     """Run the trainer."""
     from fedsplit.exchange import Exchange
-    from fedsplit.workloads import WorkloadContext, create_workload
-    from fedsplit.workloads.device import set_up_torch
+    from fedsplit.workloads.device import Launch, process_group, set_up_torch
 
-    # Before anything slow: a taken rank or an unusable directory is told at once.
-    with Exchange(arguments.exchange_dir, arguments.rank).hold("trainer"):
-        pass
+    launch = Launch.read(os.environ)
+    if launch.process == 0:
+        # Before anything slow: a taken rank or an unusable directory is told at once.
+        with Exchange(arguments.exchange_dir, arguments.rank).hold("trainer"):
+            pass
+    elif not arguments.verbose:
+        # Each of its lines would only repeat process 0's.
+        logging.getLogger("fedsplit").setLevel(logging.WARNING)
+    device = set_up_torch(arguments.device, arguments.threads, arguments.num_partitions, launch)
+    with process_group(device, launch):
+        run(arguments, device)
+    return 0
+
+
+def run(arguments: argparse.Namespace, device: str) -> None:
+    """Make the workload and answer every task of the run with it."""
+    from fedsplit.workloads import WorkloadContext, create_workload
+
     context = WorkloadContext(
         rank=arguments.rank,
         num_partitions=arguments.num_partitions,
         seed=arguments.seed,
-        device=set_up_torch(arguments.device, arguments.threads, arguments.num_partitions),
+        device=device,
         data_dir=arguments.data_dir,
         options=dict(arguments.workload_option),
     )
@@ -76,8 +95,7 @@ def main(arguments: argparse.Namespace) -> int:
         client_wait_s=arguments.client_wait,
     )
     with trainer:
-        run_workload(trainer, workload, Progress(arguments.rank))
-    return 0
+        run_workload(trainer, workload, Progress(arguments.rank, shown=trainer.process == 0))
 
 
 if __name__ == "__main__":

@@ -140,11 +140,10 @@ class Run:
             self.payloads.drop(str(self._saved_digest))
         self._saved_digest = digest
 
-    def take_local_entries(self, metrics: Mapping[str, Any]) -> None:
-        """Note which entries stay with the trainers, as the trainer that gave the initial state told."""
-        text = metrics.get("local_entries")
-        if isinstance(text, str):
-            self._record["local_entries"] = json.loads(text)
+    def note_local_entries(self, entries: Mapping[str, Any]) -> None:
+        """Note which entries stay with the trainers: name to (dtype, shape)."""
+        if entries:
+            self._record["local_entries"] = dict(entries)
             self._write_record()
 
     def local_entries(self) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ Killed at any moment and started with ``resume``, the server goes on from the ne
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import signal
@@ -206,7 +207,9 @@ class Server(FlowerServer):
     def _restore(self, strategy: Strategy) -> int:
         """Take up the newest checkpoint; returns its round, 0 when there is none."""
         if self._run.resumed is None and self._run.initial is not None:
-            self._set_state(strategy, self._run.payloads.put(self._run.initial()))
+            shared, local_entries = strategy.without_local(self._run.initial())
+            self._run.note_local_entries(local_entries)
+            self._set_state(strategy, self._run.payloads.put(shared))
             self._save(0, {})
             return 0
         checkpoint = self._run.resumed
@@ -233,7 +236,7 @@ class Server(FlowerServer):
             answer = conversation.until_done()
             if answer.failure is None and answer.digest:
                 content = conversation.fetch(answer)
-                self._run.take_local_entries(answer.metrics)
+                self._run.note_local_entries(json.loads(str(answer.metrics.get("local_entries", "{}"))))
                 log.info("rank %d: gave the initial state (%s bytes)", rank, f"{answer.payload_bytes:,}")
                 return self._run.payloads.put([content])
             failures.append(f"rank {rank}: {answer.failure or 'no payload'}")

@@ -26,6 +26,7 @@ from fedsplit.files import Buffer
 from fedsplit.history import weighted_mean
 from fedsplit.records import Scalar
 from fedsplit.settings import StrategySettings
+from fedsplit.split_keys import is_local
 from fedsplit.state_dict import StateDict, decode, encode
 
 log = logging.getLogger("fedsplit")
@@ -107,6 +108,13 @@ class Strategy(FlowerStrategy):
     def set_state(self, content: Any) -> None:
         """Take a payload as the state that the next round starts from; it must outlive that round."""
         self._reference = decode(content, "the global state")
+
+    def without_local(self, chunks: list[Buffer]) -> tuple[list[Buffer], dict[str, tuple[str, list[int]]]]:
+        """Take the entries that stay with the trainers out of a state; returns what is left, and their dtypes and shapes."""
+        state = decode(b"".join(chunks), "the initial state")
+        local = {name for name in state if is_local(name, self.settings.local_patterns)}
+        entries = {name: (str(state[name].dtype).removeprefix("torch."), list(state[name].shape)) for name in local}
+        return encode({name: tensor for name, tensor in state.items() if name not in local}), entries
 
     def resolve_split(self, local_entries: Mapping[str, torch.Tensor]) -> None:
         """Give every entry its rule; raises UsageError for a pattern that matches nothing or an entry without a rule."""

@@ -196,11 +196,16 @@ def test_a_run_starts_from_an_initial_checkpoint(tmp_path: Path, ending: str) ->
 
     path = tmp_path / f"start{ending}"
     state = {"count": torch.full((8,), 40.0)}
+    state["own"] = torch.ones(3)
     torch.save(state, path) if ending == ".pt" else save_file(state, path)
-    with counting(tmp_path, server_flags=("--rounds", "2", "--initial-checkpoint", str(path))) as federation:
+    rules = ("--aggregate", "own=local", "--aggregate", "fedavg")
+    server_flags = ("--rounds", "2", "--initial-checkpoint", str(path), *rules)
+    with counting(tmp_path, "own=yes", server_flags=server_flags) as federation:
         federation.start_all()
         assert set(federation.wait().values()) == {0}, federation.tails()
-        assert torch.equal(map_file(federation.final_state())["count"], torch.full((8,), 42.0))
+        found = map_file(federation.final_state())
+        assert list(found) == ["count"]
+        assert torch.equal(found["count"], torch.full((8,), 42.0))
 
 
 def test_a_pickle_is_no_initial_checkpoint(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ class Counting(Unchanged):
     """
 
     def __init__(self, context: WorkloadContext) -> None:
-        super().__init__(Holder({"count": torch.zeros(8)}))
+        own = {"own": torch.ones(3)} if context.options.get("own") == "yes" else {}
+        super().__init__(Holder({"count": torch.zeros(8), **own}))
         self._rank = context.rank
         self._sleep_s = float(context.options.get("sleep", "0"))
         if context.options.get("fork") == "yes" and os.fork() == 0:

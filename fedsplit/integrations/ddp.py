@@ -4,8 +4,8 @@
 the others follow it. Whatever the training's own backend is, this uses two gloo groups of its own:
 
 - *data*: tasks, states and answers, as collectives that process 0 begins. Each names what it is about, so that
-  processes that are out of step say so instead of taking one thing for another. A state is broadcast as the bytes of one
-  tensor, and nothing is pickled.
+  processes that are out of step say so instead of taking one thing for another. A state is broadcast as the bytes of
+  one tensor, and nothing is pickled.
 - *control*: one thread of process 0 for each other process, blocked in a receive. An error arrives there also while all
   main threads are stuck in a collective that will never end; and the kernel closes the connection of a process that is
   killed, so that its death is known at once and is not reported as an error of the training.
@@ -112,7 +112,7 @@ class ProcessGroupChannel:
             flat = torch.empty(message["bytes"], dtype=torch.uint8)
         dist.broadcast(flat, src=0, group=self._data)
         if self.process:
-            self._states = (record.version, decode(memoryview(flat.numpy())))
+            self._states = (record.version, decode(flat.numpy().data))
         self._tasks = {record.version: record}
         return record
 

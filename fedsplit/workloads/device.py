@@ -1,22 +1,53 @@
-"""Where and with how many threads a trainer computes."""
+"""Where, with how many threads and in how many processes a trainer computes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from fedsplit.errors import UsageError
 
 
-def set_up_torch(device: str, threads: int | None, num_partitions: int) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How this process was started: by itself, or as one of those that torchrun starts.
+
+    Attributes
+    ----------
+    process, processes
+        Which of how many processes of this trainer it is, counted from 0.
+    local_process, local_processes
+        The same on this machine.
+    """
+
+    process: int = 0
+    processes: int = 1
+    local_process: int = 0
+    local_processes: int = 1
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Launch:
+        """Read what torchrun puts into the environment; without it, a single process."""
+        if "TORCHELASTIC_RUN_ID" not in environment:
+            return cls()
+        names = {"process": "RANK", "processes": "WORLD_SIZE", "local_process": "LOCAL_RANK",
+                 "local_processes": "LOCAL_WORLD_SIZE"}  # fmt: skip
+        return cls(**{field: int(environment[name]) for field, name in names.items()})
+
+
+def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: Launch | None = None) -> str:
     """Choose the device and set the number of threads.
 
     Parameters
     ----------
     device
-        ``auto`` takes a GPU if there is one; else a name that torch knows.
+        ``auto`` takes a GPU if there is one; else a name that torch knows. Of several processes on a machine each takes
+        a GPU of its own.
     threads
-        None shares this machine's cores among ``num_partitions`` trainers: more threads than cores make every one of
-        them slower.
+        None shares this machine's cores among ``num_partitions`` trainers and their processes: more threads than cores
+        make every one of them slower.
 
     Raises
     ------
@@ -25,11 +56,43 @@ def set_up_torch(device: str, threads: int | None, num_partitions: int) -> str:
     """
     import torch
 
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // num_partitions))
+    launch = launch or Launch()
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // (num_partitions * launch.local_processes)))
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and launch.processes > 1:
+        device = f"cuda:{launch.local_process}"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as exc:
         raise UsageError(f"--device {device} cannot be used: {str(exc).splitlines()[0]}") from exc
     return device
+
+
+@contextmanager
+def process_group(device: str, launch: Launch) -> Iterator[None]:
+    """Be in torchrun's process group for the length of the block; without torchrun there is none.
+
+    After an exception the group is left as it is: the others may be stuck in it, and hear of this process's end when
+    its connections close.
+    """
+    if launch.processes == 1:
+        yield
+        return
+    import torch
+    from torch import distributed
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    yield
+    distributed.destroy_process_group()
+
+
+def processes() -> tuple[int, int]:
+    """Return which of how many processes of one trainer this is: 0 of 1 without a process group."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()

@@ -5,6 +5,9 @@ seeded with (seed, rank); the optimizer with its momentum lives on across rounds
 so that a trainer that was killed goes on to the same bits as one that was not: on a CPU, with the same
 number of threads.
 
+In several processes (torchrun) every batch is divided among them: the steps, and so the model up to rounding, are those
+of one process.
+
 Not promised: the same bits on a GPU, or for a model with dropout (its generator is not kept here).
 """
 
@@ -20,9 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from fedsplit.errors import UsageError, WorkloadError
 from fedsplit.workloads.base import EvaluateResult, Task, TrainResult, WorkloadContext
+from fedsplit.workloads.device import processes
 from fedsplit.workloads.options import OptionReader
 from fedsplit.workloads.partition import Scheme, partition
 from fedsplit.workloads.training import Tally, TrainingSettings, proximal_term
@@ -107,6 +112,8 @@ class ImageWorkload:
         self._train_indices = training_indices(data, context, scheme)
         self._test_indices = held_out_indices(data, context)
         self.model = _seeded(build_model, context.seed).to(self.device)
+        self._process, self._processes = processes()
+        self._forward = self.model if self._processes == 1 else DistributedDataParallel(self.model)
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=settings.lr, momentum=settings.momentum)
         self._generator = torch.Generator()
         self._generator.manual_seed(_seed_of_rank(context))
@@ -117,7 +124,8 @@ class ImageWorkload:
         `task.config` may change epochs, batch-size, lr and proximal for this round. `num_examples` counts
         the different examples that were trained on: the whole partition, unless the task stopped in the
         first epoch. The metrics are means over every example seen: the cross entropy as it was before each
-        step, without the proximal term, and the accuracy. Without a single batch there are none.
+        step, without the proximal term, and the accuracy. Without a single batch there are none. In several
+        processes both are about this one's share.
         """
         settings = self.settings.read_round(OptionReader(task.config, source="--train-config"))
         anchor = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -129,7 +137,8 @@ class ImageWorkload:
             if task.should_stop():
                 break
             self._step(batch, settings.proximal, anchor, tally)
-        return TrainResult(min(tally.examples, len(self._train_indices)), tally.means())
+        batches = torch.split(self._train_indices, settings.batch_size)
+        return TrainResult(min(tally.examples, sum(len(self._share(batch)) for batch in batches)), tally.means())
 
     @torch.no_grad()
     def evaluate(self, task: Task) -> EvaluateResult:
@@ -141,13 +150,14 @@ class ImageWorkload:
         batches = torch.split(self._test_indices, EVALUATION_BATCH_SIZE)
         tally = Tally(len(batches), self.on_batch)
         for batch in batches:
-            images, labels = self._load(self._data.test_images, self._data.test_labels, batch)
-            logits = self.model(images)
-            tally.add(functional.cross_entropy(logits, labels), logits, labels)
+            images, labels = self._load(self._data.test_images, self._data.test_labels, self._share(batch))
+            if len(labels):
+                logits = self.model(images)
+                tally.add(functional.cross_entropy(logits, labels), logits, labels)
             if task.should_stop():
                 break
         means = tally.means()
-        return EvaluateResult(means.pop("loss"), tally.examples, means)
+        return EvaluateResult(means.pop("loss", 0.0), tally.examples, means)
 
     def local_state(self) -> dict[str, Any]:
         """Return copies of the optimizer's and the generator's state: dicts, lists, numbers and tensors."""
@@ -182,14 +192,23 @@ class ImageWorkload:
     def _step(
         self, batch: torch.Tensor, proximal: float, anchor: Mapping[str, torch.Tensor], tally: Tally
     ) -> None:
-        images, labels = self._load(self._data.train_images, self._data.train_labels, batch)
-        logits = self.model(images)
-        loss = functional.cross_entropy(logits, labels)
-        objective = loss + proximal * proximal_term(self.model, anchor) if proximal else loss
+        share = self._share(batch)
+        images, labels = self._load(self._data.train_images, self._data.train_labels, share)
+        logits = self._forward(images)
+        loss = functional.cross_entropy(logits, labels, reduction="mean" if len(labels) else "sum")
+        # The processes' gradients are averaged: together they are the gradient of the whole batch's mean.
+        objective = loss if self._processes == 1 else loss * (len(labels) * self._processes / len(batch))
+        if proximal:
+            objective = objective + proximal * proximal_term(self.model, anchor)
         self._optimizer.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        tally.add(loss, logits, labels)
+        if len(labels):
+            tally.add(loss, logits, labels)
+
+    def _share(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return this process's part of a batch."""
+        return batch if self._processes == 1 else batch[self._process :: self._processes]
 
     def _load(
         self, images: torch.Tensor, labels: torch.Tensor, batch: torch.Tensor

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
 
 
 class Described(Protocol):
@@ -26,17 +27,20 @@ class Progress:
     ----------
     rank
         Shown before the task.
+    shown
+        Whether there may be a bar; of several processes only one shows it.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *, shown: bool = True) -> None:
         self._rank = rank
+        self._shown = shown
         self._bar: RichProgress | None = None
         self._console = Console(stderr=True)
 
     @contextmanager
     def task(self, task: Described) -> Iterator[None]:
         """Show a bar for the length of a task."""
-        if not sys.stderr.isatty():
+        if not self._shown or not sys.stderr.isatty():
             yield
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

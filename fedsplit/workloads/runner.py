@@ -19,7 +19,8 @@ def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> No
     """Answer every task of a run with a workload.
 
     A task that fails is reported with its traceback, and the next one is waited for; a model that cannot take the
-    federation's state ends the trainer, since no later task could go better.
+    federation's state ends the trainer, since no later task could go better. In several processes a failure ends them
+    all, to be started again.
 
     Raises
     ------
@@ -27,6 +28,8 @@ def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> No
         If the workload's model is not the federation's.
     RunStoppedError, RunFailedError
         If the run ended without being complete.
+    TrainingError
+        If a task failed in one of several processes.
     """
     initial = copy.deepcopy(workload.local_state()) if isinstance(workload, StatefulWorkload) else None
     if hasattr(workload, "on_batch"):
@@ -40,7 +43,7 @@ def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> No
             raise
         except Exception as exc:  # noqa: BLE001  (the workload is the user's; whatever it raises is reported whole)
             log.error(
-                "%s of round %d failed; reported to the server, waiting for the next task\n%s",
+                "%s of round %d failed; it is reported to the server\n%s",
                 task.kind, task.server_round, "".join(traceback.format_exception(exc)).rstrip(),
             )  # fmt: skip
             task.fail(exc)

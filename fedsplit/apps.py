@@ -1,0 +1,230 @@
+"""The same server and the same relay under Flower's deployment engine: what ``flwr run`` runs.
+
+``server_app`` runs `fedsplit.server.Server` beside the SuperLink, ``client_app`` runs `fedsplit.client.Relay` beside each
+SuperNode, in a new process for each message; the trainers are the unchanged ``model_main.py``. The run config holds the
+server's flags (`fedsplit.options`), a SuperNode's ``--node-config`` those of a client: ``rank=1 exchange-dir="…"``, and if
+wanted ``trainer-wait=300``.
+
+Where Flower waits in fixed steps and its public interface lets another do the waiting, this does it sooner: nodes are
+looked for every half second, not every five, and replies at first every 50 ms, not every three seconds.
+
+A client's role lock is held for the length of a message; ``client-lock="held"`` says that whoever started the SuperNode
+holds it for life, as ``client_main.py --engine superlink`` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+from flwr.app import ConfigRecord, Context, Message
+from flwr.client import Client
+from flwr.clientapp import ClientApp
+from flwr.common import (
+    EvaluateIns, EvaluateRes, FitIns, FitRes, GetParametersIns, GetParametersRes, GetPropertiesIns, GetPropertiesRes,
+)  # fmt: skip
+from flwr.server.compat.grid_client_proxy import GridClientProxy
+from flwr.serverapp import Grid, ServerApp
+
+from fedsplit.cli import set_up_logging
+from fedsplit.client import Relay
+from fedsplit.errors import FedSplitError, RoleTakenError, UsageError
+from fedsplit.exchange import Exchange
+from fedsplit.options import ServerOptions
+from fedsplit.outcome import write_outcome
+from fedsplit.protocol import SUPERLINK
+from fedsplit.roster import Roster
+
+log = logging.getLogger("fedsplit")
+
+_NODES_S = 0.5
+_FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
+# What a message may take beyond the time that the client holds it: until a SuperNode polls, starts a process and replies.
+_DELIVERY_S = 90.0
+_LOST_PAUSE_S = 5.0
+# The process of the message before may still be on its way out.
+_LOCK_WAIT_S = 10.0
+_STATE = "fedsplit"
+
+server_app = ServerApp()
+
+
+@server_app.main()
+def run_server(grid: Grid, context: Context) -> None:
+    """Run the federation; raises what made it end early, which gives the run its status."""
+    _begin("server")
+    outcome_file = str(context.run_config.get("outcome-file", ""))
+    try:
+        options = ServerOptions.from_run_config(context.run_config)
+        with options.server(SUPERLINK) as server:
+            roster = server.client_manager()
+            assert isinstance(roster, Roster)  # noqa: S101  (for the type checker: it makes no other)
+            nodes = _Nodes(_PromptGrid(grid), roster)
+            nodes.start()
+            server.fit(num_rounds=options.rounds, timeout=None)
+            nodes.stop()
+        if server.failure:
+            raise server.failure
+    except FedSplitError as exc:
+        write_outcome(outcome_file, exc)
+        raise
+    write_outcome(outcome_file, None)
+
+
+class _PromptGrid:
+    """A grid that looks for replies sooner and lets a message live long enough; what `GridClientProxy` uses of one."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self.run_id = grid.run.run_id
+
+    def node_ids(self) -> set[int]:
+        """Return the nodes that are connected now."""
+        return set(self._grid.get_node_ids())
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send one message and wait for its reply: Flower itself answers one that nobody did in time."""
+        (message,) = messages
+        message.metadata.ttl += _DELIVERY_S
+        message_ids = list(self._grid.push_messages([message]))
+        # The SuperLink has it now: no copy of a large state waits here for as long as a training takes.
+        message.content.clear()
+        began = time.monotonic()
+        while True:
+            if replies := list(self._grid.pull_messages(message_ids)):
+                return replies
+            time.sleep(min(_LAST_POLL_S, max(_FIRST_POLL_S, (time.monotonic() - began) / 20)))
+
+
+class _Nodes:
+    """Keeps the roster up to date with the SuperNodes that are connected."""
+
+    def __init__(self, grid: _PromptGrid, roster: Roster) -> None:
+        self._grid = grid
+        self._roster = roster
+        self._proxies: dict[int, GridClientProxy] = {}
+        self._tried: dict[int, float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        complained = False
+        while True:
+            try:
+                self._update(self._grid.node_ids())
+                complained = False
+            except Exception as exc:  # noqa: BLE001  (the SuperLink's HTTP client has its own; it may come back)
+                if not complained and not self._stop.is_set():
+                    log.warning("cannot ask the SuperLink for its nodes: %s", exc)
+                complained = True
+            if self._stop.wait(_NODES_S):
+                return
+
+    def _update(self, here: set[int]) -> None:
+        for gone in self._proxies.keys() - here:
+            self._roster.unregister(self._proxies.pop(gone))
+        now = time.monotonic()
+        for node in sorted(here):
+            if node not in self._proxies:
+                grid: Any = self._grid
+                self._proxies[node] = GridClientProxy(node_id=node, grid=grid, run_id=self._grid.run_id)
+            elif not self._roster.is_lost(self._proxies[node]) or now - self._tried[node] < _LOST_PAUSE_S:
+                continue
+            # A node whose question came to nothing is still the same node: it is greeted again.
+            self._tried[node] = now
+            self._roster.register(self._proxies[node])
+
+
+class _NodeRelay(Relay):
+    """A relay for one message: takes up what the message before left in the context, and the role lock."""
+
+    def __init__(self, context: Context) -> None:
+        config = context.node_config
+        rank, directory = config.get("rank"), config.get("exchange-dir")
+        if not isinstance(rank, int) or not isinstance(directory, str):
+            raise UsageError(
+                "the SuperNode says neither whose relay it is nor where: give it "
+                f"--node-config 'rank=1 exchange-dir=\"/path/exchange\"' (it has {dict(config)})"
+            )
+        self._context = context
+        self._own_exchange = Exchange(directory, rank)
+        super().__init__(
+            self._own_exchange, trainer_wait_s=float(config.get("trainer-wait", 300.0)), use_store=False, engine=SUPERLINK
+        )
+
+    @contextmanager
+    def _message(self) -> Iterator[None]:
+        state = self._context.state.config_records
+        with ExitStack() as stack:
+            if self._context.node_config.get("client-lock") != "held":
+                self._take_role(stack)
+            kept = state[_STATE].get("missing-since") if _STATE in state else None
+            # The clock is the machine's: it goes on from one process to the next.
+            self.missing_since = float(kept) if isinstance(kept, float) else None
+            yield
+        state[_STATE] = ConfigRecord({} if self.missing_since is None else {"missing-since": self.missing_since})
+        if self.refused:
+            write_outcome(str(self._context.node_config.get("outcome-file", "")), self.refused)
+
+    def _take_role(self, stack: ExitStack) -> None:
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                stack.enter_context(self._own_exchange.hold("client"))
+                return
+            except RoleTakenError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
+        """As `Relay.get_properties`."""
+        with self._message():
+            return super().get_properties(ins)
+
+    def get_parameters(self, ins: GetParametersIns) -> GetParametersRes:
+        """As `Relay.get_parameters`."""
+        with self._message():
+            return super().get_parameters(ins)
+
+    def fit(self, ins: FitIns) -> FitRes:
+        """As `Relay.fit`."""
+        with self._message():
+            return super().fit(ins)
+
+    def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
+        """As `Relay.evaluate`."""
+        with self._message():
+            return super().evaluate(ins)
+
+
+def make_client(context: Context) -> Client:
+    """Make the relay of the SuperNode that a message came to."""
+    _begin("client")
+    return _NodeRelay(context)
+
+
+client_app = ClientApp(client_fn=make_client)
+
+
+def _begin(program: str) -> None:
+    set_up_logging(program, verbose=False)
+    # Rules of one's own are looked for where the SuperLink was started, as server_main.py does.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
