@@ -204,9 +204,9 @@ class CheckpointStore:
     def begin_run(self, run_id: str) -> None:
         """Put what another run left here aside, under ``old-runs/<its id>/``, and clear what a dead writer left."""
         make_private_directory(self.directory, CheckpointError)
-        remove_leftovers(self.directory, "")
         for path in self.directory.glob(".round-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
+        remove_leftovers(self.directory, "")
         for server_round in self.rounds():
             directory = self.round_directory(server_round)
             found = _run_of(directory)

@@ -9,10 +9,12 @@ process, not of the machine.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -25,6 +27,7 @@ Buffer = bytes | bytearray | memoryview
 
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _COPY_BYTES = 1 << 24
+_HASH_BESIDE_BYTES = 1 << 20
 
 
 @contextmanager
@@ -69,6 +72,31 @@ def write_all(file: BinaryIO, chunk: Buffer) -> None:
     view = memoryview(chunk).cast("B")
     while len(view):
         view = view[file.write(view) :]
+
+
+def write_hashed(path: Path, chunks: Iterable[Buffer]) -> tuple[str, int]:
+    """Write buffers one after the other; returns the SHA-256 of all in hex, and their length in bytes.
+
+    Hashing takes as long as writing to memory does: large contents are hashed in a thread beside the writing.
+    """
+    buffers = list(chunks)
+    size = sum(memoryview(chunk).nbytes for chunk in buffers)
+    digest = hashlib.sha256()
+
+    def update() -> None:
+        for chunk in buffers:
+            digest.update(chunk)
+
+    hashing = threading.Thread(target=update, name="hashing") if size > _HASH_BESIDE_BYTES else None
+    with atomic_file(path) as file:
+        if hashing:
+            hashing.start()
+        try:
+            for chunk in buffers:
+                write_all(file, chunk)
+        finally:
+            hashing.join() if hashing else update()
+    return digest.hexdigest(), size
 
 
 def write_json(path: Path, record: dict[str, Any], *, durable: bool = False) -> None:

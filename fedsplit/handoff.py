@@ -17,7 +17,7 @@ from typing import TypeVar
 from fedsplit.errors import RecordError, SchemaError
 from fedsplit.exchange import Exchange
 from fedsplit.files import (
-    Buffer, atomic_file, check_space, link_or_copy, open_regular, remove, write_all, write_chunks, write_json,
+    Buffer, check_space, link_or_copy, open_regular, remove, write_chunks, write_hashed, write_json,
 )  # fmt: skip
 from fedsplit.records import FinishedRecord, PayloadRecord, Request, ResultRecord, Scalar, TaskRecord
 
@@ -275,13 +275,8 @@ class TrainerSide:
 
     def _write(self, version: int, chunks: Iterable[Buffer]) -> PayloadRecord:
         path = self.exchange.payload_path("result", version)
-        digest, size = hashlib.sha256(), 0
-        with atomic_file(path) as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                size += memoryview(chunk).nbytes
-                write_all(file, chunk)
-        return PayloadRecord(file=path.name, bytes=size, digest=digest.hexdigest())
+        digest, size = write_hashed(path, chunks)
+        return PayloadRecord(file=path.name, bytes=size, digest=digest)
 
     def _verify(self, payload: PayloadRecord) -> None:
         path = self.exchange.check_payload(payload)

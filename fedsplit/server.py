@@ -41,6 +41,7 @@ from fedsplit.run import Run
 from fedsplit.settings import StrategySettings
 
 if TYPE_CHECKING:
+    from fedsplit.aggregation.base import Update
     from fedsplit.strategy import Merge, Strategy
 
 log = logging.getLogger("fedsplit")
@@ -245,7 +246,7 @@ class Server(FlowerServer):
 
     def _set_state(self, strategy: Strategy, state: StoredPayload) -> None:
         self._state = state
-        strategy.set_state(self._run.payloads.map(state.digest))
+        strategy.set_state(self._run.payloads.map(state.digest, own=True))
 
     def _digest(self) -> str | None:
         return self._state.digest if self._state else None
@@ -296,10 +297,21 @@ class Server(FlowerServer):
             try:
                 answer = phase.answers[rank] = conversation.until_done()
                 own.end("hand-off", waiting=conversation.waited_s, training=answer.seconds)
+                update: Update | str = answer.failure or ""
+                # What lies in a file takes no memory: it is read and checked beside the others. What comes in messages
+                # is fetched when its turn has come, so that the server holds one at a time.
+                early = not answer.failure and answer.via == "store"
+                if early:
+                    update = self._fetch(conversation, answer, merge, own)
                 turns.wait(rank)
                 own.end("turn")
-                if reason := answer.failure or self._merge_one(conversation, answer, merge, own):
-                    self._refuse(phase, rank, "train", reason, answer.traceback)
+                if not answer.failure and not early:
+                    update = self._fetch(conversation, answer, merge, own)
+                if isinstance(update, str):
+                    self._refuse(phase, rank, "train", update, answer.traceback)
+                else:
+                    merge.add(update)
+                    own.end("merging")
             finally:
                 turns.done(rank)
 
@@ -328,8 +340,8 @@ class Server(FlowerServer):
             line["privacy"] = privacy
         return line
 
-    def _merge_one(self, conversation: Conversation, answer: Answer, merge: Merge, stages: Stages) -> str | None:
-        """Fetch an update and merge it; returns why it was refused, or None."""
+    def _fetch(self, conversation: Conversation, answer: Answer, merge: Merge, stages: Stages) -> Update | str:
+        """Get an update and check it; returns why it is refused if it is."""
         if not answer.digest:
             return "it came without a state_dict"
         try:
@@ -338,12 +350,12 @@ class Server(FlowerServer):
             return str(exc)
         if merge.retains and isinstance(content, bytes):
             # What has to wait for the others waits in a file, not in memory.
-            content = self._run.payloads.map(self._run.payloads.put([content]).digest)
+            content = self._run.payloads.map(self._run.payloads.put([content]).digest, own=True)
         stages.end("transfer")
         try:
-            return merge.offer(answer.rank, content, answer.num_examples, answer.metrics)
+            return merge.check(answer.rank, content, answer.num_examples, answer.metrics)
         finally:
-            stages.end("merging")
+            stages.end("checking")
 
     def _evaluate(
         self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line

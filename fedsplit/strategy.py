@@ -54,23 +54,32 @@ class Merge:
         self.retains = self._merger.retains
         self.accepted = 0
 
-    def offer(self, rank: int, content: Any, num_examples: int, metrics: Mapping[str, Scalar]) -> str | None:
-        """Merge an update, or say why it is refused.
+    def check(self, rank: int, content: Any, num_examples: int, metrics: Mapping[str, Scalar]) -> Update | str:
+        """Read an update and look at every number in it; returns why it is refused if it is. Any thread may call this.
 
         Parameters
         ----------
         content
-            The payload as a buffer; used until the round ends if `retains`, else only during the call.
+            The payload as a buffer; used until the round ends if `retains`, else only until `add` returns.
         """
         try:
             state = decode(content, f"the update of rank {rank}")
         except RecordError as exc:
             return str(exc)
         update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics)
-        if reason := check_update(update, self._reference):
-            return reason
+        return check_update(update, self._reference) or update
+
+    def add(self, update: Update) -> None:
+        """Merge an update that passed `check`; in rank order, one at a time."""
         self._merger.add(update)
         self.accepted += 1
+
+    def offer(self, rank: int, content: Any, num_examples: int, metrics: Mapping[str, Scalar]) -> str | None:
+        """Check an update and merge it, or say why it is refused."""
+        update = self.check(rank, content, num_examples, metrics)
+        if isinstance(update, str):
+            return update
+        self.add(update)
         return None
 
     def finish(self) -> list[Buffer] | None:

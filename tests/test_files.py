@@ -138,13 +138,17 @@ def test_the_kernels_own_word_for_a_full_disk_is_understood():
 
 
 WRITE_FOR_EVER = """
-import itertools, sys
+import itertools, sys, time
 from pathlib import Path
 from fedsplit.files import write_chunks
-path, durable = Path(sys.argv[1]), sys.argv[2] == "durable"
+path, durable, pause_s = Path(sys.argv[1]), sys.argv[2] == "durable", float(sys.argv[3])
+def chunks(text):
+    yield text.ljust(8)
+    for _ in range(40):
+        time.sleep(pause_s)
+        yield text[-1:] * 20_000
 for number in itertools.count():
-    text = str(number).encode()
-    write_chunks(path, [text.ljust(8), *[text[-1:] * 20_000] * 40], durable=durable)
+    write_chunks(path, chunks(str(number).encode()), durable=durable)
     if number == 0:
         print("writing", flush=True)
 """
@@ -154,7 +158,7 @@ for number in itertools.count():
 def test_a_kill_in_the_middle_of_a_write_leaves_the_content_before_whole(tmp_path, durable):
     rng, path, torn = random.Random(3), tmp_path / "a", 0
     for _ in range(6):
-        with running(WRITE_FOR_EVER, path, durable) as writer:
+        with running(WRITE_FOR_EVER, path, durable, 0.0005) as writer:
             time.sleep(rng.uniform(0.0, 0.05))
             kill(writer)
         content = path.read_bytes()
@@ -168,13 +172,13 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_content_before_whole(tmp_pat
 
 def test_a_reader_beside_a_writer_sees_only_whole_files(tmp_path):
     path = tmp_path / "a"
-    with running(WRITE_FOR_EVER, path, "not durable"):
+    with running(WRITE_FOR_EVER, path, "not durable", 0):
         end, seen = time.monotonic() + 0.5, set()
         while time.monotonic() < end:
             content = path.read_bytes()
             assert len(content) == 800_008 and len(set(content[8:])) == 1
             seen.add(content[:8])
-    assert len(seen) > 3
+    assert len(seen) > 1
 
 
 def test_leftovers_are_removed_by_their_prefix_only(tmp_path):
