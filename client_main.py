@@ -12,9 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedsplit import cli, embedded
+from fedsplit import cli, embedded, tls
 from fedsplit.errors import RunFailedError, RunStoppedError, UsageError
+from fedsplit.join import read_token
+
+if TYPE_CHECKING:
+    from fedsplit.exchange import Exchange
+    from fedsplit.records import FinishedRecord
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,37 +36,74 @@ def make_parser() -> argparse.ArgumentParser:
     add("--trainer-wait", type=cli.seconds, default=300.0, metavar="S",
         help="seconds to wait for a trainer before a task is reported as failed")
     add("--payload-store", default="auto", metavar="auto|none|URL",
-        help="auto: exchange files with a server on this machine by reference; none: all bytes in messages")
+        help="auto: exchange files with a server on this machine by reference; none: all bytes in messages; "
+             "URL: by way of a place that fsspec knows, the same as the server's")
     add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
-    cli.add_verbose(parser)
+    add("--join-token-file", type=Path, metavar="FILE",
+        help="proves to the server, and lets it prove, that both know the token in this file (mode 0600)")
+    add("--supernode-private-key", type=Path, metavar="FILE",
+        help="with --engine superlink: this SuperNode's key, where the server asks for one")
+    cli.add_logging(parser)
     return parser
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the relay."""
-    embedded.quiet_flower(arguments.verbose)
-    embedded.parse_address(arguments.server_address)
-    if arguments.engine == "superlink":
-        raise UsageError("--engine superlink is not there yet; run without it")
-    if arguments.payload_store not in ("auto", "none"):
-        raise UsageError(f"--payload-store {arguments.payload_store}: only auto and none are there yet")
+    embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
+    host, _ = embedded.parse_address(arguments.server_address)
     certificates = cli.read_file(arguments.root_certificates, "--root-certificates")
+    join_key = read_token(arguments.join_token_file)
+    if join_key is not None and certificates is None and not tls.is_loopback(host):
+        raise UsageError("--join-token-file works over TLS (--root-certificates) or on loopback only")
+    engine = embedded.choose_engine(arguments.engine)
+    if engine == "superlink" and join_key is not None:
+        raise UsageError("--join-token-file is of the embedded engine; here it is --supernode-private-key")
+    if engine == "embedded" and arguments.supernode_private_key:
+        raise UsageError("--supernode-private-key is of --engine superlink; here it is --join-token-file")
 
-    from fedsplit.client import Relay
     from fedsplit.exchange import Exchange
 
     exchange = Exchange(arguments.exchange_dir, arguments.rank)
     with exchange.hold("client"):
-        relay = Relay(
-            exchange, trainer_wait_s=arguments.trainer_wait, use_store=arguments.payload_store == "auto"
-        )
-        embedded.connect(
-            relay, arguments.server_address, root_certificates=certificates, max_wait_s=arguments.max_wait
-        )
-    if relay.outcome and relay.outcome.outcome != "complete":
-        kind = RunStoppedError if relay.outcome.outcome == "stopped" else RunFailedError
-        raise kind(f"the run ended before it was complete: {relay.outcome.reason or relay.outcome.outcome}")
+        outcome = (_run_supernode if engine == "superlink" else _run_relay)(exchange, arguments, certificates, join_key)
+    if outcome and outcome.outcome != "complete":
+        kind = RunStoppedError if outcome.outcome == "stopped" else RunFailedError
+        raise kind(f"the run ended before it was complete: {outcome.reason or outcome.outcome}")
     return 0
+
+
+def _run_relay(
+    exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
+) -> FinishedRecord | None:
+    from fedsplit.client import Relay
+    from fedsplit.remote_store import open_remote
+
+    relay = Relay(
+        exchange,
+        trainer_wait_s=arguments.trainer_wait,
+        remote=open_remote(arguments.payload_store),
+        use_store=arguments.payload_store == "auto",
+        join_key=join_key,
+    )
+    embedded.connect(relay, arguments.server_address, root_certificates=certificates, max_wait_s=arguments.max_wait)
+    return relay.outcome
+
+
+def _run_supernode(
+    exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
+) -> FinishedRecord:
+    from fedsplit import superlink
+
+    return superlink.connect(
+        exchange,
+        arguments.server_address,
+        root_certificates=arguments.root_certificates,
+        node_key=arguments.supernode_private_key,
+        trainer_wait_s=arguments.trainer_wait,
+        payload_store=arguments.payload_store,
+        max_wait_s=arguments.max_wait,
+        verbose=arguments.verbose,
+    )
 
 
 if __name__ == "__main__":

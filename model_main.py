@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--state", choices=("keep", "reset"), default="keep",
         help="keep: optimizer and generators go on from round to round; reset: each round starts fresh")
     add("--client-wait", type=cli.seconds, metavar="S", help="seconds to wait for a client (default: for ever)")
-    cli.add_verbose(parser)
+    cli.add_logging(parser)
     return parser
 
 

@@ -15,8 +15,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedsplit import cli, embedded
+from fedsplit import cli, embedded, tls
 from fedsplit.errors import UsageError
+from fedsplit.join import read_token
+from fedsplit.options import ServerOptions
+from fedsplit.protocol import EMBEDDED
+
+# Options that are what their flag gives.
+_PLAIN = (
+    "rounds", "min_clients", "min_results", "fraction_train", "evaluate_every", "checkpoint_dir", "keep_checkpoints",
+    "resume", "initial_checkpoint", "round_timeout", "client_wait", "payload_store", "seed",
+)  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,61 +56,64 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train-config", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
         help="reaches every trainer as task.config; repeatable")
     add("--payload-store", default="auto", metavar="auto|none|URL",
-        help="auto: clients that see this machine's disk exchange files by reference; none: all bytes in messages")
+        help="auto: clients that see this machine's disk exchange files by reference; none: all bytes in messages; "
+             "URL: by way of a place that fsspec knows, such as s3://bucket/prefix, for clients given the same")
     add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
     add("--seed", type=cli.natural, default=0, metavar="N", help="of the sampling of clients and of rules that draw")
     add("--ssl-ca-certfile", type=Path, metavar="FILE", help="CA certificate, PEM; with the two below it turns TLS on")
     add("--ssl-certfile", type=Path, metavar="FILE", help="this server's certificate, PEM")
     add("--ssl-keyfile", type=Path, metavar="FILE", help="this server's private key, PEM")
-    cli.add_verbose(parser)
+    add("--insecure", action="store_true", help="listen without TLS on a network that is private; else that is refused")
+    add("--join-token-file", type=Path, metavar="FILE",
+        help="lets only clients in that prove to know the token in this file (mode 0600; over TLS or on loopback)")
+    add("--supernode-public-key", type=Path, action="append", default=[], metavar="FILE",
+        help="with --engine superlink: lets only SuperNodes in that have one of these keys; repeatable")
+    add("--tracker", action="append", default=[], metavar="NAME[:PLACE]",
+        help="also write metrics to tensorboard or mlflow; PLACE is a directory or a tracking URI (default: in "
+             "--checkpoint-dir); repeatable")
+    cli.add_logging(parser)
     return parser
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the server."""
-    embedded.quiet_flower(arguments.verbose)
-    embedded.parse_address(arguments.address)
-    embedded.check_port_is_free(arguments.address)
+    embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
+    options = ServerOptions(
+        **{name: getattr(arguments, name) for name in _PLAIN},
+        aggregate=tuple(arguments.aggregate),
+        train_config=tuple((key, cli.scalar(value)) for key, value in arguments.train_config),
+        tracker=tuple(arguments.tracker),
+    )
+    # A rule that cannot be read is told of before anything is started.
+    options.settings()
+    host, _ = embedded.parse_address(arguments.address)
     certificates = cli.read_certificates(arguments.ssl_ca_certfile, arguments.ssl_certfile, arguments.ssl_keyfile)
-    if arguments.engine == "superlink":
-        raise UsageError("--engine superlink is not there yet; run without it")
-    if arguments.payload_store not in ("auto", "none"):
-        raise UsageError(f"--payload-store {arguments.payload_store}: only auto and none are there yet")
-    if arguments.keep_checkpoints < 2:
-        raise UsageError("--keep-checkpoints must be at least 2: the newest checkpoint may be the corrupt one")
-    if arguments.initial_checkpoint and not arguments.initial_checkpoint.is_file():
-        raise UsageError(f"--initial-checkpoint {arguments.initial_checkpoint} does not exist")
-
-    from fedsplit.aggregation.spec import parse_rules
-    from fedsplit.run import Run
-    from fedsplit.server import Server
-    from fedsplit.settings import StrategySettings, initial_from
-
-    settings = StrategySettings(
-        rules=parse_rules(arguments.aggregate),
-        min_clients=arguments.min_clients,
-        min_results=arguments.min_results,
-        fraction_train=arguments.fraction_train,
-        evaluate_every=arguments.evaluate_every,
-        train_config={key: cli.scalar(value) for key, value in arguments.train_config},
-        seed=arguments.seed,
+    join_key = read_token(arguments.join_token_file)
+    tls.check_exposure(
+        host, encrypted=certificates is not None, insecure=arguments.insecure, has_token=join_key is not None
     )
-    run = Run(
-        arguments.checkpoint_dir,
-        keep_checkpoints=arguments.keep_checkpoints,
-        resume=arguments.resume,
-        settings={key: str(value) for key, value in vars(arguments).items()},
-        initial=initial_from(arguments.initial_checkpoint),
-    )
-    with run:
-        server = Server(
-            run,
-            settings,
-            rounds=arguments.rounds,
-            round_timeout_s=arguments.round_timeout,
-            client_wait_s=arguments.client_wait,
-            offer_store=arguments.payload_store == "auto",
+    if certificates is not None:
+        tls.check_server_files(certificates)
+    embedded.check_port_is_free(arguments.address)
+    if embedded.choose_engine(arguments.engine) == "superlink":
+        from fedsplit import superlink
+
+        if join_key is not None:
+            raise UsageError("--join-token-file is of the embedded engine; a SuperLink knows nodes by their keys: "
+                             "--supernode-public-key")  # fmt: skip
+        files = None
+        if certificates is not None:
+            files = superlink.TlsFiles(
+                ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile
+            )
+        superlink.serve(
+            options, arguments.address, tls=files, node_keys=arguments.supernode_public_key, verbose=arguments.verbose
         )
+        return 0
+    if arguments.supernode_public_key:
+        raise UsageError("--supernode-public-key is of --engine superlink; here it is --join-token-file")
+    live = arguments.log_format == "text" and not arguments.verbose
+    with options.server(EMBEDDED, join_key=join_key, live=live, command=["python", *sys.argv]) as server:
         embedded.serve(server, arguments.address, certificates=certificates)
     if server.failure:
         raise server.failure

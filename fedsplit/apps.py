@@ -3,7 +3,7 @@
 ``server_app`` runs `fedsplit.server.Server` beside the SuperLink, ``client_app`` runs `fedsplit.client.Relay` beside each
 SuperNode, in a new process for each message; the trainers are the unchanged ``model_main.py``. The run config holds the
 server's flags (`fedsplit.options`), a SuperNode's ``--node-config`` those of a client: ``rank=1 exchange-dir="…"``, and if
-wanted ``trainer-wait=300``.
+wanted ``trainer-wait=300`` and ``payload-store="none"``.
 
 Where Flower waits in fixed steps and its public interface lets another do the waiting, this does it sooner: nodes are
 looked for every half second, not every five, and replies at first every 50 ms, not every three seconds.
@@ -18,12 +18,13 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+# isort: split
 from flwr.app import ConfigRecord, Context, Message
 from flwr.client import Client
 from flwr.clientapp import ClientApp
@@ -38,8 +39,10 @@ from fedsplit.client import Relay
 from fedsplit.errors import FedSplitError, RoleTakenError, UsageError
 from fedsplit.exchange import Exchange
 from fedsplit.options import ServerOptions
-from fedsplit.outcome import write_outcome
+from fedsplit.payloads import PayloadStore
 from fedsplit.protocol import SUPERLINK
+from fedsplit.remote_store import open_remote
+from fedsplit.reports import Reporter
 from fedsplit.roster import Roster
 
 log = logging.getLogger("fedsplit")
@@ -59,8 +62,7 @@ server_app = ServerApp()
 @server_app.main()
 def run_server(grid: Grid, context: Context) -> None:
     """Run the federation; raises what made it end early, which gives the run its status."""
-    _begin("server")
-    outcome_file = str(context.run_config.get("outcome-file", ""))
+    reporter = _begin("server", context.run_config)
     try:
         options = ServerOptions.from_run_config(context.run_config)
         with options.server(SUPERLINK) as server:
@@ -73,9 +75,11 @@ def run_server(grid: Grid, context: Context) -> None:
         if server.failure:
             raise server.failure
     except FedSplitError as exc:
-        write_outcome(outcome_file, exc)
+        if reporter:
+            reporter.end(exc)
         raise
-    write_outcome(outcome_file, None)
+    if reporter:
+        reporter.end(None)
 
 
 class _PromptGrid:
@@ -154,7 +158,7 @@ class _Nodes:
 class _NodeRelay(Relay):
     """A relay for one message: takes up what the message before left in the context, and the role lock."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, reporter: Reporter | None) -> None:
         config = context.node_config
         rank, directory = config.get("rank"), config.get("exchange-dir")
         if not isinstance(rank, int) or not isinstance(directory, str):
@@ -163,10 +167,13 @@ class _NodeRelay(Relay):
                 f"--node-config 'rank=1 exchange-dir=\"/path/exchange\"' (it has {dict(config)})"
             )
         self._context = context
+        self._reporter = reporter
         self._own_exchange = Exchange(directory, rank)
+        store = str(config.get("payload-store", "auto"))
         super().__init__(
-            self._own_exchange, trainer_wait_s=float(config.get("trainer-wait", 300.0)), use_store=False, engine=SUPERLINK
-        )
+            self._own_exchange, trainer_wait_s=float(config.get("trainer-wait", 300.0)), use_store=store == "auto",
+            remote=open_remote(store), engine=SUPERLINK,
+        )  # fmt: skip
 
     @contextmanager
     def _message(self) -> Iterator[None]:
@@ -174,13 +181,29 @@ class _NodeRelay(Relay):
         with ExitStack() as stack:
             if self._context.node_config.get("client-lock") != "held":
                 self._take_role(stack)
-            kept = state[_STATE].get("missing-since") if _STATE in state else None
-            # The clock is the machine's: it goes on from one process to the next.
-            self.missing_since = float(kept) if isinstance(kept, float) else None
+            self._take_up(state[_STATE] if _STATE in state else {})
             yield
-        state[_STATE] = ConfigRecord({} if self.missing_since is None else {"missing-since": self.missing_since})
-        if self.refused:
-            write_outcome(str(self._context.node_config.get("outcome-file", "")), self.refused)
+        state[_STATE] = ConfigRecord({**self._leave()})
+        if self._reporter and (self.refused or self.outcome):
+            self._reporter.end(self.refused)
+
+    def _take_up(self, kept: Mapping[str, Any]) -> None:
+        # The clock is the machine's: it goes on from one process to the next.
+        self.missing_since = kept.get("missing-since")
+        # That it is the server's store was proved in the greeting.
+        self._store = self._remote if kept.get("by-url") else None
+        if root := kept.get("store-root"):
+            self._store = PayloadStore(Path(root))
+
+    def _leave(self) -> dict[str, str | float | bool]:
+        state: dict[str, str | float | bool] = {}
+        if self.missing_since is not None:
+            state["missing-since"] = self.missing_since
+        if isinstance(self._store, PayloadStore):
+            state["store-root"] = str(self._store.root)
+        elif self._store is not None:
+            state["by-url"] = True
+        return state
 
     def _take_role(self, stack: ExitStack) -> None:
         deadline = time.monotonic() + _LOCK_WAIT_S
@@ -216,15 +239,18 @@ class _NodeRelay(Relay):
 
 def make_client(context: Context) -> Client:
     """Make the relay of the SuperNode that a message came to."""
-    _begin("client")
-    return _NodeRelay(context)
+    return _NodeRelay(context, _begin("client", context.node_config))
 
 
 client_app = ClientApp(client_fn=make_client)
 
 
-def _begin(program: str) -> None:
-    set_up_logging(program, verbose=False)
+def _begin(program: str, config: Mapping[str, Any]) -> Reporter | None:
+    set_up_logging(program, verbose=bool(config.get("verbose")))
+    reporter = Reporter(Path(path)) if (path := str(config.get("report-file", ""))) else None
+    if reporter:
+        log.handlers[:] = [reporter]
     # Rules of one's own are looked for where the SuperLink was started, as server_main.py does.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
+    return reporter

@@ -25,7 +25,14 @@ from typing import Any
 
 from fedsplit.errors import CheckpointError, FedSplitError
 from fedsplit.files import (
-    Buffer, link_or_copy, make_private_directory, remove_leftovers, sync_directory, sync_file, write_chunks, write_json,
+    Buffer,
+    link_or_copy,
+    make_private_directory,
+    remove_leftovers,
+    sync_directory,
+    sync_file,
+    write_chunks,
+    write_json,
 )  # fmt: skip
 
 log = logging.getLogger("fedsplit")
@@ -173,7 +180,7 @@ class CheckpointStore:
             raise CheckpointError(f"{directory} has no valid manifest ({type(exc).__name__}: {exc})") from exc
 
     def newest(self, *, run_id: str | None = None, before: int | None = None) -> Checkpoint | None:
-        """Return the newest valid round, of a run and below a round if given; each corrupt one is named and passed over."""
+        """Return the newest valid round, of a run and below a round if given; corrupt ones are named and passed over."""
         for server_round in reversed(self.rounds()):
             if before is not None and server_round >= before:
                 continue

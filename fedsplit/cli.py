@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from fedsplit.errors import FedSplitError, UsageError
+from fedsplit.events import JsonFormatter, event
 from fedsplit.records import Scalar
 
 log = logging.getLogger("fedsplit")
@@ -33,7 +34,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def make_parser(doc: str, prog: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser that shows a module's docstring; abbreviated flags are refused, they break when flags are added."""
+    """Return a parser that shows a module's docstring; it refuses short forms, which break when flags are added."""
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
@@ -42,10 +43,8 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Add a command of ``python -m fedsplit``; its module's docstring is its help."""
     summary = doc.splitlines()[0].rstrip(".")
-    parser = commands.add_parser(
-        name, help=summary, description=doc, formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    parser.set_defaults(run=run)
+    parser = commands.add_parser(name, help=summary, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.set_defaults(run=run, log_format="text")
     add_verbose(parser)
     return parser
 
@@ -53,6 +52,15 @@ def add_command(
 def add_verbose(parser: argparse.ArgumentParser) -> None:
     """Add ``-v/--verbose``."""
     parser.add_argument("-v", "--verbose", action="store_true", help="also show what Flower logs, and debug lines")
+
+
+def add_logging(parser: argparse.ArgumentParser) -> None:
+    """Add ``-v/--verbose`` and ``--log-format``."""
+    add_verbose(parser)
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text",
+        help="text: lines for people, on the server's terminal a live table; json: one object a line on stderr",
+    )  # fmt: skip
 
 
 def positive_int(text: str) -> int:
@@ -100,7 +108,7 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     Anything else that is raised is a fault of ours or of the user's own code, and is shown with its traceback.
     """
     arguments = parser.parse_args(argv)
-    set_up_logging(program, verbose=arguments.verbose)
+    set_up_logging(program, verbose=arguments.verbose, log_format=arguments.log_format)
     # Workloads and rules of one's own are looked for where the user stands.
     if (here := os.getcwd()) not in sys.path:  # noqa: PTH109
         sys.path.insert(0, here)
@@ -108,10 +116,10 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
         return main(arguments) or 0
     except FedSplitError as exc:
         log.debug("where it came from", exc_info=exc)
-        print(f"{program}: error: {exc}", file=sys.stderr)
+        _say_last(program, arguments.log_format, f"error: {exc}", error=type(exc).__name__, exit_code=exc.exit_code)
         return exc.exit_code
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        _say_last(program, arguments.log_format, "interrupted", exit_code=EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
     finally:
         logging.shutdown()
@@ -144,13 +152,24 @@ def read_certificates(ca: Path | None, certificate: Path | None, key: Path | Non
     return found[0], found[1], found[2]
 
 
-def set_up_logging(program: str, *, verbose: bool) -> None:
-    """Log to stderr, a line an event."""
+def set_up_logging(program: str, *, verbose: bool, log_format: str = "text") -> None:
+    """Log to stderr, a line an event, as text or as JSON."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {program} %(message)s", "%H:%M:%S"))
+    text = logging.Formatter(f"%(asctime)s {program} %(message)s", "%H:%M:%S")
+    handler.setFormatter(JsonFormatter(program) if log_format == "json" else text)
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     log.propagate = False
+    if log_format == "json":
+        # Also what nobody caught is one line.
+        sys.excepthook = lambda kind, exc, tb: log.critical("%s: %s", kind.__name__, exc, exc_info=(kind, exc, tb))
+
+
+def _say_last(program: str, log_format: str, text: str, **data: object) -> None:
+    if log_format == "json":
+        log.error("%s", text, extra=event("exit", **data))
+    else:
+        print(f"{program}: {text}", file=sys.stderr)
 
 
 def _number(text: str, kind: Callable[[str], N], least: N, expected: str) -> N:

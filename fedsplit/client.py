@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+# isort: split
 from flwr.client import Client
 from flwr.common import (
     Code, EvaluateIns, EvaluateRes, FitIns, FitRes, GetParametersIns, GetParametersRes, GetPropertiesIns,
@@ -24,12 +25,15 @@ from flwr.common import (
 
 from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RefusedError
 from fedsplit.exchange import Exchange, Poll
-from fedsplit.files import link_or_copy
+from fedsplit.files import remove
 from fedsplit.handoff import ClientSide, Source
 from fedsplit.join import Transcript, is_nonce
 from fedsplit.payloads import PayloadStore, read_nonce
 from fedsplit.protocol import BYTES_PER_S, EMBEDDED, LARGE_BYTES, TENSOR_TYPE, Engine, pack, unpack
 from fedsplit.records import FinishedRecord, PayloadRecord, Request, ResultRecord, request_from_json
+
+if TYPE_CHECKING:
+    from fedsplit.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -48,6 +52,8 @@ class Relay(Client):
         The exchange directory; the caller holds its client role.
     trainer_wait_s
         Seconds to wait for a trainer to be there before a task is reported as failed.
+    remote
+        The store at ``--payload-store URL``; used instead of the server's own where the server uses it too.
     use_store
         Whether payloads may travel by reference, where the server's store can be seen.
     join_key
@@ -71,6 +77,7 @@ class Relay(Client):
         *,
         trainer_wait_s: float,
         use_store: bool = True,
+        remote: RemoteStore | None = None,
         join_key: bytes | None = None,
         engine: Engine = EMBEDDED,
     ) -> None:
@@ -80,7 +87,8 @@ class Relay(Client):
         self._side = ClientSide(exchange)
         self._trainer_wait_s = trainer_wait_s
         self._use_store = use_store
-        self._store: PayloadStore | None = None
+        self._remote = remote
+        self._store: PayloadStore | RemoteStore | None = None
         self._join_key = join_key
         self._engine = engine
         self._transcript: Transcript | None = None
@@ -209,10 +217,14 @@ class Relay(Client):
         self._knows_server = True
         proof = None
         self._store = None
-        if self._use_store and (root := message.get("store_root")) and (name := message.get("nonce_name")):
-            proof = read_nonce(Path(str(root)), str(name))
+        root, name = message.get("store_root"), str(message.get("nonce_name"))
+        if self._remote:
+            proof = self._remote.read_nonce(name)
+            self._store = self._remote if proof else None
+        elif self._use_store and root:
+            proof = read_nonce(Path(str(root)), name)
             self._store = PayloadStore(Path(str(root))) if proof else None
-        how = "the server's payload store" if self._store else "messages"
+        how = "the payload store" if self._store else "messages"
         log.info("rank %d: joined run %s; payloads travel by %s", self._exchange.rank, message.get("run_id"), how)
         return {
             "rank": self._exchange.rank, "exchange_id": self._side.exchange_id(),
@@ -241,10 +253,13 @@ class Relay(Client):
         def fetch(wanted: str) -> Source | None:
             if blobs:
                 return _checked(blobs[0], wanted)
-            path = self._store.find(wanted) if self._store else None
+            path = self._store.take(wanted, self._exchange.fetched_path) if self._store else None
             return Source(digest=wanted, bytes=int(message["bytes"]), content=path) if path else None
 
-        version = self._side.offer(request, digest, fetch)
+        try:
+            version = self._side.offer(request, digest, fetch)
+        finally:
+            remove(self._exchange.fetched_path)
         if version is None:
             return {"status": "need"}, []
         self._announce(request, version)
@@ -322,7 +337,7 @@ class Relay(Client):
         """Bring a result to where the server can get it; returns how it gets there."""
         if self._store:
             try:
-                link_or_copy(self._exchange.directory / payload.file, self._store.path(payload.digest))
+                self._store.give(self._exchange.directory / payload.file, payload.digest)
                 return "store"
             except ExchangeError as exc:  # the server's disk is full, say: then a message is the way
                 log.warning("rank %d: %s; sending the result in a message", self._exchange.rank, exc)

@@ -12,14 +12,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsplit.errors import RecordError
 from fedsplit.files import Buffer
+from fedsplit.observer import Observer
 from fedsplit.payloads import PayloadStore, StoredPayload
 from fedsplit.protocol import EMBEDDED, Engine, ask_record
 from fedsplit.records import Request
 from fedsplit.roster import Peer, PeerLostError, Roster
+
+if TYPE_CHECKING:
+    from fedsplit.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -74,11 +78,13 @@ class Terms:
 
     roster: Roster
     store: PayloadStore
+    remote: RemoteStore | None
     client_wait_s: float
     deadline: float | None
     deadline_s: float | None
     stop: threading.Event
     engine: Engine = EMBEDDED
+    observer: Observer = field(default_factory=Observer)
     sending: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_SENDERS))
 
 
@@ -134,7 +140,11 @@ class Conversation:
         digest = str(answer.digest)
         while True:
             if answer.via == "store":
-                return self._terms.store.map(digest)
+                if self._terms.remote is None:
+                    return self._terms.store.map(digest)
+                # Checked on the way; large states wait for their merge in a file, not in memory.
+                self._terms.remote.download(digest, self._terms.store.path(digest))
+                return self._terms.store.map(digest, own=True)
             blob = answer.blob if answer.via == "inline" else self._pull(answer)
             if blob is not None:
                 if hashlib.sha256(blob).hexdigest() != digest:
@@ -212,9 +222,12 @@ class Conversation:
         began, said = time.monotonic(), False
         while not self._terms.stop.is_set():
             if peer := self._terms.roster.wait_for_rank(self._rank, _LOOK_S if said else 0.05):
+                if said:
+                    self._terms.observer.waiting(self._rank, None)
                 return peer, ""
             if not said:
                 said = True
+                self._terms.observer.waiting(self._rank, "client")
                 log.warning("rank %d: waiting up to %g s for its client", self._rank, self._terms.client_wait_s)
             if time.monotonic() - began > self._terms.client_wait_s:
                 return None, f"its client stayed away for {self._terms.client_wait_s:g} s"
@@ -253,6 +266,8 @@ class Conversation:
             self.waited_s += seconds
         if waiting_for and waiting_for != self._waiting_for:
             log.warning("rank %d: its client waits for a %s", self._rank, waiting_for)
+        if waiting_for != self._waiting_for:
+            self._terms.observer.waiting(self._rank, waiting_for)
         self._waiting_for = waiting_for
 
 

@@ -62,6 +62,17 @@ def is_available() -> bool:
     return True
 
 
+def choose_engine(wanted: str) -> str:
+    """Return the engine to run on: the wanted one, unless this release of Flower no longer has it."""
+    if wanted == "embedded" and not is_available():
+        log.warning(
+            "this release of Flower has no start_server and start_client any more: using --engine superlink, which takes "
+            "seconds where the embedded engine takes milliseconds; server and clients must be on the same engine"
+        )
+        return "superlink"
+    return wanted
+
+
 def parse_address(address: str) -> tuple[str, int]:
     """Split ``HOST:PORT`` (an IPv6 host in brackets); raises UsageError."""
     host, separator, port = address.rpartition(":")
@@ -132,7 +143,7 @@ def connect(
 
     context = None if root_certificates is None else client_context(root_certificates)
     while relay.outcome is None and relay.refused is None:
-        _wait_for_server(address, max_wait_s, context)
+        wait_for_server(address, max_wait_s, context)
         began = time.monotonic()
         relay.begin_connection()
         try:
@@ -192,12 +203,32 @@ def _watching(relay: Relay) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _wait_for_server(address: str, max_wait_s: float | None, context: ssl.SSLContext | None) -> None:
+def wait_for_server(
+    address: str, max_wait_s: float | None, context: ssl.SSLContext | None, *, grpc: bool = True
+) -> None:
+    """Wait until a server answers at an address, and see that it is one that this client can talk to.
+
+    Parameters
+    ----------
+    address
+        ``HOST:PORT``.
+    max_wait_s
+        Seconds to wait; None for ever.
+    context
+        What verifies the server's certificate; None without TLS.
+    grpc
+        Whether it is to speak gRPC, as the embedded engine does and a SuperLink does not.
+
+    Raises
+    ------
+    ConnectionFailedError
+        If it did not come in time, or will never be the right one.
+    """
     host, port = parse_address(address)
     began, reminded, pause = time.monotonic(), 0.0, _FIRST_WAIT_S
     while True:
         try:
-            check_server(host, port, context, _CONNECT_S)
+            check_server(host, port, context, _CONNECT_S, grpc=grpc)
             return
         except socket.gaierror as exc:
             raise UsageError(f"cannot resolve the host of --server-address {address}: {exc.strerror}") from exc

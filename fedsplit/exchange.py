@@ -30,7 +30,13 @@ from filelock import FileLock, Timeout
 
 from fedsplit.errors import ExchangeError, RecordError, RoleTakenError, UsageError
 from fedsplit.files import (
-    check_space, explain, make_private_directory, open_regular, overwrite_in_place, remove, remove_leftovers,
+    check_space,
+    explain,
+    make_private_directory,
+    open_regular,
+    overwrite_in_place,
+    remove,
+    remove_leftovers,
 )  # fmt: skip
 from fedsplit.header import read_header
 from fedsplit.records import FinishedRecord, PayloadRecord, ResultRecord, TaskRecord, loads
@@ -78,6 +84,7 @@ class Exchange:
         self.result_path = self.directory / "result.json"
         self.finished_path = self.directory / "finished.json"
         self.left_path = self.directory / "left.json"
+        self.fetched_path = self.directory / "fetched.safetensors"
         self.exchange_id_path = self.directory / "exchange-id"
         self._handoff = self._lock_of("handoff")
 
@@ -189,7 +196,7 @@ class Exchange:
 
     def payload_versions(self, of: Literal["task", "result"]) -> list[int]:
         """Return the versions of which a payload file is there."""
-        matches = (_PAYLOAD_NAME.fullmatch(name) for name in os.listdir(self.directory))
+        matches = (_PAYLOAD_NAME.fullmatch(path.name) for path in self.directory.iterdir())
         return sorted(int(match[2]) for match in matches if match and match[1] == of)
 
     def remove_payloads(self, of: Literal["task", "result"], *, below: int) -> None:
@@ -204,9 +211,7 @@ class Exchange:
 
     def _lock_of(self, name: str) -> FileLock:
         # A soft lock, the library's fallback where flock is missing, would outlive its owner.
-        return FileLock(
-            self.directory / f"{name}.lock", fallback_to_soft=False, mode=0o600, poll_interval=FIRST_POLL_S
-        )
+        return FileLock(self.directory / f"{name}.lock", fallback_to_soft=False, mode=0o600, poll_interval=FIRST_POLL_S)
 
     @staticmethod
     def _read(path: Path) -> bytes | None:

@@ -218,7 +218,8 @@ def check_space(directory: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise ExchangeError(
-            f"too little space in {directory}: {needed_bytes:,} bytes are needed, {free:,} are free; free some or move it"
+            f"too little space in {directory}: {needed_bytes:,} bytes are needed, {free:,} are free; "
+            "free some or move the directory"
         )
 
 

@@ -17,7 +17,14 @@ from typing import TypeVar
 from fedsplit.errors import RecordError, SchemaError
 from fedsplit.exchange import Exchange
 from fedsplit.files import (
-    Buffer, check_space, link_or_copy, open_regular, remove, write_chunks, write_hashed, write_json,
+    Buffer,
+    check_space,
+    link_or_copy,
+    open_regular,
+    remove,
+    write_chunks,
+    write_hashed,
+    write_json,
 )  # fmt: skip
 from fedsplit.records import FinishedRecord, PayloadRecord, Request, ResultRecord, Scalar, TaskRecord
 
@@ -113,7 +120,11 @@ class ClientSide:
         with self.exchange.handoff():
             task, result = _forgiving(self.exchange.read_task), _forgiving(self.exchange.read_result)
             past = self._read_finished()
-            if past and (past.run_id, past.outcome) == (run_id, outcome) and past.version > (task.version if task else 0):
+            if (
+                past
+                and (past.run_id, past.outcome) == (run_id, outcome)
+                and past.version > (task.version if task else 0)
+            ):
                 return
             version = self._next_version(task, result, past)
             record = FinishedRecord(version=version, run_id=run_id, outcome=outcome, reason=reason)

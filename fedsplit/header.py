@@ -30,7 +30,7 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor: dtype by its safetensors name, shape, and its bytes ``[begin, end)`` counted from the payload's start."""
+    """One tensor: dtype by its safetensors name, shape, and its bytes ``[begin, end)`` from the payload's start."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -92,9 +92,7 @@ def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> d
     try:
         # Decoded here: given bytes, json would also take UTF-16 and lone surrogates.
         record = json.loads(bytes(start[8:data_begin]).decode(), object_pairs_hook=_without_duplicates)
-        found = {
-            name: _entry(fields, data_begin) for name, fields in record.items() if name != "__metadata__"
-        }
+        found = {name: _entry(fields, data_begin) for name, fields in record.items() if name != "__metadata__"}
         "".join(found).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RecordError(f"{where}: not a safetensors header ({type(exc).__name__}: {exc})") from exc

@@ -6,7 +6,7 @@ be given several times is one text with semicolons: ``aggregate = "bn*=local; fe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.errors import UsageError
 from fedsplit.records import Scalar
+from fedsplit.trackers import parse_tracker
 
 if TYPE_CHECKING:
     from fedsplit.protocol import Engine
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fedsplit.settings import StrategySettings
 
 _SEPARATOR = ";"
+_REPEATABLE = ("aggregate", "tracker")
 _ABSENT: dict[str, Scalar] = {"initial_checkpoint": "", "round_timeout": 0}
 
 
@@ -43,16 +45,17 @@ class ServerOptions:
     train_config: tuple[tuple[str, Scalar], ...] = ()
     payload_store: str = "auto"
     seed: int = 0
+    tracker: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UsageError(f"--rounds must be at least 1, not {self.rounds}")
-        if self.payload_store not in ("auto", "none"):
-            raise UsageError(f"--payload-store {self.payload_store}: only auto and none are there yet")
         if self.keep_checkpoints < 2:
             raise UsageError("--keep-checkpoints must be at least 2: the newest checkpoint may be the corrupt one")
         if self.initial_checkpoint and not self.initial_checkpoint.is_file():
             raise UsageError(f"--initial-checkpoint {self.initial_checkpoint} does not exist")
+        for text in self.tracker:
+            parse_tracker(text)
 
     def settings(self) -> StrategySettings:
         """Return how rounds are shaped; raises UsageError for a rule that cannot be read."""
@@ -70,8 +73,10 @@ class ServerOptions:
         )
 
     @contextmanager
-    def server(self, engine: Engine, *, join_key: bytes | None = None) -> Iterator[Server]:
-        """Open the run and make its server.
+    def server(
+        self, engine: Engine, *, join_key: bytes | None = None, live: bool = False, command: Sequence[str] = ()
+    ) -> Iterator[Server]:
+        """Open the run, make its server, and watch it.
 
         Parameters
         ----------
@@ -79,10 +84,16 @@ class ServerOptions:
             Which of Flower's engines it will run on.
         join_key
             What a client must prove to know before it takes part.
+        live
+            Whether a live table is wanted.
+        command
+            What the server was started with, for the report.
         """
+        from fedsplit.remote_store import open_remote
         from fedsplit.run import Run
         from fedsplit.server import Server
         from fedsplit.settings import initial_from
+        from fedsplit.watch import watching
 
         settings = self.settings()
         run = Run(
@@ -93,16 +104,19 @@ class ServerOptions:
             initial=initial_from(self.initial_checkpoint),
         )
         with run:
-            yield Server(
+            server = Server(
                 run,
                 settings,
                 rounds=self.rounds,
                 round_timeout_s=self.round_timeout,
                 client_wait_s=self.client_wait,
-                offer_store=self.payload_store == "auto" and engine.by_reference,
+                remote=open_remote(self.payload_store),
+                offer_store=self.payload_store == "auto",
                 join_key=join_key,
                 engine=engine,
             )
+            with watching(server, live=live, rounds=self.rounds, trackers=self.tracker, command=command):
+                yield server
 
     def to_run_config(self) -> dict[str, Scalar]:
         """Return the options as a run config; paths become absolute, since the app runs elsewhere."""
@@ -110,7 +124,7 @@ class ServerOptions:
         values: dict[str, Any] = asdict(self)
         for name, value in values.items():
             key = name.replace("_", "-")
-            if name == "aggregate":
+            if name in _REPEATABLE:
                 config[key] = f"{_SEPARATOR} ".join(value)
             elif name == "train_config":
                 config[key] = f"{_SEPARATOR} ".join(f"{each}={content}" for each, content in value)
@@ -138,15 +152,15 @@ class ServerOptions:
 
 
 def _read(name: str, value: Any, default: Any) -> Any:
-    if name == "aggregate":
+    if name in _REPEATABLE:
         return tuple(_split(value))
     if name == "train_config":
         return tuple(_pair(text) for text in _split(value))
     if name in _ABSENT and not value:
         return None
-    kind = {"initial_checkpoint": Path, "round_timeout": float}.get(name, type(default))
-    if kind is Path and isinstance(value, str):
+    if name in ("checkpoint_dir", "initial_checkpoint") and isinstance(value, str):
         return Path(value)
+    kind = float if name == "round_timeout" else type(default)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

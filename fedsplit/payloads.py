@@ -19,7 +19,14 @@ from pathlib import Path
 
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError
 from fedsplit.files import (
-    Buffer, explain, make_private_directory, open_regular, remove, write_chunks, write_hashed,
+    Buffer,
+    explain,
+    link_or_copy,
+    make_private_directory,
+    open_regular,
+    remove,
+    write_chunks,
+    write_hashed,
 )  # fmt: skip
 from fedsplit.records import is_digest
 
@@ -70,6 +77,19 @@ class PayloadStore:
             return path if stat.S_ISREG(path.lstat().st_mode) else None
         except OSError:
             return None
+
+    def take(self, digest: str, scratch: Path) -> Path | None:
+        """Return where a payload can be linked from, or None; ``scratch`` is for stores that have to bring it first."""
+        return self.find(digest)
+
+    def give(self, source: Path, digest: str) -> None:
+        """Put a finished file into the store."""
+        link_or_copy(source, self.path(digest))
+
+    @property
+    def announced_root(self) -> str | None:
+        """What a client of the same machine is told: where to look for the nonce."""
+        return str(self.root.resolve())
 
     def put(self, chunks: Iterable[Buffer]) -> StoredPayload:
         """Write a payload under its digest."""

@@ -57,8 +57,6 @@ class Engine:
         What a message can carry at most.
     ping_s : float or None
         Seconds of silence after which a client is asked whether it is still there; None if the engine sees to that.
-    by_reference : bool
-        Whether payloads may travel by reference on one machine.
     """
 
     name: str
@@ -66,18 +64,15 @@ class Engine:
     inline_bytes: int
     largest_bytes: int
     ping_s: float | None
-    by_reference: bool
 
 
 # A second costs nothing, since a question takes a millisecond; and a run that is stopped stops at once.
 EMBEDDED = Engine(
-    name="embedded", hold_s=1.0, inline_bytes=1 << 20, largest_bytes=MAX_MESSAGE_BYTES, ping_s=10.0, by_reference=True
+    name="embedded", hold_s=1.0, inline_bytes=1 << 20, largest_bytes=MAX_MESSAGE_BYTES, ping_s=10.0
 )
 # A question starts a process and is found by polls of seconds: most tasks should take one. Not for ever, or nobody could
 # tell a trainer in the middle of a task that the run was stopped.
-SUPERLINK = Engine(
-    name="superlink", hold_s=20.0, inline_bytes=1 << 62, largest_bytes=1 << 62, ping_s=None, by_reference=False
-)
+SUPERLINK = Engine(name="superlink", hold_s=20.0, inline_bytes=1 << 62, largest_bytes=1 << 62, ping_s=None)
 
 
 def pack(record: Mapping[str, Any]) -> dict[str, Any]:

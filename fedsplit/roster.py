@@ -15,9 +15,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+# isort: split
 from flwr.common import (
     Code, EvaluateIns, FitIns, GetParametersIns, GetPropertiesIns, Parameters, ReconnectIns,
 )  # fmt: skip
@@ -29,6 +30,9 @@ from fedsplit.errors import RecordError
 from fedsplit.join import Transcript, is_nonce, new_nonce
 from fedsplit.payloads import PayloadStore
 from fedsplit.protocol import BYTES_PER_S, LARGE_BYTES, TENSOR_TYPE, pack, unpack
+
+if TYPE_CHECKING:
+    from fedsplit.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -132,7 +136,7 @@ class Roster(ClientManager):
     """
 
     def __init__(
-        self, run_id: str, store: PayloadStore | None, *, join_key: bytes | None = None, ping_s: float | None = None
+        self, run_id: str, store: PayloadStore | RemoteStore | None, *, join_key: bytes | None = None, ping_s: float | None = None
     ) -> None:
         self._run_id = run_id
         self._store = store
@@ -267,7 +271,7 @@ class Roster(ClientManager):
         nonce_name, nonce = self._store.put_nonce() if self._store else ("", "")
         record = {
             "op": "hello", "run_id": self._run_id, "nonce_name": nonce_name,
-            "store_root": str(self._store.root.resolve()) if self._store else None,
+            "store_root": self._store.announced_root if self._store else None,
         }  # fmt: skip
         if transcript is not None and self._join_key is not None:
             record["proof"] = transcript.proof(self._join_key, "server")

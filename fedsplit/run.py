@@ -5,6 +5,7 @@
 ``run.json``        the run's id and settings, written before anything else
 ``history.jsonl``   one line a round
 ``round-…/``        checkpoints
+``plot.png``        loss, accuracy and time, drawn as the run ends
 ``payloads/``       the payload store; nothing in it outlives the run
 ``old-runs/<id>/``  what a run that was not resumed left here
 ==================  ============================================================================================
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,7 @@ from fedsplit.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.errors import CheckpointError
 from fedsplit.files import Buffer, link_or_copy, make_private_directory, write_json
 from fedsplit.history import History
+from fedsplit.observer import PartRow
 from fedsplit.payloads import PayloadStore, StoredPayload
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedsplit")
 
 STATE_FILE = "state.safetensors"
+PLOT_FILE = "plot.png"
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class Run:
@@ -70,7 +75,7 @@ class Run:
         self.initial = initial
         self.resumed: Checkpoint | None = None
         self._resume = resume
-        self._settings = dict(settings or {})
+        self._settings = {name: without_password(value) for name, value in (settings or {}).items()}
         self._record: dict[str, Any] = {}
         self._stack = ExitStack()
         self._saved_digest: str | None = None
@@ -79,6 +84,11 @@ class Run:
     def run_id(self) -> str:
         """The run's id, kept over every resume."""
         return str(self._record["run_id"])
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the run was begun with."""
+        return dict(self._record.get("settings", {}))
 
     def __enter__(self) -> Self:
         make_private_directory(self.directory, CheckpointError)
@@ -146,6 +156,19 @@ class Run:
             self._record["local_entries"] = dict(entries)
             self._write_record()
 
+    def note_split(self, rows: Sequence[PartRow]) -> None:
+        """Note the resolved split, for the report."""
+        self._record["split"] = [row._asdict() for row in rows]
+        self._write_record()
+
+    def note_session(self, *, command: str, software: Mapping[str, str]) -> None:
+        """Note what the server was started with this time, for the report: a resumed run has had several sessions."""
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._record.setdefault("sessions", []).append(
+            {"began": began, "command": without_password(command), "software": dict(software)}
+        )
+        self._write_record()
+
     def local_entries(self) -> dict[str, torch.Tensor]:
         """Return the entries that stay with the trainers as tensors without data, for showing and checking the split."""
         import torch
@@ -167,7 +190,8 @@ class Run:
             log.warning("there is no run to resume in %s: a new one begins", self.directory)
         if previous:
             self.checkpoints.put_aside(
-                previous["run_id"], self.directory / "run.json", self.directory / "history.jsonl"
+                previous["run_id"],
+                *(self.directory / name for name in ("run.json", "history.jsonl", PLOT_FILE)),
             )
             log.info("the run that was here is now in %s", self.directory / "old-runs" / previous["run_id"])
         self._record = {
@@ -178,3 +202,8 @@ class Run:
 
     def _write_record(self) -> None:
         write_json(self.directory / "run.json", self._record, durable=True)
+
+
+def without_password(value: Any) -> Any:
+    """Return a text without the user and password of a URL in it: what is noted of a run is shown to others."""
+    return _PASSWORD.sub("…@", value) if isinstance(value, str) else value

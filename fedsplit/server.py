@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+# isort: split
 from flwr.server import History as FlowerHistory
 from flwr.server import Server as FlowerServer
 from flwr.server.strategy import FedAvg
@@ -32,16 +33,20 @@ from flwr.server.strategy import FedAvg
 from fedsplit.checkpoints import BackgroundWriter
 from fedsplit.conversation import Answer, Conversation, StoppedError, Terms, Turns
 from fedsplit.errors import FedSplitError, RecordError, RunFailedError, RunStoppedError, UsageError
+from fedsplit.events import event, format_bytes
 from fedsplit.history import Line, weighted_mean
+from fedsplit.observer import Observer, Observers, PartRow
 from fedsplit.payloads import StoredPayload
 from fedsplit.protocol import EMBEDDED, Engine
 from fedsplit.records import Request
 from fedsplit.roster import Roster
 from fedsplit.run import Run
 from fedsplit.settings import StrategySettings
+from fedsplit.stages import update_bytes
 
 if TYPE_CHECKING:
     from fedsplit.aggregation.base import Update
+    from fedsplit.remote_store import RemoteStore
     from fedsplit.strategy import Merge, Strategy
 
 log = logging.getLogger("fedsplit")
@@ -107,14 +112,14 @@ class Server(FlowerServer):
         Seconds after which what a round has not got is cancelled; None for never.
     client_wait_s
         Seconds that a round waits for a client that went away.
+    remote
+        The store at ``--payload-store URL``, for clients on other machines.
     offer_store
         Whether clients on this machine may exchange payloads by reference.
     join_key
         What a client must prove to know before it takes part; None lets everybody in who can connect.
     engine
         Which of Flower's engines this runs on.
-    on_round
-        Called with each line of the history.
     """
 
     def __init__(
@@ -126,27 +131,37 @@ class Server(FlowerServer):
         round_timeout_s: float | None = None,
         client_wait_s: float = 300.0,
         offer_store: bool = True,
+        remote: RemoteStore | None = None,
         join_key: bytes | None = None,
         engine: Engine = EMBEDDED,
-        on_round: Callable[[Line], None] | None = None,
     ) -> None:
         self._roster = Roster(
-            run.run_id, run.payloads if offer_store else None, join_key=join_key, ping_s=engine.ping_s
+            run.run_id, remote or (run.payloads if offer_store else None), join_key=join_key, ping_s=engine.ping_s
         )
         super().__init__(client_manager=self._roster, strategy=FedAvg())
         self._run = run
+        self._remote = remote
         self._settings = settings
         self._rounds = rounds
         self._round_timeout_s = round_timeout_s
         self._client_wait_s = client_wait_s
         self._engine = engine
-        self._on_round = on_round
+        self._observer = Observers()
         self._writer = BackgroundWriter()
         self._stop = threading.Event()
         self._merging: Strategy | None = None
         self._state: StoredPayload | None = None
         self._told = False
         self.failure: FedSplitError | None = None
+
+    @property
+    def run(self) -> Run:
+        """What the run has on the disk."""
+        return self._run
+
+    def observe(self, observer: Observer) -> None:
+        """Let somebody watch; before `fit`."""
+        self._observer.add(observer)
 
     # -- Flower's interface ------------------------------------------------------------------------------------------
 
@@ -225,9 +240,10 @@ class Server(FlowerServer):
     def _wait_for_clients(self, number: int) -> None:
         reminded = 0.0
         while not self._roster.wait_for_ranks(number, 1.0):
+            ranks = self._roster.ranks()
+            self._observer.clients_awaited(ranks, number)
             if time.monotonic() - reminded > _REMIND_S:
                 reminded = time.monotonic()
-                ranks = self._roster.ranks()
                 log.info("waiting for clients: %d of %d are here (ranks %s)", len(ranks), number, ranks or "none")
 
     def _ask_for_initial_state(self, strategy: Strategy) -> StoredPayload:
@@ -245,8 +261,17 @@ class Server(FlowerServer):
         raise RunFailedError(f"no trainer gave an initial state ({'; '.join(failures)}); see --initial-checkpoint")
 
     def _set_state(self, strategy: Strategy, state: StoredPayload) -> None:
-        self._state = state
+        before, self._state = self._digest(), state
+        if self._remote and before != state.digest:
+            self._remote.give(state.path, state.digest)
+            if before:
+                self._remote.drop(before)
         strategy.set_state(self._run.payloads.map(state.digest, own=True))
+
+    def _drop(self, digest: str) -> None:
+        self._run.payloads.drop(digest)
+        if self._remote:
+            self._remote.drop(digest)
 
     def _digest(self) -> str | None:
         return self._state.digest if self._state else None
@@ -258,8 +283,14 @@ class Server(FlowerServer):
                 f"the rules need at least {strategy.split.min_updates} updates a round, --min-clients is "
                 f"{strategy.settings.min_clients}; start with --min-clients {strategy.split.min_updates} or more"
             )
-        for part, entries, size, rule in strategy.split.describe():
-            log.info("split: %s: %d entries, %s bytes, rule %s", part, entries, f"{size:,}", rule)
+        rows = [PartRow(*row) for row in strategy.split.describe()]
+        self._run.note_split(rows)
+        self._observer.split_resolved(rows)
+        for part, entries, size, rule in rows:
+            log.info(
+                "split: %s: %d entries, %s bytes, rule %s", part, entries, f"{size:,}", rule,
+                extra=event("split", part=part, entries=entries, bytes=size, rule=rule),
+            )  # fmt: skip
 
     # -- a round -----------------------------------------------------------------------------------------------------
 
@@ -282,14 +313,14 @@ class Server(FlowerServer):
             stages.end("evaluate")
         line = {"round": server_round, "seconds": stages.total(), **line, "stages": stages.seconds}
         self._run.history.append(line)
-        log.info("%s", describe_round(line, self._rounds))
-        if self._on_round:
-            self._on_round(line)
+        log.info("%s", describe_round(line, self._rounds), extra=event("round", total_rounds=self._rounds, **line))
+        self._observer.round_ended(line, self._rounds)
 
     def _train(
         self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, stages: Stages
     ) -> Line:
         merge, turns, phase = strategy.begin_merge(server_round), Turns(ranks), _Phase()
+        self._observer.asked("train", server_round, self._rounds, ranks)
 
         def train(rank: int) -> None:
             conversation = self._converse(terms, rank, "train", server_round, strategy, self._state)
@@ -297,6 +328,8 @@ class Server(FlowerServer):
             try:
                 answer = phase.answers[rank] = conversation.until_done()
                 own.end("hand-off", waiting=conversation.waited_s, training=answer.seconds)
+                if not answer.failure:
+                    self._observer.answered(rank, None)
                 update: Update | str = answer.failure or ""
                 # What lies in a file takes no memory: it is read and checked beside the others. What comes in messages
                 # is fetched when its turn has come, so that the server holds one at a time.
@@ -320,7 +353,7 @@ class Server(FlowerServer):
         chunks = merge.finish()
         # Only now: ranks with the same result share one payload.
         for digest in {answer.digest for answer in phase.answers.values()} - {None, self._digest()}:
-            self._run.payloads.drop(str(digest))
+            self._drop(str(digest))
         if chunks is not None:
             self._set_state(strategy, self._run.payloads.put(chunks))
         stages.end("merge")
@@ -361,6 +394,7 @@ class Server(FlowerServer):
         self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line
     ) -> None:
         phase = _Phase()
+        self._observer.asked("evaluate", server_round, self._rounds, ranks)
 
         def evaluate(rank: int) -> None:
             answer = self._converse(terms, rank, "evaluate", server_round, strategy, self._state).until_done()
@@ -368,6 +402,8 @@ class Server(FlowerServer):
             reason = answer.failure or (None if answer.num_examples > 0 else "it evaluated no examples")
             if reason:
                 self._refuse(phase, rank, "evaluate", reason, answer.traceback)
+            else:
+                self._observer.answered(rank, None)
 
         self._in_parallel(evaluate, ranks)
         line["evaluate"] = weighted_mean((a.num_examples, _with_loss(a)) for a in phase.good().values())
@@ -389,8 +425,8 @@ class Server(FlowerServer):
 
     def _terms(self, deadline: float | None) -> Terms:
         return Terms(
-            roster=self._roster, store=self._run.payloads, client_wait_s=self._client_wait_s, deadline=deadline,
-            deadline_s=self._round_timeout_s, stop=self._stop, engine=self._engine,
+            roster=self._roster, store=self._run.payloads, remote=self._remote, client_wait_s=self._client_wait_s, deadline=deadline,
+            deadline_s=self._round_timeout_s, stop=self._stop, engine=self._engine, observer=self._observer,
         )  # fmt: skip
 
     def _in_parallel(self, job: Callable[[int], None], ranks: Sequence[int]) -> None:
@@ -415,7 +451,11 @@ class Server(FlowerServer):
 
     def _refuse(self, phase: _Phase, rank: int, kind: str, reason: str, trainer_traceback: str) -> None:
         phase.refused[rank] = reason
-        log.warning("rank %d: %s not counted: %s", rank, kind, reason)
+        log.warning(
+            "rank %d: %s not counted: %s", rank, kind, reason,
+            extra=event("refused", rank=rank, kind=kind, reason=reason),
+        )  # fmt: skip
+        self._observer.answered(rank, reason)
         if trainer_traceback:
             log.warning("rank %d: the trainer's traceback:\n%s", rank, trainer_traceback.rstrip())
 
@@ -476,7 +516,7 @@ def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
             parts.append(f"{phase} {shown}")
     if line["refused"]:
         parts.append("not counted: rank " + ", ".join(line["refused"]))
-    return " | ".join([*parts, f"{line['seconds']:.2f} s"])
+    return " | ".join([*parts, f"{line['seconds']:.2f} s", f"updates {format_bytes(update_bytes(line))}"])
 
 
 def _with_loss(answer: Answer) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from fedsplit.files import Buffer, open_regular
 from fedsplit.header import build_header, parse_header
 
 StateDict = dict[str, torch.Tensor]
-ModelSource = torch.nn.Module | Mapping[str, torch.Tensor] | Callable[[], "torch.nn.Module | Mapping[str, torch.Tensor]"]
+ModelSource = (
+    torch.nn.Module | Mapping[str, torch.Tensor] | Callable[[], "torch.nn.Module | Mapping[str, torch.Tensor]"]
+)
 
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+# isort: split
 from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters
 from flwr.common.typing import Scalar as FlowerScalar
 from flwr.server.client_manager import ClientManager

@@ -109,13 +109,17 @@ def client_context(root_certificates: bytes) -> ssl.SSLContext:
     return context
 
 
-def check_server(host: str, port: int, context: ssl.SSLContext | None, timeout_s: float) -> None:
+def check_server(
+    host: str, port: int, context: ssl.SSLContext | None, timeout_s: float, *, grpc: bool = True
+) -> None:
     """Connect once as the client will, and say what is wrong if that can never work.
 
     Parameters
     ----------
     context
         What verifies the server; None if the client is to speak without TLS.
+    grpc
+        Whether the server is to speak gRPC.
 
     Raises
     ------
@@ -126,7 +130,7 @@ def check_server(host: str, port: int, context: ssl.SSLContext | None, timeout_s
     """
     with socket.create_connection((host, port), timeout=timeout_s) as connection:
         if context is None:
-            _check_plaintext(connection, f"{host}:{port}")
+            _check_plaintext(connection, f"{host}:{port}", grpc)
             return
         try:
             context.wrap_socket(connection, server_hostname=host).close()
@@ -141,7 +145,7 @@ def check_server(host: str, port: int, context: ssl.SSLContext | None, timeout_s
             raise ConnectionFailedError(f"no TLS connection to {host}:{port}: {exc.reason or exc}") from exc
 
 
-def _check_plaintext(connection: socket.socket, where: str) -> None:
+def _check_plaintext(connection: socket.socket, where: str, grpc: bool) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.sendall(_HTTP2_HELLO)
     try:
@@ -156,7 +160,11 @@ def _check_plaintext(connection: socket.socket, where: str) -> None:
     if not answer:
         # Also what a server does that is just starting or ending.
         raise ConnectionResetError(f"it closed the connection at once; does the server at {where} speak TLS?")
-    if len(answer) < 4 or answer[3] != _HTTP2_SETTINGS:
+    if grpc and answer.startswith(b"HTTP/"):
+        raise ConnectionFailedError(f"the server at {where} runs on a SuperLink; start this client with --engine superlink")
+    if not grpc and answer[3:4] == bytes([_HTTP2_SETTINGS]):
+        raise ConnectionFailedError(f"the server at {where} runs on the embedded engine; leave out --engine superlink")
+    if grpc and answer[3:4] != bytes([_HTTP2_SETTINGS]):
         raise ConnectionFailedError(f"what answers at {where} is not a server of fedsplit; check --server-address")
 
 

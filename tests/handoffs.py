@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -126,4 +125,4 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
 
 
 def names_in(directory: Path) -> set[str]:
-    return set(os.listdir(directory))
+    return {path.name for path in directory.iterdir()}

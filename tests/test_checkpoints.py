@@ -29,7 +29,9 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "server")
 
 
-def save(store: CheckpointStore, server_round: int, run_id: str = "run", content: bytes | None = None, **options: Any) -> None:
+def save(
+    store: CheckpointStore, server_round: int, run_id: str = "run", content: bytes | None = None, **options: Any
+) -> None:
     content = b"state %d" % server_round if content is None else content
     store.save(
         run_id=run_id, server_round=server_round, files={"state": [content], "rules": [b"rule"]},
@@ -41,7 +43,7 @@ def state_of(store: CheckpointStore, server_round: int) -> bytes:
     return store.read(server_round).path("state").read_bytes()
 
 
-# -- writing and reading -----------------------------------------------------------------------------------------------
+# -- writing and reading -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -125,7 +127,7 @@ def test_a_half_round_without_a_manifest_does_not_stand_in_the_way(store):
     assert state_of(store, 1) == b"again"
 
 
-# -- what is not believed --------------------------------------------------------------------------------------------------
+# -- what is not believed ------------------------------------------------------------------------------------------
 
 
 def damage_flip(directory: Path) -> None:
@@ -192,10 +194,8 @@ def test_any_bytes_in_a_manifest_are_a_checkpoint_or_a_checkpoint_error(store):
     original = path.read_bytes()
     for seed in range(1_000):
         rng = random.Random(seed)
-        if seed % 2:
-            content = mutate(rng, original)
-        else:
-            content = json.dumps(mutate_value(rng, json.loads(original))).encode()
+        value = mutate_value(rng, json.loads(original))
+        content = mutate(rng, original) if seed % 2 else json.dumps(value).encode()
         path.unlink()  # a file that is cut and written anew is flushed at once by some disks: slow
         path.write_bytes(content)
         try:
@@ -206,7 +206,7 @@ def test_any_bytes_in_a_manifest_are_a_checkpoint_or_a_checkpoint_error(store):
             raise AssertionError(f"{content!r}: {exc!r}") from exc
 
 
-# -- pruning ---------------------------------------------------------------------------------------------------------
+# -- pruning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [1, 0, -1])
@@ -234,7 +234,7 @@ def test_a_removed_round_is_gone_and_removing_it_again_is_no_error(store):
     store.flush(1)
 
 
-# -- kills and full disks -----------------------------------------------------------------------------------------------
+# -- kills and full disks ------------------------------------------------------------------------------------------
 
 SAVE_FOR_EVER = """
 import itertools, sys
@@ -313,7 +313,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = shutil.which("mount")
     if os.geteuid() != 0 or not mount:
         pytest.skip("only root can mount")
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(path)], capture_output=True, timeout=20)
+    done = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(path)], capture_output=True, timeout=20
+    )
     if done.returncode:
         pytest.skip(f"cannot mount a small tmpfs: {done.stderr.decode().strip()}")
     yield path
@@ -337,7 +339,7 @@ def test_a_directory_of_others_is_refused(store):
         save(store, 1)
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_another_run_left_is_put_aside_and_not_deleted(store):
@@ -385,7 +387,7 @@ def test_files_that_are_not_there_are_not_put_aside(store, tmp_path):
     assert names_in(store.directory / "old-runs" / "old") == set()
 
 
-# -- the writer beside the rounds -----------------------------------------------------------------------------------------
+# -- the writer beside the rounds ----------------------------------------------------------------------------------
 
 
 def test_jobs_run_one_after_the_other_beside_the_caller():

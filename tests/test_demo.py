@@ -19,7 +19,8 @@ from PIL import Image
 from fedsplit.__main__ import main
 from fedsplit.commands import demo, programs
 from fedsplit.commands.demo_follower import Follower
-from fedsplit.commands.demo_view import LiveView, PlainView, cells
+from fedsplit.commands.demo_view import LiveView, PlainView
+from fedsplit.console import cells
 from fedsplit.commands.places import Places
 from fedsplit.commands.programs import Program, Programs
 from fedsplit.commands.status import read_statuses
@@ -224,7 +225,7 @@ def test_the_live_table_shows_the_newest_rounds_and_what_was_refused() -> None:
 
 def test_a_round_without_evaluation_or_with_nan_has_dashes() -> None:
     line = {"round": 7, "train": {"loss": None}, "evaluate": {}, "asked": 1, "accepted": 1}
-    assert cells(line) == ("7", "1/1", "–", "–", "–", "–")
+    assert cells(line) == ["7", "1/1", "–", "–", "–", "–", "–"]
 
 
 # -- Programs, with small ones ---------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def exchange(tmp_path: Path) -> Exchange:
     return exchange
 
 
-# -- roles -------------------------------------------------------------------------------------------------------------
+# -- roles ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, -1, True, "1", 1.0, None])
@@ -140,9 +140,7 @@ def test_the_death_of_a_holder_is_noticed_at_once(tmp_path):
 @pytest.mark.parametrize("code", [HOLD_AND_FORK, HOLD_AND_LOAD], ids=["os.fork", "multiprocessing"])
 def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path, code):
     exchange = Exchange(tmp_path, 1)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     child = int(holder.stdout.readline())
     try:
         assert exchange.is_held("trainer")
@@ -199,8 +197,8 @@ def test_two_that_start_at_once_never_both_get_the_role(exchange):
 
 
 def test_what_a_dead_predecessor_left_half_written_is_removed_and_the_peers_is_not(exchange):
-    for name in (".task-3.safetensors.77.tmp", ".finished.json.77.tmp", ".result-3.safetensors.77.tmp", ".left.json.7.tmp"):
-        (exchange.directory / name).write_bytes(b"half")
+    for name in ("task-3.safetensors.77", "finished.json.77", "result-3.safetensors.77", "left.json.7"):
+        (exchange.directory / f".{name}.tmp").write_bytes(b"half")
     with exchange.hold("client"):
         left = {name for name in names_in(exchange.directory) if name.endswith(".tmp")}
         assert left == {".result-3.safetensors.77.tmp", ".left.json.7.tmp"}
@@ -208,7 +206,9 @@ def test_what_a_dead_predecessor_left_half_written_is_removed_and_the_peers_is_n
         assert not any(name.endswith(".tmp") for name in names_in(exchange.directory))
 
 
-@pytest.mark.parametrize("content", ["", "garbage", "[]", '{"pid": 1}', '{"pid": [], "host": "", "started": ""}', "[" * 9999])
+@pytest.mark.parametrize(
+    "content", ["", "garbage", "[]", '{"pid": 1}', '{"pid": [], "host": "", "started": ""}', "[" * 9999]
+)
 def test_a_mangled_name_in_a_lock_is_nobodys(exchange, content):
     exchange.lock_path("client").write_text(content)
     assert exchange.owner("client") is None
@@ -233,13 +233,16 @@ def test_what_is_no_lock_file_is_refused_with_its_name(exchange, tmp_path, name,
     assert what == "directory" or (tmp_path / "elsewhere").read_text() == "kept"
 
 
-# -- the directory ---------------------------------------------------------------------------------------------------
+# -- the directory -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o722, 0o702])
 def test_a_directory_that_others_can_write_is_refused(exchange, mode):
     exchange.directory.chmod(mode)
-    with pytest.raises(ExchangeError, match=rf"can be written by others \(mode {mode:04o}\); chmod"), exchange.hold("client"):
+    with (
+        pytest.raises(ExchangeError, match=rf"can be written by others \(mode {mode:04o}\); chmod"),
+        exchange.hold("client"),
+    ):
         pass
 
 
@@ -269,7 +272,7 @@ def test_too_little_space_is_told_at_the_start(exchange, monkeypatch):
         pass
 
 
-# -- records ---------------------------------------------------------------------------------------------------------
+# -- records -------------------------------------------------------------------------------------------------------
 
 READERS = ["task", "result", "finished", "left"]
 
@@ -283,9 +286,10 @@ def path_of(exchange: Exchange, of: str) -> Path:
 
 
 def record(of: str, **fields: object) -> dict[str, object]:
-    common = {"schema": "fedsplit/1", "version": 3, "run_id": "r", "kind": "train", "server_round": 1, "total_rounds": 2}
+    common = {"schema": "fedsplit/1", "version": 3, "run_id": "r"}
+    asked = {"kind": "train", "server_round": 1, "total_rounds": 2}
     own = {"result": {"status": "ok"}, "finished": {"outcome": "complete"}, "left": {"outcome": "complete"}}
-    return {**common, **own.get(of, {}), **fields}
+    return {**common, **asked, **own.get(of, {}), **fields}
 
 
 @pytest.mark.parametrize("of", READERS)
@@ -358,7 +362,7 @@ def test_a_name_in_a_record_never_leads_out_of_the_directory_or_to_another_versi
         exchange.read_task()
 
 
-# -- payloads ----------------------------------------------------------------------------------------------------------
+# -- payloads ------------------------------------------------------------------------------------------------------
 
 
 def test_a_payload_is_believed_when_its_length_and_its_header_are_right(exchange):
@@ -388,9 +392,9 @@ def test_what_is_no_regular_file_is_no_payload(exchange, tmp_path, what):
 
 
 def test_only_names_of_payloads_count_and_only_lower_versions_are_removed(exchange):
-    for name in ("task-2.safetensors", "task-10.safetensors", "task-x.safetensors", "task-1.safetensors.tmp", "result-9.safetensors"):
-        (exchange.directory / name).write_bytes(b"")
-    (exchange.directory / f"task-{10**30}.safetensors").write_bytes(b"")
+    for name in ("task-2", "task-10", "task-x", "task-02", f"task-{10**30}", "result-9", "xtask-1"):
+        (exchange.directory / f"{name}.safetensors").write_bytes(b"")
+    (exchange.directory / "task-1.safetensors.tmp").write_bytes(b"")
     assert exchange.payload_versions("task") == [2, 10]
     exchange.remove_payloads("task", below=10)
     assert exchange.payload_versions("task") == [10] and exchange.payload_versions("result") == [9]

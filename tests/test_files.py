@@ -19,8 +19,19 @@ import pytest
 
 from fedsplit.errors import CheckpointError, ExchangeError
 from fedsplit.files import (
-    append_line, atomic_file, check_space, explain, link_or_copy, make_private_directory, open_regular, overwrite_in_place,
-    remove, remove_leftovers, write_all, write_chunks, write_json,
+    append_line,
+    atomic_file,
+    check_space,
+    explain,
+    link_or_copy,
+    make_private_directory,
+    open_regular,
+    overwrite_in_place,
+    remove,
+    remove_leftovers,
+    write_all,
+    write_chunks,
+    write_json,
 )  # fmt: skip
 from tests.handoffs import kill, names_in, running, wait_until
 
@@ -38,7 +49,7 @@ def other_disk(tmp_path: Path) -> Iterator[Path]:
         yield Path(directory)
 
 
-# -- atomic writes -----------------------------------------------------------------------------------------------------
+# -- atomic writes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -95,7 +106,9 @@ def test_a_symlink_in_place_of_the_target_is_replaced_and_not_followed(tmp_path)
     assert (tmp_path / "elsewhere").read_bytes() == b"kept" and not (tmp_path / "a").is_symlink()
 
 
-@pytest.mark.parametrize("chunk", [b"", bytearray(b"ab"), memoryview(b"abcdef").cast("H"), memoryview(bytes(12)).cast("B", (3, 4))])
+@pytest.mark.parametrize(
+    "chunk", [b"", bytearray(b"ab"), memoryview(b"abcdef").cast("H"), memoryview(bytes(12)).cast("B", (3, 4))]
+)
 def test_any_buffer_is_written_whole(tmp_path, chunk):
     write_chunks(tmp_path / "a", [chunk])
     assert (tmp_path / "a").read_bytes() == bytes(memoryview(chunk).tobytes())
@@ -190,13 +203,15 @@ def test_leftovers_are_removed_by_their_prefix_only(tmp_path):
     assert names_in(tmp_path) == {"task.tmp", ".task-1"}
 
 
-# -- other ways to write -------------------------------------------------------------------------------------------------
+# -- other ways to write -------------------------------------------------------------------------------------------
 
 
 def test_lines_that_are_appended_by_many_at_once_are_never_mixed(tmp_path):
     path = tmp_path / "history"
     lines = [str(number) * 500 for number in range(8)]
-    threads = [threading.Thread(target=lambda line=line: [append_line(path, line) for _ in range(20)]) for line in lines]
+    threads = [
+        threading.Thread(target=lambda line=line: [append_line(path, line) for _ in range(20)]) for line in lines
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -221,7 +236,7 @@ def test_overwriting_does_not_follow_a_symlink(tmp_path):
     assert (tmp_path / "elsewhere").read_text() == "kept"
 
 
-# -- links -------------------------------------------------------------------------------------------------------------
+# -- links ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_gets_a_second_name_without_a_copy(tmp_path):
@@ -281,7 +296,7 @@ def test_a_link_into_a_directory_that_is_gone_is_an_error(tmp_path):
         link_or_copy(tmp_path / "source", tmp_path / "gone" / "target")
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(10)
@@ -296,11 +311,12 @@ def test_only_a_regular_file_is_opened_for_reading(tmp_path):
     for name in ("link", "directory", "pipe", "gone"):
         with pytest.raises(OSError):
             open_regular(tmp_path / name)
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
     for _ in range(5):
         with pytest.raises(OSError):
             open_regular(tmp_path / "directory")
-    assert not before or len(os.listdir("/proc/self/fd")) == before
+    assert not before or len(list(descriptors.iterdir())) == before
 
 
 def test_removing_what_is_not_there_is_no_error_and_what_cannot_be_removed_is_named(tmp_path):
@@ -309,7 +325,7 @@ def test_removing_what_is_not_there_is_no_error_and_what_cannot_be_removed_is_na
         remove(tmp_path)
 
 
-# -- private directories ---------------------------------------------------------------------------------------------------
+# -- private directories -------------------------------------------------------------------------------------------
 
 
 def test_a_private_directory_is_made_with_its_parents(tmp_path):
@@ -386,12 +402,16 @@ def test_a_directory_that_one_cannot_write_is_refused(tmp_path, what):
             path.chmod(0o500)
         done = subprocess.run([sys.executable, "-c", AS_NOBODY, str(path)], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
-    assert ("is not writable (mode 0500)" if what == "own but not writable" else "cannot make the directory") in done.stdout
+    assert (
+        "is not writable (mode 0500)" if what == "own but not writable" else "cannot make the directory"
+    ) in done.stdout
 
 
 def test_too_little_space_is_named_with_both_numbers(tmp_path):
     check_space(tmp_path, 1)
-    with pytest.raises(ExchangeError, match=r"too little space in .*: 1,152,921,504,606,846,976 bytes are needed, [0-9,]+ are free"):
+    with pytest.raises(
+        ExchangeError, match=r"too little space in .*: 1,152,921,504,606,846,976 bytes are needed, [0-9,]+ are free"
+    ):
         check_space(tmp_path, 1 << 60)
 
 

@@ -20,7 +20,18 @@ from fedsplit.handoff import ClientSide, Source, TrainerSide
 from fedsplit.payloads import PayloadStore
 from fedsplit.records import TaskRecord
 from tests.handoffs import (
-    begin, blob, digest_of, end, names_in, never, nothing, offer, pair, request, source_of, text_of,
+    begin,
+    blob,
+    digest_of,
+    end,
+    names_in,
+    never,
+    nothing,
+    offer,
+    pair,
+    request,
+    source_of,
+    text_of,
 )  # fmt: skip
 
 STATE = blob("state of round 0")
@@ -38,7 +49,7 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
-# -- asking and answering ----------------------------------------------------------------------------------------------
+# -- asking and answering ------------------------------------------------------------------------------------------
 
 
 def test_a_task_reaches_the_trainer_and_its_answer_comes_back(sides):
@@ -240,7 +251,7 @@ def test_misleading_time_stamps_change_nothing(sides):
     assert text_of((directory / task.payload.file).read_bytes()) == "state 3"
 
 
-# -- cancel, finish, leave --------------------------------------------------------------------------------------------
+# -- cancel, finish, leave -----------------------------------------------------------------------------------------
 
 
 def test_a_cancelled_task_is_not_begun_not_wanted_and_asked_anew_when_asked_again(sides):
@@ -346,7 +357,7 @@ def test_a_mangled_note_of_an_end_does_not_stop_the_next_run(sides):
     assert begin(trainer).version == version
 
 
-# -- payloads ----------------------------------------------------------------------------------------------------------
+# -- payloads ------------------------------------------------------------------------------------------------------
 
 
 def test_a_state_that_the_exchange_holds_is_linked_not_written_again(sides):
@@ -492,9 +503,7 @@ def test_what_is_fetched_and_is_no_payload_is_refused_and_leaves_nothing(sides):
 def test_what_is_fetched_with_the_wrong_length_is_refused(sides):
     client, _ = sides
     with pytest.raises(RecordError, match="bytes, its record says"):
-        client.offer(
-            request(), digest_of(STATE), lambda d: Source(digest=d, bytes=len(STATE) + 1, content=STATE)
-        )
+        client.offer(request(), digest_of(STATE), lambda d: Source(digest=d, bytes=len(STATE) + 1, content=STATE))
 
 
 def test_a_symlink_in_place_of_a_payload_is_refused(sides, tmp_path):
@@ -513,7 +522,7 @@ def test_a_newer_schema_is_refused_by_either_side(sides):
     record = json.loads(client.exchange.task_path.read_text()) | {"schema": "fedsplit/2"}
     client.exchange.task_path.write_text(json.dumps(record))
     for step in (trainer.next, lambda: offer(client, request(), STATE)):
-        with pytest.raises(SchemaError, match="'fedsplit/2'.*'fedsplit/1'"):
+        with pytest.raises(SchemaError, match=r"'fedsplit/2'.*'fedsplit/1'"):
             step()
 
 
@@ -527,7 +536,7 @@ def test_a_result_under_the_right_version_for_another_task_is_not_taken_for_its_
     assert client.offer(request(), digest_of(STATE), never) == version + 1
 
 
-# -- the directory's own name ---------------------------------------------------------------------------------------
+# -- the directory's own name --------------------------------------------------------------------------------------
 
 
 def test_the_exchange_keeps_its_id_and_a_mangled_one_is_made_anew(sides, tmp_path):

@@ -1,7 +1,7 @@
 """The hand-off between two real processes that are killed at random moments, with payloads of some size.
 
-A driver process plays server and client, a worker process plays the trainer; both are killed with SIGKILL again and again
-while they hand over, and started anew. Whatever is answered must be the answer to what was asked.
+A driver process plays server and client, a worker process plays the trainer; both are killed with SIGKILL again and
+again while they hand over, and started anew. Whatever is answered must be the answer to what was asked.
 """
 
 from __future__ import annotations

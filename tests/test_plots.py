@@ -36,9 +36,7 @@ LINES: list[Line] = [
 
 def drawn(lines: list[Line], panel: int) -> list[list[float]]:
     """Return what stands on the vertical axis of each line of a panel."""
-    return [
-        np.asarray(line.get_ydata(), float).tolist() for line in make_figure(lines).axes[panel].get_lines()
-    ]
+    return [np.asarray(line.get_ydata(), float).tolist() for line in make_figure(lines).axes[panel].get_lines()]
 
 
 def decoded(png: bytes) -> Image.Image:
@@ -58,9 +56,14 @@ def test_the_loss_of_each_client_is_faint_and_the_mean_is_bold() -> None:
     assert drawn(LINES, 0)[1] == [0.1, 0.1, 0.1]
 
 
-def test_the_seconds_of_a_round_are_divided_without_a_rest() -> None:
-    bars = make_figure(LINES[:1]).axes[2].containers
-    assert [bar[0].get_height() for bar in bars] == [1.0, 0.25, 0.75]
+def test_the_seconds_of_a_round_are_divided_by_stage_without_a_rest() -> None:
+    stages = {"wait for clients": 0.5, "train": 1.5, "merge": 0.25, "evaluate": 0.75}
+    clients = {"1": {"stages": {"waiting": 0.0, "training": 1.0, "hand-off": 0.5}}}
+    line = {**LINES[0], "seconds": 3.0, "stages": stages, "clients": clients}
+    bars = make_figure([line]).axes[2].containers
+    assert {bar.get_label(): bar[0].get_height() for bar in bars} == {
+        "training": 1.0, "hand-off": 0.5, "merging": 0.25, "evaluation": 0.75, "waiting": 0.5,
+    }  # fmt: skip
 
 
 def test_every_panel_has_a_title_and_labels_with_units() -> None:

@@ -21,7 +21,12 @@ import torch
 
 from fedsplit import Trainer
 from fedsplit.errors import (
-    FedSplitError, PeerMissingError, RoleTakenError, SchemaError, StateMismatchError, UsageError,
+    FedSplitError,
+    PeerMissingError,
+    RoleTakenError,
+    SchemaError,
+    StateMismatchError,
+    UsageError,
 )  # fmt: skip
 from fedsplit.exchange import Exchange
 from fedsplit.handoff import ClientSide, Source, TrainerSide
@@ -140,7 +145,12 @@ class Federation:
 
     @contextmanager
     def script(
-        self, serve: Callable[[Trainer], None], model: Any = None, *, fails: type[Exception] | None = None, **options: Any
+        self,
+        serve: Callable[[Trainer], None],
+        model: Any = None,
+        *,
+        fails: type[Exception] | None = None,
+        **options: Any,
     ) -> Iterator[list[BaseException]]:
         """Run a script in a thread; at the end of the block it must have ended by itself, or be told to."""
         raised: list[BaseException] = []
@@ -182,7 +192,7 @@ def answer_all(trainer: Trainer) -> None:
             task.reply(dict(task.state_dict), num_examples=1)
 
 
-# -- the three kinds ----------------------------------------------------------------------------------------------
+# -- the three kinds -----------------------------------------------------------------------------------------------
 
 
 def test_a_script_of_five_lines_initializes_trains_and_evaluates(federation):
@@ -296,7 +306,7 @@ def test_every_dtype_comes_back_with_its_bits_when_it_is_returned_unchanged(fede
         assert bits(federation.run("train", 1, state)) == bits(state)
 
 
-# -- mistakes and failures ------------------------------------------------------------------------------------------
+# -- mistakes and failures -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -421,14 +431,16 @@ def test_a_client_that_does_not_come_is_not_waited_for_longer_than_said(federati
 
 
 def test_a_client_that_is_there_is_waited_for_without_a_limit(federation):
-    with Exchange(federation.directory / "exchange", 1).hold("client"):
-        with federation.script(answer_all, client_wait_s=0.1) as raised:
-            time.sleep(1.5)
-            assert not raised
-            assert federation.run("train", 1, {"a": torch.ones(1)})
+    with (
+        Exchange(federation.directory / "exchange", 1).hold("client"),
+        federation.script(answer_all, client_wait_s=0.1) as raised,
+    ):
+        time.sleep(1.5)
+        assert not raised
+        assert federation.run("train", 1, {"a": torch.ones(1)})
 
 
-# -- nobody waits any more ----------------------------------------------------------------------------------------
+# -- nobody waits any more -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["cancelled", "finished", "newer task"])
@@ -478,7 +490,7 @@ def test_an_answer_that_nobody_waits_for_leaves_no_local_state(federation):
     assert sorted(path.name for path in (federation.directory / "kept" / "rank-1").glob("round-*")) == ["round-000002"]
 
 
-# -- local state -----------------------------------------------------------------------------------------------------
+# -- local state ---------------------------------------------------------------------------------------------------
 
 
 def counting(seen: list[Any]) -> Callable[[Trainer], None]:
@@ -564,7 +576,7 @@ def test_a_reply_that_cannot_be_saved_reaches_the_client_too(federation):
     assert result.status == "error" and "OfTheUser" in result.error["message"]
 
 
-# -- parts that stay at home ----------------------------------------------------------------------------------------
+# -- parts that stay at home ---------------------------------------------------------------------------------------
 
 
 def travelling(state: StateDict) -> StateDict:
@@ -615,7 +627,7 @@ def test_a_server_that_goes_back_finds_the_local_entries_of_that_round(federatio
     assert not torch.equal(heads[1][0], heads[2][0])
 
 
-# -- kills -----------------------------------------------------------------------------------------------------------
+# -- kills ---------------------------------------------------------------------------------------------------------
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["torch", "fedsplit.trainer", "fedsplit.handoff"])
@@ -679,7 +691,7 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
     assert bits(state) == expected
 
 
-# -- what is imported -------------------------------------------------------------------------------------------------
+# -- what is imported ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

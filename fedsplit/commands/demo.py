@@ -98,9 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     parts = cli.count(arguments.clients, "client"), cli.count(arguments.rounds, "round")
     title = f"fedsplit demo: {arguments.workload}, {', '.join(parts)}"
     with _received_signals() as received:
-        programs = Programs(
-            plan(arguments, places), _environment(arguments.clients), lambda: len(received) > 1
-        )
+        programs = Programs(plan(arguments, places), _environment(arguments.clients), lambda: len(received) > 1)
         # The view last: its thread must not be there when the programs are forked.
         with programs, make_view(title) as view:
             _watch(programs, follower, view, received)
@@ -180,16 +178,10 @@ def _conclude(follower: Follower, places: Places) -> None:
     lines = follower.lines
     if not any(line.get("accepted") for line in lines):
         reasons = "; ".join(refusals(lines)[-2:]) or "no round was run"
-        raise RunFailedError(
-            f"no update of any trainer was accepted: {reasons}; see the logs in {places.logs}"
-        )
+        raise RunFailedError(f"no update of any trainer was accepted: {reasons}; see the logs in {places.logs}")
     write_plot(lines, places.plot)
     final = lines[-1].get("evaluate", {})
-    shown = [
-        f"final {name} {final[name]:.4f}"
-        for name in ("accuracy", "loss")
-        if isinstance(final.get(name), float)
-    ]
+    shown = [f"final {name} {final[name]:.4f}" for name in ("accuracy", "loss") if isinstance(final.get(name), float)]
     print(f"{shown[0] if shown else 'finished'} after {cli.count(lines[-1]['round'], 'round')}")
     for name, path in (("checkpoints", places.server), ("plot", places.plot), ("logs", places.logs)):
         print(f"{name + ':':<12} {path}", flush=True)

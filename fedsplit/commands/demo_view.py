@@ -6,15 +6,15 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from fedsplit.commands.status import format_seconds
+from fedsplit.console import cells, headings_of, metric_columns, rounds_table
 from fedsplit.history import Line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-_HEADINGS = ("round", "clients", "train loss", "test loss", "accuracy", "seconds")
 _REFUSALS_SHOWN = 5
 # The table's frame, the line below it, and a few lines of what was in the terminal before.
 _LINES_AROUND = 12
@@ -47,18 +47,15 @@ class PlainView:
         print(self._title, flush=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         """Nothing is left to do."""
 
     def show(self, activity: str, lines: Sequence[Line]) -> None:
         """Print what is new."""
+        metrics = metric_columns(lines)
         for line in lines[self._printed :]:
-            print(
-                " | ".join(f"{name} {cell}" for name, cell in zip(_HEADINGS, cells(line), strict=True)),
-                flush=True,
-            )
+            pairs = zip(headings_of(metrics), cells(line, metrics), strict=True)
+            print(" | ".join(f"{name} {cell}" for name, cell in pairs), flush=True)
             for text in refusals([line]):
                 print(text, flush=True)
         self._printed = len(lines)
@@ -85,9 +82,7 @@ class LiveView:
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._live.stop()
 
     def show(self, activity: str, lines: Sequence[Line]) -> None:
@@ -99,36 +94,16 @@ class LiveView:
 
     def _render(self, lines: Sequence[Line], seconds: float) -> RenderableType:
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=self._title, title_justify="left", title_style="bold")
-        for heading in _HEADINGS:
-            table.add_column(heading, justify="right")
-        room = max(3, self._console.height - _LINES_AROUND)
-        if len(lines) > room:
-            table.add_row(*["…"] * len(_HEADINGS), style="dim")
-        for line in lines[-room:]:
-            table.add_row(*cells(line), style="yellow" if line.get("refused") else None)
+        room = self._console.height - _LINES_AROUND
+        table = rounds_table(lines, self._title, width=self._console.width, room=room)
         notes = [Text(text, "yellow") for text in refusals(lines)[-_REFUSALS_SHOWN:]]
         if not self._activity:
             return Group(table, *notes)
         lasted = f" ({format_seconds(seconds)})" if seconds >= 1 else ""
         self._spinner.update(text=Text(self._activity + lasted))
         return Group(table, *notes, self._spinner)
-
-
-def cells(line: Line) -> tuple[str, ...]:
-    """Return the cells of a round, in the order of the headings."""
-    test = line.get("evaluate", {})
-    return (
-        str(line["round"]),
-        f"{line.get('accepted', '?')}/{line.get('asked', '?')}",
-        _number(line.get("train", {}).get("loss")),
-        _number(test.get("loss")),
-        _number(test.get("accuracy")),
-        _number(line.get("seconds"), digits=2),
-    )
 
 
 def refusals(lines: Sequence[Line]) -> list[str]:
@@ -138,7 +113,3 @@ def refusals(lines: Sequence[Line]) -> list[str]:
         for line in lines
         for rank, reason in line.get("refused", {}).items()
     ]
-
-
-def _number(value: Any, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "–"

@@ -2,7 +2,8 @@
 
     python -m fedsplit plot --checkpoint-dir checkpoints --output plot.png
 
-The mean over the clients is bold, each client is a faint line. It may be drawn while the run is on.
+The mean over the clients is bold, each client is a faint line; a round's seconds are divided into training, hand-off,
+transfer, merging, evaluation and waiting. It may be drawn while the run is on; the server draws it as the run ends.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from fedsplit.commands.places import Places
 from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.files import write_chunks
 from fedsplit.history import Line, read_history
+from fedsplit.stages import STAGES, account
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and by their grey on paper.
-_TRAIN, _TEST, _REST = "#0072B2", "#D55E00", "#B4B4B4"
+_TRAIN, _TEST = "#0072B2", "#D55E00"
+_STAGE_COLORS = {
+    "training": _TRAIN, "hand-off": "#56B4E9", "transfer": "#009E73", "merging": "#E69F00", "evaluation": _TEST,
+    "waiting": "#B4B4B4",
+}  # fmt: skip
 _DPI = 120
 _MOST_MARKERS = 40
 _MOST_BARS = 60
@@ -103,9 +109,7 @@ def make_figure(lines: Sequence[Line]) -> Figure:
         unit = " (share of examples)" if metric == "accuracy" else ""
         _draw_metric(axes[1], lines, metric, metric + unit)
     _draw_time(axes[-1], lines)
-    for each, title in zip(
-        axes, ["Loss", *([metric.capitalize()] if metric else []), "Time per round"], strict=True
-    ):
+    for each, title in zip(axes, ["Loss", *([metric.capitalize()] if metric else []), "Time per round"], strict=True):
         each.set_title(title, fontsize=11, loc="left")
         each.set_xlabel("round")
         each.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -141,36 +145,26 @@ def _draw_metric(axes: Axes, lines: Sequence[Line], name: str, label: str) -> No
 
 def _draw_time(axes: Axes, lines: Sequence[Line]) -> None:
     rounds = [line["round"] for line in lines]
-    stages = [_stages(line) for line in lines]
-    rows = [list(row) for row in zip(*stages, strict=True)]
-    labels = ["training, slowest client", "test, slowest client", "hand-off, transfer, merging"]
-    colors = [_TRAIN, _TEST, _REST]
+    accounts = [account(line) for line in lines]
+    rows = {stage: [seconds[stage] for seconds in accounts] for stage in STAGES}
+    # A stage that never took a tenth of a percent would only be a name in the legend.
+    total = sum(map(sum, rows.values()))
+    rows = {stage: row for stage, row in rows.items() if sum(row) > 0.001 * total}
     if len(lines) > _MOST_BARS:
-        axes.stackplot(rounds, *rows, colors=colors, labels=labels, step="mid")
+        colors = [_STAGE_COLORS[stage] for stage in rows]
+        axes.stackplot(rounds, *rows.values(), colors=colors, labels=list(rows), step="mid")
     else:
         bottom = [0.0] * len(lines)
-        for row, label, color in zip(rows, labels, colors, strict=True):
-            axes.bar(rounds, row, bottom=bottom, width=0.7, color=color, label=label)
+        for stage, row in rows.items():
+            axes.bar(rounds, row, bottom=bottom, width=0.7, color=_STAGE_COLORS[stage], label=stage)
             bottom = [low + high for low, high in zip(bottom, row, strict=True)]
         # A single bar would fill the panel.
         axes.set_xlim(min(rounds) - 0.9, max(rounds) + 0.9)
     axes.set_ylabel("seconds")
     # Room above the bars, so that the legend covers none of them.
-    axes.set_ylim(0, 1.35 * max(map(sum, stages)) or 1)
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
-
-
-def _stages(line: Line) -> tuple[float, float, float]:
-    """Divide a round's seconds: the phases follow each other, and each waits for its slowest client."""
-    answers = list(line.get("clients", {}).values())
-    train = _slowest(answers)
-    evaluate = _slowest([answer.get("evaluate", {}) for answer in answers])
-    return train, evaluate, max(0.0, _slowest([line]) - train - evaluate)
-
-
-def _slowest(rows: Sequence[dict[str, Any]]) -> float:
-    seconds = [_number(row, "seconds") for row in rows]
-    return max((value for value in seconds if not math.isnan(value)), default=0.0)
+    axes.set_ylim(0, 1.4 * max(sum(seconds.values()) for seconds in accounts) or 1)
+    if rows:
+        axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
 
 
 def _title(lines: Sequence[Line], metric: str | None) -> str:
@@ -186,19 +180,13 @@ def _title(lines: Sequence[Line], metric: str | None) -> str:
 def _metric(lines: Sequence[Line]) -> str | None:
     """Return the metric that is drawn beside the loss: the accuracy, else the first that there is."""
     names = [
-        name
-        for phase in ("evaluate", "train")
-        for line in lines
-        for name in line.get(phase, {})
-        if name != "loss"
+        name for phase in ("evaluate", "train") for line in lines for name in line.get(phase, {}) if name != "loss"
     ]
     return "accuracy" if "accuracy" in names else next(iter(names), None)
 
 
 def _ranks(lines: Sequence[Line]) -> list[str]:
-    return sorted(
-        {rank for line in lines for rank in line.get("clients", {})}, key=lambda rank: (len(rank), rank)
-    )
+    return sorted({rank for line in lines for rank in line.get("clients", {})}, key=lambda rank: (len(rank), rank))
 
 
 def _number(row: dict[str, Any], name: str) -> float:

@@ -138,9 +138,7 @@ class Programs:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
     def poll(self) -> None:
@@ -158,9 +156,7 @@ class Programs:
     def failed(self) -> list[Program]:
         """Those that ended badly, the likely cause first, those that ended because another did last."""
         followed = (RunStoppedError.exit_code, RunFailedError.exit_code)
-        return sorted(
-            self._failed, key=lambda program: (program.exit_code in followed, self.programs.index(program))
-        )
+        return sorted(self._failed, key=lambda program: (program.exit_code in followed, self.programs.index(program)))
 
     def settle(self, seconds: float) -> None:
         """Wait until all have ended, at most so long: who fails for the same reason is then known too."""

@@ -75,9 +75,7 @@ class RankStatus:
         if self.task is None:
             return "none"
         asked = self.task.request
-        what = (
-            f"version {self.task.version}: {asked.kind}, round {asked.server_round} of {asked.total_rounds}"
-        )
+        what = f"version {self.task.version}: {asked.kind}, round {asked.server_round} of {asked.total_rounds}"
         return what + (", cancelled" if self.task.cancelled else "")
 
     def describe_result(self) -> str:
@@ -151,16 +149,12 @@ def read_statuses(directory: Path) -> list[RankStatus]:
     try:
         ranks = sorted(int(match[1]) for path in directory.iterdir() if (match := _RANK.fullmatch(path.name)))
     except OSError as exc:
-        raise ExchangeError(
-            f"cannot look into {directory}: {exc.strerror}; give the programs' --exchange-dir"
-        ) from exc
+        raise ExchangeError(f"cannot look into {directory}: {exc.strerror}; give the programs' --exchange-dir") from exc
     if ranks:
         return [read_status(directory, rank) for rank in ranks]
     if match := _RANK.fullmatch(directory.resolve().name):
         return [read_status(directory.resolve().parent, int(match[1]))]
-    raise ExchangeError(
-        f"no client and no trainer has used {directory} yet: it has no rank-K; is it the right one?"
-    )
+    raise ExchangeError(f"no client and no trainer has used {directory} yet: it has no rank-K; is it the right one?")
 
 
 def read_status(exchange_dir: Path, rank: int, *, probe: bool = True) -> RankStatus:

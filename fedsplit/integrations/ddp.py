@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,6 @@ _ACKNOWLEDGE_S = 15.0
 _PART_S = 15.0
 
 _STEPS = ("enter", "next task", "should_stop()", "reply()", "agree")
-_ERROR = -1  # as the size of a message
 _BYE, _REPORT = 0, 1
 
 
@@ -146,11 +145,11 @@ class ProcessGroupChannel:
             return
         message = {"version": record.version, "error": dict(error), "seconds": seconds}
         try:
-            self._send_control(_REPORT, json.dumps(message).encode())
+            self._send_control(_REPORT, _bytes_of(message))
             acknowledged = dist.irecv(torch.empty(1, dtype=torch.int64), src=0, group=self._control)
             if acknowledged is not None:
                 acknowledged.wait(timedelta(seconds=_ACKNOWLEDGE_S))
-        except RuntimeError as exc:
+        except RuntimeError as exc:  # process 0 is gone, or stuck where no thread of it runs
             log.warning("process %d could not report its error to process 0: %s", self.process, _first_line(exc))
 
     # -- collectives that process 0 begins ------------------------------------------------------------------------
@@ -170,30 +169,30 @@ class ProcessGroupChannel:
 
     def _lead(self, step: str, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
         """Make a message in process 0 and return it in every process; an error of ours is raised in every process."""
-        if self.process:
-            size = self._step(step, 0)
-            content = torch.empty(abs(size), dtype=torch.uint8)
-            dist.broadcast(content, src=0, group=self._data)
-            message: dict[str, Any] = json.loads(content.numpy().tobytes())
-            if size < 0:
-                _raise_again(message)
-            return message
-        try:
-            message, sign = make() or {}, 1
-        except FedSplitError as exc:
-            self._tell(step, {"type": type(exc).__name__, "message": str(exc)}, _ERROR)
-            raise
-        self._tell(step, message, sign)
-        return message
+        content = torch.empty(0, dtype=torch.uint8)
+        if self.process == 0:
+            try:
+                content = _bytes_of({"made": make()})
+            except FedSplitError as exc:
+                self._tell(step, _bytes_of({"error": [type(exc).__name__, str(exc)]}))
+                raise
+        message = json.loads(self._tell(step, content).numpy().tobytes())
+        if "error" in message:
+            name, text = message["error"]
+            raise getattr(errors, name, FedSplitError)(text)
+        made: dict[str, Any] = message["made"]
+        return made
 
-    def _tell(self, step: str, message: dict[str, Any], sign: int) -> None:
-        content = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        self._step(step, sign * content.numel())
+    def _tell(self, step: str, content: torch.Tensor) -> torch.Tensor:
+        size = self._step(step, content.numel())
+        if self.process:
+            content = torch.empty(size, dtype=torch.uint8)
         dist.broadcast(content, src=0, group=self._data)
+        return content
 
     def _gather(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         """Return every process's message in every process."""
-        content = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        content = _bytes_of(message)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.processes)]
         dist.all_gather(sizes, torch.tensor([content.numel()]), group=self._data)
         longest = max(int(size) for size in sizes)
@@ -218,10 +217,11 @@ class ProcessGroupChannel:
 
     # -- errors and deaths ------------------------------------------------------------------------------------------
 
-    def _send_control(self, what: int, content: bytes = b"") -> None:
-        dist.send(torch.tensor([what, len(content)], dtype=torch.int64), dst=0, group=self._control)
-        if content:
-            dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), dst=0, group=self._control)
+    def _send_control(self, what: int, content: torch.Tensor | None = None) -> None:
+        size = 0 if content is None else content.numel()
+        dist.send(torch.tensor([what, size], dtype=torch.int64), dst=0, group=self._control)
+        if content is not None:
+            dist.send(content, dst=0, group=self._control)
 
     def _listen(self, peer: int) -> None:
         """Take a process's error reports until it says goodbye or dies; runs in a thread of process 0."""
@@ -310,9 +310,8 @@ def _mean(values: Sequence[Scalar | None], weights: Sequence[int], first: Scalar
     return sum(value * weight for value, weight in pairs if weight) / sum(weight for _, weight in pairs)
 
 
-def _raise_again(message: Mapping[str, str]) -> NoReturn:
-    kind = getattr(errors, message["type"], FedSplitError)
-    raise kind(message["message"])
+def _bytes_of(message: Mapping[str, Any]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
 
 
 def _first_line(exc: BaseException) -> str:

@@ -1,0 +1,147 @@
+"""Lightning: an existing LightningModule and Lightning Trainer take part, round after round.
+
+::
+
+    with fedsplit.Trainer(rank=1, model=module) as trainer:
+        federate(trainer, module, L.Trainer(max_epochs=1, …), datamodule=data, epochs_per_round=1)
+
+One Lightning Trainer serves the whole run: its loggers and callbacks live on, its epochs and steps count on. What
+``fit()`` makes anew each time, optimizers and schedulers, is given the state that it had at the end of the round before;
+``fit()`` is told to train further epochs each round, for it counts those of earlier rounds and would train nothing; and
+a round without a single step is an error. A restarted process goes on with all of it.
+
+Not covered: what callbacks remember does not outlive the process (have them write their own checkpoints), and
+Lightning's own multi-process strategies, unless the process group is initialised before `fedsplit.Trainer` is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.data import extract_batch_size
+
+from fedsplit.errors import TrainingError, UsageError
+from fedsplit.trainer import Task, Trainer
+
+
+def federate(
+    trainer: Trainer,
+    module: lightning.LightningModule,
+    lightning_trainer: lightning.Trainer,
+    *,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: lightning.LightningDataModule | None = None,
+    epochs_per_round: int = 1,
+    loss: str = "val_loss",
+) -> None:
+    """Answer every task of a run with ``fit()`` and ``validate()``.
+
+    Parameters
+    ----------
+    trainer
+        Entered already.
+    module, lightning_trainer, train_dataloaders, val_dataloaders, datamodule
+        As for ``lightning_trainer.fit()``. ``max_epochs`` is overruled; ``max_steps`` is for the whole run.
+    epochs_per_round
+        How many epochs a round trains.
+    loss
+        The name under which ``validation_step`` logs the loss.
+
+    Raises
+    ------
+    TrainingError
+        If a round trained not a single step, or ``validation_step`` logs no `loss`.
+    """
+    rounds = _Rounds()
+    lightning_trainer.callbacks.append(rounds)  # type: ignore[attr-defined]
+    for task in trainer:
+        task.load_into(module)
+        rounds.begin(task, lightning_trainer)
+        if task.kind == "evaluate":
+            lightning_trainer.validate(module, val_dataloaders, datamodule=datamodule, verbose=False)
+            metrics = _numbers(lightning_trainer.callback_metrics)
+            if loss not in metrics:
+                raise TrainingError(f"validation_step logged no {loss!r}, only {sorted(metrics)}; name it with loss=…")
+            task.reply(loss=metrics.pop(loss), num_examples=rounds.examples, metrics=metrics)
+            continue
+        before = lightning_trainer.global_step
+        lightning_trainer.fit_loop.max_epochs = lightning_trainer.current_epoch + epochs_per_round
+        lightning_trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=datamodule)
+        if lightning_trainer.global_step == before and not task.should_stop():
+            raise TrainingError(
+                f"round {task.server_round} trained not a single step (epoch {lightning_trainer.current_epoch}, step "
+                f"{before}); is max_steps of the Lightning Trainer reached, or its training data empty?"
+            )
+        rounds.keep(lightning_trainer)
+        task.reply(
+            module, num_examples=rounds.examples, metrics=_numbers(lightning_trainer.callback_metrics),
+            local_state=rounds.kept,
+        )  # fmt: skip
+
+
+class _Rounds(Callback):
+    """Carries optimizers and schedulers over from one ``fit()`` to the next, and counts examples."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] | None = None
+        self.examples = 0
+        self._task: Task | None = None
+        self._first_epoch = 0
+
+    def begin(self, task: Task, trainer: lightning.Trainer) -> None:
+        """Prepare for a task; a trainer that was restarted or set back finds what was kept with the round before."""
+        self._task, self.examples, self._first_epoch = task, 0, trainer.current_epoch
+        if task.kind == "evaluate" or not task.restore:
+            return
+        self.kept = task.local_state
+        if self.kept is None:
+            if trainer.global_step:
+                raise UsageError(
+                    "the run starts afresh, and this Lightning Trainer has trained already; start the script again"
+                )
+            return
+        trainer.fit_loop.load_state_dict(self.kept["loops"])
+        self._first_epoch = trainer.current_epoch
+        torch.set_rng_state(self.kept["random"])
+
+    def keep(self, trainer: lightning.Trainer) -> None:
+        """Note what must outlive this ``fit()``, and the process."""
+        self.kept = {
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "loops": trainer.fit_loop.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.kept is None:
+            return
+        for config, state in zip(trainer.lr_scheduler_configs, self.kept["schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
+        # Last: making and loading a scheduler both touch the learning rates, which the optimizer's state has.
+        for optimizer, state in zip(trainer.optimizers, self.kept["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.current_epoch == self._first_epoch:
+            self.examples += extract_batch_size(batch)
+        if self._task is not None and self._task.should_stop():
+            trainer.should_stop = True
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        if self._task is not None and self._task.kind == "evaluate":
+            self.examples += extract_batch_size(batch)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}

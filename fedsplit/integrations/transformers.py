@@ -1,0 +1,169 @@
+"""Transformers: an existing Hugging Face Trainer takes part, round after round; with PEFT only the adapters travel.
+
+::
+
+    with fedsplit.Trainer(rank=1, model=model) as trainer:
+        federate(trainer, hf_trainer, epochs_per_round=1)
+
+One Hugging Face Trainer serves the whole run. Its optimizer lives on; the schedule of the learning rate, which
+``train()`` would begin anew each time, is laid over all rounds; and a round without a single step is an error. A
+restarted process goes on with all of it. Logs are given ``round`` and ``total_step``, since Transformers' own step
+counts from 0 in every ``train()``.
+
+What travels of a PEFT model is up to the server's split, as for any model::
+
+    --aggregate "*lora_*=fedavg" --aggregate "*modules_to_save*=fedavg" --aggregate local
+
+Then the frozen base stays with each trainer, and is kept with its local state. Where that is too large to be written
+each round, give `adapter_state` as the trainer's model and ``adapter_only=True`` here: the base is then no part of the
+federation at all, and must be the same everywhere by other means.
+
+Not covered: DeepSpeed and FSDP, which wrap the optimizer in their own ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from transformers import Trainer as HuggingFaceTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fedsplit.errors import TrainingError
+from fedsplit.state_dict import StateDict, describe_difference
+from fedsplit.errors import StateMismatchError
+from fedsplit.trainer import Task, Trainer
+
+
+def federate(
+    trainer: Trainer,
+    hf_trainer: HuggingFaceTrainer,
+    *,
+    epochs_per_round: float = 1.0,
+    adapter_only: bool = False,
+) -> None:
+    """Answer every task of a run with ``hf_trainer.train()`` and ``hf_trainer.evaluate()``.
+
+    Parameters
+    ----------
+    trainer
+        Entered already.
+    hf_trainer
+        With a data set to train on and one to evaluate; a metric of ``compute_metrics`` reaches the server without its
+        ``eval_``. ``num_train_epochs`` is overruled; ``max_steps``, if set, is for a round.
+    epochs_per_round
+        How many epochs a round trains.
+    adapter_only
+        Load and send only the adapters of a PEFT model.
+
+    Raises
+    ------
+    TrainingError
+        If a round trained not a single step.
+    """
+    rounds = _Rounds(hf_trainer, epochs_per_round)
+    # First, so that the loggers after it see what it adds.
+    hf_trainer.callback_handler.callbacks.insert(0, rounds)
+    model = cast("torch.nn.Module", hf_trainer.model)
+    for task in trainer:
+        if adapter_only:
+            _load_adapter(model, task)
+        else:
+            task.load_into(model)
+        rounds.begin(task)
+        if task.kind == "evaluate":
+            found = _numbers(hf_trainer.evaluate())
+            task.reply(loss=found.pop("loss"), num_examples=_length(hf_trainer.eval_dataset), metrics=found)
+            continue
+        outcome = hf_trainer.train()
+        if outcome.global_step == 0:
+            raise TrainingError(
+                f"round {task.server_round} trained not a single step; is the training data empty, or max_steps 0?"
+            )
+        task.reply(
+            adapter_state(model) if adapter_only else model, num_examples=_length(hf_trainer.train_dataset),
+            metrics={"loss": float(outcome.training_loss)}, local_state=rounds.keep(outcome.global_step),
+        )  # fmt: skip
+
+
+def adapter_state(model: torch.nn.Module) -> StateDict:
+    """Return what of a PEFT model is trained: the adapters, and modules that are saved with them."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model))
+
+
+class _Rounds(TrainerCallback):
+    """Keeps the optimizer, and one schedule over all rounds, and numbers the log's lines through."""
+
+    def __init__(self, hf_trainer: HuggingFaceTrainer, epochs: float) -> None:
+        self._trainer = hf_trainer
+        self._task: Task | None = None
+        self._steps_before = 0
+        hf_trainer.args.num_train_epochs = epochs
+
+    def begin(self, task: Task) -> None:
+        """Prepare for a task; a trainer that was restarted or set back finds what was kept with the round before."""
+        self._task = task
+        if task.kind == "evaluate":
+            return
+        if self._trainer.lr_scheduler is None:
+            self._make_schedule(task.total_rounds)
+        if task.restore and (kept := task.local_state) is not None:
+            self._steps_before = kept["steps"]
+            self._trainer.optimizer.load_state_dict(kept["optimizer"])
+            self._trainer.lr_scheduler.load_state_dict(kept["scheduler"])
+            torch.set_rng_state(kept["random"])
+
+    def keep(self, steps: int) -> dict[str, Any]:
+        """Return what must outlive the process."""
+        self._steps_before += steps
+        return {
+            "steps": self._steps_before,
+            "optimizer": self._trainer.optimizer.state_dict(),
+            "scheduler": self._trainer.lr_scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._task is not None and self._task.should_stop():
+            control.should_training_stop = True
+        return control
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if self._task is not None and logs is not None:
+            logs["round"] = self._task.server_round
+            logs["total_step"] = self._steps_before + state.global_step
+
+    def _make_schedule(self, total_rounds: int) -> None:
+        trainer = self._trainer
+        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=steps * total_rounds, optimizer=trainer.optimizer)
+        # Else train() takes it for one that it made itself, for a single call, and makes another.
+        trainer._created_lr_scheduler = False
+
+
+def _load_adapter(model: torch.nn.Module, task: Task) -> None:
+    from peft import set_peft_model_state_dict
+
+    where = f"what the server sent for {task.kind} of round {task.server_round}"
+    if difference := describe_difference(
+        adapter_state(model), task.state_dict, expected="the adapter", found=where
+    ):
+        raise StateMismatchError(difference)
+    set_peft_model_state_dict(model, {name: tensor.clone() for name, tensor in task.state_dict.items()})
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if name not in ("round", "total_step", "epoch")}
+
+
+def _length(data: Any) -> int:
+    return len(data)
