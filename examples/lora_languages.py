@@ -8,7 +8,7 @@
 
 Needs `pip install fedsplit[transformers]`, and no network: the model is made from a configuration with random weights,
 the text is below, and the tokens are its letters. The split keeps the frozen base at home; with `--adapter-only` it is
-no part of the federation at all, and the server needs no `--aggregate`. Three rounds reach an accuracy over 0.8; chance
+no part of the federation at all, and the server needs no `--aggregate`. Three rounds reach an accuracy over 0.7; chance
 is 0.33.
 """
 
@@ -82,7 +82,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
             text = " ".join(text.lower().split())
             border = int(len(text) * (1 - HELD_OUT))
             part = text[border:] if held_out else text[:border]
-            self.pieces += [(part[at : at + WINDOW], label) for at in range(0, len(part) - WINDOW, 5)]
+            self.pieces += [(part[at : at + WINDOW], label) for at in range(0, len(part) - WINDOW, 3)]
         self.pieces = self.pieces[rank - 1 :: ranks]
 
     def __len__(self) -> int:
@@ -98,8 +98,8 @@ def make_model() -> PeftModel:
     torch.manual_seed(0)
     base = BertForSequenceClassification(
         BertConfig(
-            vocab_size=len(LETTERS) + 1, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=128, max_position_embeddings=WINDOW, num_labels=3, initializer_range=0.2,
+            vocab_size=len(LETTERS) + 1, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+            intermediate_size=128, max_position_embeddings=WINDOW, num_labels=3, initializer_range=0.1,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
     )
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--exchange-dir", default="exchange")
     parser.add_argument("--checkpoint-dir", default="checkpoints")
-    parser.add_argument("--epochs", type=float, default=2.0, help="of a round")
+    parser.add_argument("--epochs", type=float, default=3.0, help="of a round")
     parser.add_argument("--adapter-only", action="store_true", help="keep the base out of the federation")
     parser.add_argument("--standalone", action="store_true", help="without a federation, for a debugger")
     arguments = parser.parse_args()

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Sequence
 
 from fedsplit import cli
-from fedsplit.commands import checkpoints, demo, export, plot, status
+from fedsplit.commands import checkpoints, demo, export, new, plot, report, status
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = cli.make_parser(__doc__, "python -m fedsplit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (demo, status, checkpoints, export, plot):
+    for command in (demo, new, status, checkpoints, export, plot, report):
         command.add_to(commands)
     return parser
 

@@ -180,7 +180,7 @@ class CheckpointStore:
             raise CheckpointError(f"{directory} has no valid manifest ({type(exc).__name__}: {exc})") from exc
 
     def newest(self, *, run_id: str | None = None, before: int | None = None) -> Checkpoint | None:
-        """Return the newest valid round, of a run and below a round if given; corrupt ones are named and passed over."""
+        """Return the newest valid round, of a run and below a round if given; names and passes over corrupt ones."""
         for server_round in reversed(self.rounds()):
             if before is not None and server_round >= before:
                 continue

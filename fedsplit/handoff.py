@@ -259,9 +259,8 @@ class TrainerSide:
         error: Mapping[str, str] | None = None,
         seconds: float = 0.0,
     ) -> bool:
-        """Answer a task; returns False if it was not wanted any more, then nothing is offered."""
-        if not self.is_wanted(task):
-            self._log_stale(task)
+        """Answer a task; returns False if it was not wanted any more or has an answer, then nothing is offered."""
+        if not self._is_open(task):
             return False
         payload = None if chunks is None else self._write(task.version, chunks)
         record = ResultRecord(
@@ -270,8 +269,7 @@ class TrainerSide:
             num_examples=num_examples, loss=loss, metrics=metrics or {}, error=error, seconds=seconds,
         )  # fmt: skip
         with self.exchange.handoff():
-            if not self.is_wanted(task):
-                self._log_stale(task)
+            if not self._is_open(task):
                 if payload:
                     remove(self.exchange.directory / payload.file)
                 return False
@@ -283,6 +281,20 @@ class TrainerSide:
     def leave(self, finished: FinishedRecord) -> None:
         """Note that this end of a run was seen: the next trainer of the rank waits for another run."""
         write_json(self.exchange.left_path, finished.to_json())
+
+    def _is_open(self, task: TaskRecord) -> bool:
+        result = _forgiving(self.exchange.read_result)
+        if result and result.version >= task.version:
+            # The client may have it already: an answer never changes under its version, nor does its payload.
+            log.warning("version %d has an answer; another one is dropped", task.version)
+            return False
+        if not self.is_wanted(task):
+            log.warning(
+                "the answer to %s of round %d (version %d) came too late: nobody waits for it; dropped",
+                task.request.kind, task.request.server_round, task.version,
+            )  # fmt: skip
+            return False
+        return True
 
     def _write(self, version: int, chunks: Iterable[Buffer]) -> PayloadRecord:
         path = self.exchange.payload_path("result", version)
@@ -301,13 +313,6 @@ class TrainerSide:
             remove(path)
             raise
         self._verified = (payload.digest, identity)
-
-    @staticmethod
-    def _log_stale(task: TaskRecord) -> None:
-        log.warning(
-            "the answer to %s of round %d (version %d) came too late: nobody waits for it; dropped",
-            task.request.kind, task.request.server_round, task.version,
-        )  # fmt: skip
 
 
 def _asks(task: TaskRecord, request: Request, digest: str | None) -> bool:

@@ -9,7 +9,6 @@ import json
 import logging
 import mmap
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +144,20 @@ def test_an_answer_to_an_older_task_is_dropped_and_logged(sides, caplog):
     assert client.result(newer) is None and client.result(old.version) is None
     assert client.exchange.payload_versions("result") == []
     assert begin(trainer).version == newer
+
+
+def test_an_answer_never_changes_under_its_version_nor_does_its_payload(sides, caplog):
+    client, trainer = sides
+    version = offer(client, request(), STATE)
+    task = begin(trainer)
+    trainer.answer(task, [blob("first")], num_examples=1)
+    with caplog.at_level(logging.WARNING, "fedsplit"):
+        assert not trainer.answer(task, [blob("second")], num_examples=2)
+        assert not trainer.answer(task, error={"type": "OSError", "message": "", "traceback": ""})
+    assert "version 1 has an answer" in caplog.text
+    result = client.result(version)
+    assert (result.status, result.num_examples) == ("ok", 1)
+    assert text_of(client.exchange.payload_path("result", version).read_bytes()) == "first"
 
 
 def test_a_task_that_gets_old_while_the_answer_is_written_leaves_no_payload(sides):
@@ -530,7 +543,7 @@ def test_a_result_under_the_right_version_for_another_task_is_not_taken_for_its_
     client, trainer = sides
     version = offer(client, request(), STATE)
     task = begin(trainer)
-    trainer.answer(replace(task, request=task.request), [blob("trained")])
+    trainer.answer(task, [blob("trained")])
     record = json.loads(client.exchange.result_path.read_text()) | {"server_round": 7}
     client.exchange.result_path.write_text(json.dumps(record))
     assert client.offer(request(), digest_of(STATE), never) == version + 1

@@ -25,8 +25,8 @@ from tests.handoffs import ROOT, kill, names_in
 
 pytestmark = pytest.mark.timeout(120)
 
-KILLS = 30
-ROUNDS = 400
+KILLS = 20
+ROUNDS = 60
 PAYLOAD_BYTES = 300_000
 
 DRIVER = """
@@ -44,7 +44,8 @@ with exchange.hold("client"):
     client = ClientSide(exchange)
     print("ready", flush=True)
     done = len(log.read_bytes().splitlines()) if log.exists() else 0
-    while done < rounds:
+    # At least so many, and for as long as the test goes on killing.
+    while done < rounds or not (directory / "enough").exists():
         kind = "train" if done % 3 else "evaluate"
         state = blob(f"state {done}", size)
         version = None
@@ -130,7 +131,7 @@ def accepted(directory: Path) -> list[int]:
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
-def test_thirty_kills_at_random_moments_lose_nothing_and_mix_nothing_up(directory):
+def test_twenty_kills_at_random_moments_lose_nothing_and_mix_nothing_up(directory):
     rng = random.Random(20)
     commands = {"driver": (DRIVER, directory, ROUNDS, PAYLOAD_BYTES), "worker": (WORKER, directory, PAYLOAD_BYTES)}
     processes = {name: launch(*command) for name, command in commands.items()}
@@ -140,16 +141,13 @@ def test_thirty_kills_at_random_moments_lose_nothing_and_mix_nothing_up(director
             time.sleep(rng.uniform(0.0, 0.06))
             for name in rng.choice((["driver"], ["worker"], ["driver", "worker"])):
                 process = processes[name]
-                code = process.poll()
-                assert code is None or (code == 0 and len(accepted(directory)) == ROUNDS), process.communicate()[1]
-                if code is None:
-                    kills += 1
+                assert process.poll() is None, process.communicate()[1]
+                kills += 1
                 kill(process)
-            if len(accepted(directory)) == ROUNDS:
-                break
             for name, process in processes.items():
                 if process.poll() is not None:
                     processes[name] = launch(*commands[name])
+        (directory / "enough").touch()
         for process in processes.values():
             _, errors = process.communicate(timeout=60)
             assert process.returncode == 0, errors
@@ -157,7 +155,7 @@ def test_thirty_kills_at_random_moments_lose_nothing_and_mix_nothing_up(director
         for process in processes.values():
             kill(process)
     versions = accepted(directory)
-    assert len(versions) == ROUNDS and kills == KILLS
+    assert len(versions) >= ROUNDS
     assert versions == sorted(set(versions))
     exchange = Exchange(directory, 1)
     assert json.loads(exchange.finished_path.read_text())["version"] > versions[-1]
@@ -169,6 +167,7 @@ def test_thirty_kills_at_random_moments_lose_nothing_and_mix_nothing_up(director
 
 def test_a_reader_never_sees_a_half_written_answer(tmp_path):
     """Without any kill: the record appears last, so what it names is always whole."""
+    (tmp_path / "enough").touch()
     driver = launch(DRIVER, tmp_path, 60, 2_000_000)
     worker = launch(WORKER, tmp_path, 2_000_000)
     try:

@@ -57,7 +57,7 @@ PLAN = [
     for kind, server_round in (("initialize", 0), ("train", 1), ("evaluate", 1), ("train", 2))
 ]
 # (steps, mishaps): wide over the first task and the change to the next, narrow to the end of the plan.
-REACHES = [(5, 3), (8, 2), (16, 1)]
+REACHES = [(5, 3), (7, 2), (16, 1)]
 MISHAPS = ("kill", "meet", "back", "stop", "cancel", "mangle")
 PROGRESS_SHARE = 12
 

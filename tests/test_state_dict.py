@@ -69,7 +69,7 @@ def states() -> dict[str, StateDict]:
         "negative view": {"a": torch.complex(wide, wide).conj().imag},
         "tied": {"a": tied, "b": tied, "c": tied[1:]}, "a parameter": {"a": nn.Parameter(wide)},
         "odd sizes mixed": {
-            "u8": torch.arange(3, dtype=torch.uint8), "f64": wide.double()[0], "b": wide[0] > 0, "h": wide.half()[0, :3],
+            "u8": torch.arange(3, dtype=torch.uint8), "f64": wide.double()[0], "b": wide[0] > 0, "h": wide.half()[0],
         },
         "names": {"": wide, "ünï.cöde": wide, 'a"b\n': wide, "x" * 300: wide},
     }  # fmt: skip

@@ -21,6 +21,7 @@ import torch
 
 from fedsplit import Trainer
 from fedsplit.errors import (
+    CheckpointError,
     FedSplitError,
     PeerMissingError,
     RoleTakenError,
@@ -32,6 +33,7 @@ from fedsplit.exchange import Exchange
 from fedsplit.handoff import ClientSide, Source, TrainerSide
 from fedsplit.records import Request, ResultRecord
 from fedsplit.state_dict import StateDict, decode, encode, own_state
+from fedsplit.trainer import KEEP_ROUNDS
 from tests.handoffs import digest_of, wait_until
 
 torch.set_num_threads(1)
@@ -574,6 +576,16 @@ def test_a_reply_that_cannot_be_saved_reaches_the_client_too(federation):
     with federation.script(serve, fails=UsageError):
         result = federation.wait(federation.ask("train", 1, {"a": torch.ones(1)}))
     assert result.status == "error" and "OfTheUser" in result.error["message"]
+
+
+@pytest.mark.xfail(reason="what fails before the loop body begins does not reach the client yet", strict=True)
+def test_a_round_whose_local_state_was_pruned_is_refused_and_the_client_is_told(federation):
+    with federation.script(counting([]), fails=CheckpointError):
+        for server_round in range(1, KEEP_ROUNDS + 3):
+            federation.run("train", server_round, {"a": torch.ones(1)})
+        version = federation.ask("train", 2, {"a": torch.ones(1)})
+        wait_until(lambda: federation.client.result(version) is not None, 3)
+        assert "begin with round 3" in federation.wait(version).error["message"]
 
 
 # -- parts that stay at home ---------------------------------------------------------------------------------------

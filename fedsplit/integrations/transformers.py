@@ -27,11 +27,11 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from transformers import Trainer as HuggingFaceTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer as HuggingFaceTrainer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fedsplit.errors import TrainingError
+from fedsplit.errors import StateMismatchError, TrainingError
 from fedsplit.state_dict import StateDict, describe_difference
-from fedsplit.errors import StateMismatchError
 from fedsplit.trainer import Task, Trainer
 
 
@@ -138,7 +138,7 @@ class _Rounds(TrainerCallback):
     ) -> None:  # fmt: skip
         if self._task is not None and logs is not None:
             logs["round"] = self._task.server_round
-            logs["total_step"] = self._steps_before + state.global_step
+            logs["total_step"] = self._steps_before + (state.global_step if self._task.kind == "train" else 0)
 
     def _make_schedule(self, total_rounds: int) -> None:
         trainer = self._trainer
@@ -162,7 +162,8 @@ def _load_adapter(model: torch.nn.Module, task: Task) -> None:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     numbers = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, int | float)}
-    return {name: float(value) for name, value in numbers.items() if name not in ("round", "total_step", "epoch")}
+    unwanted = {"round", "total_step", "epoch", "runtime", "samples_per_second", "steps_per_second"}
+    return {name: float(value) for name, value in numbers.items() if name not in unwanted}
 
 
 def _length(data: Any) -> int:

@@ -1,0 +1,211 @@
+"""How fast ten updates of 100 MB become one, and in how much memory: ours against both of Flower's aggregations.
+
+    python -m benchmarks.merge ours --bytes 100000000 --updates 10
+
+Each side is a process of its own that has its updates ready and merges when told to; the three take turns. Ours has
+them where results lie, in files on the RAM disk, and validates each (keys, shapes, dtypes, NaN) as the server does;
+Flower's have theirs in memory, as gRPC delivers them. What is timed ends with the payload of the new state. Extra
+memory is the peak during the merge above what there was before it; for ours it includes the mapped update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, BenchmarkError, Figure, Options, ram_directory
+
+TOPIC = "merge"
+LAYERS = 10
+SIDES = ("ours", "classic", "message")
+
+
+def run(options: Options) -> list[Figure]:
+    """Measure."""
+    size = options.pick(100_000_000, 100_000_000, 2_000_000)
+    updates, repeats = 10, options.pick(7, 3, 1)
+    with ram_directory() as directory:
+        samples = _in_turns(directory, size, updates, repeats, SIDES)
+        many = _in_turns(directory, size // 4, 4 * updates, options.pick(3, 1, 1), ("ours",))
+    label = f"merge of {updates} x {size / 1e6:g} MB"
+    seconds = {side: [1000 * sample["seconds"] for sample in taken] for side, taken in samples.items()}
+    models = {side: [sample["extra_bytes"] / size for sample in taken] for side, taken in samples.items()}
+    fresh = [sample["extra_bytes"] / (size // 4) for sample in many["ours"]]
+    return [
+        Figure(topic=TOPIC, name=label, unit="ms", samples=seconds["ours"], peer="Flower classic FedAvg",
+               peer_samples=seconds["classic"], judged_by="speedup", target=5.0),
+        Figure(topic=TOPIC, name=label, unit="ms", samples=seconds["ours"], peer="Flower Message API FedAvg",
+               peer_samples=seconds["message"], judged_by="speedup", target=2.0),
+        Figure(topic=TOPIC, name=f"{label}, extra memory", unit="models", samples=models["ours"],
+               peer="Flower classic FedAvg", peer_samples=models["classic"], target=2.5),
+        Figure(topic=TOPIC, name=f"merge of {4 * updates} updates, extra memory", unit="models", samples=fresh,
+               target=2.5),
+    ]  # fmt: skip
+
+
+def _in_turns(
+    directory: Path, size: int, updates: int, repeats: int, sides: tuple[str, ...]
+) -> dict[str, list[dict[str, float]]]:
+    children = {side: _start(side, directory, size, updates) for side in sides}
+    try:
+        for child in children.values():
+            _say(child, "")  # ready
+        samples: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        for _ in range(repeats):
+            for side, child in children.items():
+                samples[side].append(json.loads(_say(child, "go\n")))
+        return samples
+    finally:
+        for child in children.values():
+            child.kill()
+            child.wait()
+
+
+def _start(side: str, directory: Path, size: int, updates: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.merge", side, "--bytes", str(size), "--updates", str(updates),
+         "--directory", str(directory)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _say(child: subprocess.Popen[str], text: str) -> str:
+    assert child.stdin and child.stdout
+    child.stdin.write(text)
+    child.stdin.flush()
+    line = child.stdout.readline()
+    if not line:
+        raise BenchmarkError(f"a merging process ended with exit code {child.wait()}")
+    return line
+
+
+# -- in the child ------------------------------------------------------------------------------------------------------
+
+
+def ours(size: int, updates: int, directory: Path) -> Callable[[], Any]:
+    """Our merge, as the server does it."""
+    import torch
+
+    from fedsplit.aggregation import parse_rules
+    from fedsplit.files import write_chunks
+    from fedsplit.settings import StrategySettings
+    from fedsplit.state_dict import encode
+    from fedsplit.strategy import Strategy
+
+    paths = []
+    for index in range(updates):
+        state = {f"layer{layer}": torch.rand(max(1, size // (4 * LAYERS))) for layer in range(LAYERS)}
+        paths.append(directory / f"update-{size}-{index}.safetensors")
+        write_chunks(paths[-1], encode(state))
+    strategy = Strategy(StrategySettings(rules=tuple(parse_rules(["fedavg"]))), total_rounds=1)
+    strategy.set_state(_map(paths[0]))
+    strategy.resolve_split({})
+
+    def merge() -> object:
+        round_ = strategy.begin_merge(1)
+        for rank, path in enumerate(paths, start=1):
+            if reason := round_.offer(rank, _map(path), rank, {}):
+                raise BenchmarkError(reason)
+        return round_.finish()
+
+    return merge
+
+
+def _map(path: Path) -> Any:
+    import mmap
+
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def classic(size: int, updates: int, directory: Path) -> Callable[[], Any]:
+    """Flower's `flwr.server.strategy.FedAvg`, what the stock server of the embedded engine runs."""
+    import numpy as np
+
+    import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+    from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
+    from flwr.server.strategy import FedAvg
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    random = np.random.default_rng(0)
+    results = []
+    for index in range(updates):
+        arrays = [random.random(max(1, size // (4 * LAYERS)), dtype=np.float32) for _ in range(LAYERS)]
+        status = Status(code=Code.OK, message="")
+        result = FitRes(status=status, parameters=ndarrays_to_parameters(arrays), num_examples=index + 1, metrics={})
+        results.append((None, result))
+    strategy = FedAvg()
+    return lambda: strategy.aggregate_fit(1, results, [])  # type: ignore[arg-type]
+
+
+def message(size: int, updates: int, directory: Path) -> Callable[[], Any]:
+    """Flower's `flwr.serverapp.strategy.FedAvg`, what its newer Message API runs."""
+    import numpy as np
+
+    import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.serverapp.strategy import FedAvg
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    random = np.random.default_rng(0)
+    replies = []
+    for index in range(updates):
+        arrays = {
+            f"layer{layer}": Array(random.random(max(1, size // (4 * LAYERS)), dtype=np.float32))
+            for layer in range(LAYERS)
+        }
+        content = RecordDict(
+            {"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": index + 1})}
+        )
+        question = Message(RecordDict({"config": ConfigRecord()}), dst_node_id=index + 1, message_type="train")
+        replies.append(Message(content, reply_to=question))
+    strategy = FedAvg()
+
+    def merge() -> object:
+        arrays, _ = strategy.aggregate_train(1, replies)
+        if arrays is None:
+            raise BenchmarkError("Flower's strategy merged nothing")
+        return arrays
+
+    return merge
+
+
+def _memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise BenchmarkError(f"this system does not tell {field}")
+
+
+def main() -> int:
+    """Be one side: get ready, then merge whenever told to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("--bytes", type=int, default=100_000_000)
+    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"))
+    arguments = parser.parse_args()
+    make = {"ours": ours, "classic": classic, "message": message}[arguments.side]
+    merge = make(arguments.bytes, arguments.updates, arguments.directory)
+    merge()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, began = _memory("VmRSS"), time.perf_counter()
+        result = merge()
+        seconds = time.perf_counter() - began
+        extra = _memory("VmHWM") - before
+        del result
+        print(json.dumps({"seconds": seconds, "extra_bytes": extra}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

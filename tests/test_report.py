@@ -1,0 +1,246 @@
+"""The report: one page that tells all of a run, needs nothing from anywhere, and is readable where people read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsplit.__main__ import main
+from fedsplit.commands.charts import Series, line_chart, stacked_bars
+from fedsplit.commands.places import Places
+from fedsplit.commands.report import read_report
+from fedsplit.commands.report_page import Report, render
+from fedsplit.errors import CheckpointError, UsageError
+from fedsplit.history import History, Line
+from fedsplit.run import Run, without_password
+from tests.chromium import contrast, look_at, needs_chromium, run_chromium
+from tests.programs import Programs
+
+RECORD = {
+    "run_id": "0123abc", "began": "2026-01-31 12:00:00",
+    "settings": {"rounds": "3", "aggregate": "['<b>*=median']"},
+    "split": [{"part": "head.*", "entries": 2, "bytes": 2560, "rule": "local"}],
+    "sessions": [{
+        "began": "2026-01-31 12:00:00", "command": "python server_main.py --aggregate 'a*=median'",
+        "software": {"python": "3.11.4", "platform": "Linux", "flwr": "1.41.0", "torch": "2.14.1"},
+    }],
+}  # fmt: skip
+
+
+def line(server_round: int, ranks: int = 2, **more: Any) -> Line:
+    stages = {"waiting": 0.0, "training": 1.0, "hand-off": 0.25, "transfer": 0.1, "turn": 0.0, "merging": 0.05}
+    clients = {
+        str(rank): {
+            "loss": rank / server_round,
+            "bytes": 1000,
+            "stages": stages,
+            "evaluate": {"loss": 0.1, "accuracy": 0.8},
+        }
+        for rank in range(1, ranks + 1)
+    }
+    return {
+        "round": server_round, "seconds": 2.0, "asked": ranks, "accepted": ranks, "refused": {}, "clients": clients,
+        "train": {"loss": 1 / server_round}, "evaluate": {"loss": 0.5 / server_round, "accuracy": 0.8},
+        "stages": {"train": 1.5, "merge": 0.1, "evaluate": 0.4}, **more,
+    }  # fmt: skip
+
+
+REPORT = Report(
+    record=RECORD, lines=[line(1), line(2, refused={"2": "NaN in <fc.weight>"}), line(3)], state_round=3,
+    state_digest="ab" * 32,
+)  # fmt: skip
+
+
+class Tags(HTMLParser):
+    """Every tag that a page opens; fails on one that is not closed in order."""
+
+    VOID = ("meta", "br", "line", "!doctype")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.opened: list[tuple[str, dict[str, str | None]]] = []
+        self._open: list[str] = []
+        self.feed(page)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.opened.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.opened.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+
+def test_a_page_refers_to_nothing_outside_itself() -> None:
+    page = render(REPORT)
+    tags = Tags(page).opened
+    assert not {"script", "link", "img", "iframe", "base"} & {tag for tag, _ in tags}
+    assert not [attributes for _, attributes in tags if {"src", "href", "srcset"} & attributes.keys()]
+    assert "url(" not in page and "@import" not in page
+
+
+def test_what_users_wrote_is_text_and_no_markup() -> None:
+    page = render(REPORT)
+    assert "NaN in &lt;fc.weight&gt;" in page
+    assert "<fc.weight>" not in page and "<b>*" not in page
+
+
+def test_every_fact_of_the_run_is_on_the_page() -> None:
+    page = render(REPORT)
+    facts = [
+        "0123abc", "head.*", "local", "2.6 kB", "1.41.0", "python server_main.py --aggregate", "ab" * 32, "0.8000",
+        "python model_main.py --rank 2", "pip install flwr==1.41.0 torch==2.14.1", "0.3333",
+    ]  # fmt: skip
+    for fact in facts:
+        assert fact in page, fact
+    assert "the trainer of the slowest rank at work" in page
+
+
+def test_a_run_of_an_older_version_has_what_it_has() -> None:
+    lines: list[Line] = [{"round": 1, "seconds": 1.0, "train": {"loss": None}}]
+    page = render(Report(record={"run_id": "old"}, lines=lines))
+    headings = re.findall(r"<h2>(.+?)</h2>", page)
+    assert headings == ["Metrics", "Where the time went", "Rounds", "Not counted", "Settings"]
+
+
+def test_the_command_that_is_noted_has_no_password() -> None:
+    command = "server_main.py --tracker mlflow:https://me:secret@host/x --payload-store s3://bucket/a@b"
+    assert without_password(command) == (
+        "server_main.py --tracker mlflow:https://…@host/x --payload-store s3://bucket/a@b"
+    )
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+
+
+def points(chart: str) -> list[list[tuple[float, float]]]:
+    return [
+        [(float(x), float(y)) for x, y in (pair.split(",") for pair in polyline.split())]
+        for polyline in re.findall(r'points="(.+?)"', chart)
+    ]
+
+
+def test_a_line_has_its_values_heights_and_a_gap_where_there_is_none() -> None:
+    values = [0.0, 1.0, math.nan, 0.5, 0.25]
+    first, second = points(line_chart("x", range(1, 6), [Series(label="x", values=values, color="train")]))
+    (_, low), (_, high), (_, half), (_, quarter) = *first, *second
+    assert high < quarter < low
+    assert (low - half) / (low - high) == pytest.approx(0.5, abs=0.01)
+    assert (low - quarter) / (low - high) == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("values", [[3.0, 3.0], [0.0, 0.0], [-1e-9, 1e12], [math.nan, math.nan], [5.0]])
+def test_any_values_are_drawn_inside_the_chart(values: list[float]) -> None:
+    chart = line_chart("x", range(1, len(values) + 1), [Series(label="x", values=values, color="train")])
+    Tags(chart)
+    heights = [float(y) for y in re.findall(r'y1="(.+?)"', chart)] + [y for line in points(chart) for _, y in line]
+    assert len(re.findall('class="grid"', chart)) >= 2
+    assert all(0 <= height <= 250 for height in heights)
+
+
+def test_bars_are_stacked_and_very_many_rounds_become_means() -> None:
+    def heights(chart: str) -> list[float]:
+        return [float(height) for height in re.findall(r' height="([\d.]+)"', chart)]
+
+    few = stacked_bars("x", [1, 2], {"training": [1.0, 2.0], "waiting": [1.0, 0.0]})
+    first, above, second, nothing = heights(few)
+    assert (above, nothing) == (first, 0)
+    assert second == pytest.approx(2 * first, abs=0.1)
+    many = stacked_bars("x", range(1, 1001), {"training": [1.0] * 1000})
+    assert len(heights(many)) == 112
+    assert "round 1 to 9, mean: training 1.000 s" in many
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server/run.json").write_text(json.dumps(RECORD))
+    History(tmp_path / "server/history.jsonl").append(line(1))
+    output = tmp_path / "report.html"
+    assert main(["report", "--checkpoint-dir", str(tmp_path), "--output", str(output)]) == 0
+    assert output.read_text().startswith("<!doctype html>")
+    assert capsys.readouterr().out == f"{output}: 1 round of run 0123abc\n"
+
+
+def test_a_report_of_nothing_and_under_a_wrong_name_are_errors(tmp_path: Path) -> None:
+    command = ["report", "--checkpoint-dir", str(tmp_path), "--output"]
+    assert main([*command, str(tmp_path / "report.html")]) == CheckpointError.exit_code
+    assert main([*command, str(tmp_path / "report.pdf")]) == UsageError.exit_code
+    assert main([*command, str(tmp_path / "nowhere/report.html")]) == UsageError.exit_code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_start_of_a_resumed_run_is_told(tmp_path: Path) -> None:
+    for resume in (False, True):
+        with Run(tmp_path, resume=resume) as run:
+            run.note_session(command=f"server_main.py --resume={resume}", software={"torch": "2.14.1"})
+            run.history.append(line(1))
+    page = render(read_report(Places(tmp_path)))
+    assert "2 sessions of the server" in page
+    assert page.index("--resume=False") < page.index("--resume=True")
+
+
+@pytest.mark.processes
+def test_the_report_of_a_real_run_says_how_it_was_started_and_what_it_ran_on(tmp_path: Path) -> None:
+    programs = Programs(tmp_path, server_flags=("--rounds", "1", "--train-config", "note=a b"))
+    programs.start_all()
+    assert set(programs.wait().values()) == {0}, programs.tails()
+    output = tmp_path / "report.html"
+    assert main(["report", "--checkpoint-dir", str(programs.checkpoints), "--output", str(output)]) == 0
+    page = output.read_text()
+    assert "--rounds 1 --train-config &#x27;note=a b&#x27;" in page
+    assert re.search(r"torch</td><td>\d", page)
+    assert re.search(r"fedavg</td><td class=n>8<", page)
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280], ids=["phone", "desktop"])
+def test_a_browser_shows_the_page_within_its_width_and_with_contrast(tmp_path: Path, width: int, dark: bool) -> None:
+    seen = look_at(render(REPORT), tmp_path, width=width, dark=dark)
+    assert seen["scrollWidth"] == seen["width"] == width, seen["tooWide"]
+    assert seen["tooWide"] == []
+    assert contrast(seen["background"], seen["color"]) > 7
+    assert (contrast(seen["background"], "rgb(0, 0, 0)") < 2) is dark
+    assert min(seen["fontSizes"]) >= 10, "nothing is too small to read"
+    assert seen["headings"][:2] == ["fedsplit run 0123abc", "Metrics"]
+    assert len(seen["charts"]) == 3 and min(seen["charts"]) > 300
+    assert seen["drawn"] > 20
+    assert seen["fetched"] == []
+    assert "NaN in <fc.weight>" in seen["text"]
+
+
+@needs_chromium
+def test_colours_of_the_lines_are_told_from_the_ground_in_both_themes(tmp_path: Path) -> None:
+    probe = "".join(
+        f'<b class="c-{name}">{name}</b>' for name in ("train", "evaluate", "hand-off", "transfer", "merging")
+    )
+    script = (
+        "<script>document.title=[...document.querySelectorAll('body > b')].map(e=>getComputedStyle(e).color).join(';')"
+        "+';'+getComputedStyle(document.body).backgroundColor</script>"
+    )
+    page = tmp_path / "probe.html"
+    page.write_text(render(REPORT).replace("<body>", f"<body>{probe}").replace("</body>", f"{script}</body>"))
+    for dark in (False, True):
+        dom = run_chromium(tmp_path, "--dump-dom", page.as_uri(), dark=dark)
+        title = re.search(r"<title>(.+?)</title>", dom)
+        assert title
+        *colors, ground = title[1].split(";")
+        assert len(colors) == 5
+        # What WCAG asks of graphics.
+        assert min(contrast(color, ground) for color in colors) >= 3
