@@ -152,8 +152,11 @@ def message(size: int, updates: int, directory: Path) -> Callable[[], Any]:
     import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
     from flwr.serverapp.strategy import FedAvg
+    from flwr.supercore.task_identity import TaskIdentity
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    # A message may only be made by a task; here there is none.
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     random = np.random.default_rng(0)
     replies = []
     for index in range(updates):

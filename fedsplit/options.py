@@ -153,9 +153,9 @@ class ServerOptions:
 
 def _read(name: str, value: Any, default: Any) -> Any:
     if name in _REPEATABLE:
-        return tuple(_split(value))
+        return tuple(_split(name, value))
     if name == "train_config":
-        return tuple(_pair(text) for text in _split(value))
+        return tuple(_pair(text) for text in _split(name, value))
     if name in _ABSENT and not value:
         return None
     if name in ("checkpoint_dir", "initial_checkpoint") and isinstance(value, str):
@@ -168,9 +168,9 @@ def _read(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def _split(value: Any) -> list[str]:
+def _split(name: str, value: Any) -> list[str]:
     if not isinstance(value, str):
-        raise UsageError(f"run config: expected a text with semicolons, not {value!r}")
+        raise UsageError(f"run config: {name.replace('_', '-')}: expected a text with semicolons, not {value!r}")
     return [text.strip() for text in value.split(_SEPARATOR) if text.strip()]
 
 

@@ -144,6 +144,7 @@ class Run:
         self.checkpoints.save(
             run_id=self.run_id, server_round=server_round, files=files, metrics=metrics,
             info={"line": dict(line), "local_entries": self._record.get("local_entries", {})},
+            digests={STATE_FILE: digest},
         )  # fmt: skip
         self.checkpoints.prune(best=best)
         if self._saved_digest not in (None, digest):

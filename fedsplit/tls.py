@@ -130,7 +130,7 @@ def check_server(
     """
     with socket.create_connection((host, port), timeout=timeout_s) as connection:
         if context is None:
-            _check_plaintext(connection, f"{host}:{port}", grpc)
+            _check_plaintext(connection, host, port, grpc)
             return
         try:
             context.wrap_socket(connection, server_hostname=host).close()
@@ -145,27 +145,41 @@ def check_server(
             raise ConnectionFailedError(f"no TLS connection to {host}:{port}: {exc.reason or exc}") from exc
 
 
-def _check_plaintext(connection: socket.socket, where: str, grpc: bool) -> None:
+def _check_plaintext(connection: socket.socket, host: str, port: int, grpc: bool) -> None:
+    where = f"{host}:{port}"
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.sendall(_HTTP2_HELLO)
     try:
         answer = connection.recv(9)
     except ConnectionResetError:
         answer = b""
-    if answer[:1] == bytes([_TLS_ALERT]):
+    if answer[:1] == bytes([_TLS_ALERT]) or (not answer and _speaks_tls(host, port, connection.gettimeout())):
         raise ConnectionFailedError(
             f"the server at {where} speaks TLS and this client does not; give it the CA's certificate with "
             "--root-certificates"
         )
     if not answer:
-        # Also what a server does that is just starting or ending.
-        raise ConnectionResetError(f"it closed the connection at once; does the server at {where} speak TLS?")
+        # What a server does that is just starting or ending.
+        raise ConnectionResetError("it closed the connection at once")
     if grpc and answer.startswith(b"HTTP/"):
         raise ConnectionFailedError(f"the server at {where} runs on a SuperLink; start this client with --engine superlink")
     if not grpc and answer[3:4] == bytes([_HTTP2_SETTINGS]):
         raise ConnectionFailedError(f"the server at {where} runs on the embedded engine; leave out --engine superlink")
     if grpc and answer[3:4] != bytes([_HTTP2_SETTINGS]):
         raise ConnectionFailedError(f"what answers at {where} is not a server of fedsplit; check --server-address")
+
+
+def _speaks_tls(host: str, port: int, timeout_s: float | None) -> bool:
+    """Tell whether a server answers a TLS handshake; whose certificate it has plays no part."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s) as connection:
+            context.wrap_socket(connection, server_hostname=host).close()
+    except OSError:
+        return False
+    return True
 
 
 def _certificate_problem(exc: ssl.SSLCertVerificationError, where: str, host: str) -> str:

@@ -1,6 +1,6 @@
 """What each rank trains: two intertwined spirals, of which every rank has points of its own.
 
-Replace the data and the model by yours; the names `make_workload`, `model`, `train` and `evaluate` are what is looked for.
+Replace the data and the model by yours; what is looked for are `make_workload`, `model`, `train` and `evaluate`.
 """
 
 from __future__ import annotations
