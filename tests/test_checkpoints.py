@@ -63,7 +63,7 @@ def test_the_manifest_is_written_last_and_everything_is_on_the_disk_before_the_r
     import fedsplit.checkpoints as module
 
     steps: list[str] = []
-    for name in ("write_chunks", "write_json", "sync_file", "sync_directory"):
+    for name in ("write_hashed", "write_json", "sync_file", "sync_directory"):
         real = getattr(module, name)
 
         def noted(path: Path, *args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def test_the_manifest_is_written_last_and_everything_is_on_the_disk_before_the_r
     appears = steps.index("appears")
     manifest = steps.index("write_json manifest.json")
     for name in ("state", "rules"):
-        assert steps.index(f"write_chunks {name}") < steps.index(f"sync_file {name}") < manifest
+        assert steps.index(f"write_hashed {name}") < steps.index(f"sync_file {name}") < manifest
     assert manifest < steps.index("sync_directory .round-000001.tmp") < appears < steps.index("sync_directory server")
 
 
