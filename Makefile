@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench chaos clean
+.PHONY: demo test check docs bench chaos clean
 
 .venv: .venv/.stamp
 
@@ -22,6 +22,14 @@ check: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The site of docs/, in docs/_build/html; a warning is an error.
+docs: .venv/.stamp
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+# Measures and prints a table, with the JSON in benchmarks/results/; half an hour. ARGS="--quick round merge" for less.
+bench: .venv/.stamp
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # A hundred SIGKILLs over all five programs; takes about ten minutes on two cores.
 chaos: .venv/.stamp

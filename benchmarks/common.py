@@ -6,6 +6,7 @@ is the median of its samples with the spread beside it, and what is judged is th
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shutil
@@ -26,6 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _WATCH_S = 0.02
+# Flower calls home unless it is told not to; the interpreter finds this package from anywhere.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 class BenchmarkError(Exception):
@@ -175,6 +178,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def wait_for_port(port: int, timeout_s: float = 60.0) -> None:
+    """Wait until something listens at a port of loopback."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
 @dataclass
 class Program:
     """A process under watch: its log, its peak of memory, the processor time it took."""
@@ -216,7 +232,7 @@ class Programs:
     def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
         self.directory = directory
         self.all: dict[str, Program] = {}
-        self._environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment or {})
+        self._environment = os.environ | ENVIRONMENT | dict(environment or {})
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -318,7 +334,8 @@ class Federation:
     def start(self, programs: Programs) -> None:
         """Start all programs at once."""
         port = free_port()
-        address, exchange, checkpoints = f"127.0.0.1:{port}", self.directory / "exchange", self.directory / "checkpoints"
+        address = f"127.0.0.1:{port}"
+        exchange, checkpoints = self.directory / "exchange", self.directory / "checkpoints"
         ranks = [str(rank) for rank in range(1, self.ranks + 1)]
         workload = self.workload or (
             "--workload", "benchmarks.noop:noop", "--workload-option", f"bytes={self.model_bytes}",
@@ -382,13 +399,10 @@ def stamps(path: Path) -> list[float]:
 
 def periods(path: Path) -> list[float]:
     """Return the seconds from each call of the training code to the next, without the first, which warms up."""
-    moments = stamps(path)
-    return [after - before for before, after in zip(moments[1:], moments[2:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(stamps(path)[1:])]
 
 
-def interleaved(
-    repeats: int, sides: Mapping[str, Callable[[Path], Sequence[float]]]
-) -> dict[str, list[float]]:
+def interleaved(repeats: int, sides: Mapping[str, Callable[[Path], Sequence[float]]]) -> dict[str, list[float]]:
     """Run each side in turns, each time in a fresh directory; returns all samples by side."""
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):

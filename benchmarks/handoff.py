@@ -38,7 +38,6 @@ def run(options: Options) -> list[Figure]:
 def _measure(number: int, *, pause_s: float, work_s: float) -> tuple[list[float], list[float]]:
     import random
 
-    import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
     from flwr.common import EvaluateIns, Parameters
 
     from fedsplit.client import Relay
@@ -58,8 +57,9 @@ def _measure(number: int, *, pause_s: float, work_s: float) -> tuple[list[float]
                 request = Request(run_id="bench", kind="evaluate", server_round=index + 1, total_rounds=number + 1)
                 record = ask_record(request, digest=None, payload_bytes=0, hold_s=60.0, cancel=False)
                 began = time.monotonic()
-                reply = unpack(relay.evaluate(EvaluateIns(Parameters([], TENSOR_TYPE), pack(record))).metrics, "the relay")
+                answer = relay.evaluate(EvaluateIns(Parameters([], TENSOR_TYPE), pack(record)))
                 ended = time.monotonic()
+                reply = unpack(answer.metrics, "the relay")
                 if index:  # the first waits for the trainer to start
                     down.append(1000 * (reply["metrics"]["awake"] - began))
                     up.append(1000 * (ended - reply["metrics"]["replying"]))

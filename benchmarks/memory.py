@@ -1,4 +1,4 @@
-"""How much memory each program takes at its peak, with a model of 100 MB, by reference and with the bytes in messages."""
+"""How much memory each program takes at its peak with a model of 100 MB: by reference, and with bytes in messages."""
 
 from __future__ import annotations
 
@@ -30,8 +30,13 @@ def run(options: Options) -> list[Figure]:
             peer = [peak for each, peak in stock.items() if each.startswith(program)]
             figures.append(
                 Figure(
-                    topic=TOPIC, name=f"{program}_main.py, {megabytes:g} MB, {name}", unit="MB", samples=found,
-                    peer="Flower in-process NumPyClient" if peer else "", peer_samples=peer, target=limit,
-                )  # fmt: skip
+                    topic=TOPIC,
+                    name=f"{program}_main.py, {megabytes:g} MB, {name}",
+                    unit="MB",
+                    samples=found,
+                    peer="Flower in-process NumPyClient" if peer else "",
+                    peer_samples=peer,
+                    target=limit,
+                )
             )
     return figures

@@ -2,17 +2,20 @@
 
     python -m benchmarks.merge ours --bytes 100000000 --updates 10
 
-Each side is a process of its own that has its updates ready and merges when told to; the three take turns. Ours has
-them where results lie, in files on the RAM disk, and validates each (keys, shapes, dtypes, NaN) as the server does;
-Flower's have theirs in memory, as gRPC delivers them. What is timed ends with the payload of the new state. Extra
-memory is the peak during the merge above what there was before it; for ours it includes the mapped update.
+Each side is a process of its own that has its updates ready and merges when told to; they take turns. Each has its
+updates in memory as gRPC delivers them, and what is timed ends with the payload of the new state. Ours also validates
+each update (keys, shapes, dtypes, NaN), as the server does. ``files`` is ours again with updates that lie in files on
+the RAM disk, as they do by reference: mapping a gigabyte takes longer than merging it. Extra memory is the peak during
+the merge above what there was before it; with files it includes the update that is mapped.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -20,11 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, BenchmarkError, Figure, Options, ram_directory
+from benchmarks.common import ENVIRONMENT, ROOT, BenchmarkError, Figure, Options, ram_directory
 
 TOPIC = "merge"
 LAYERS = 10
-SIDES = ("ours", "classic", "message")
+SIDES = ("ours", "files", "classic", "message")
 
 
 def run(options: Options) -> list[Figure]:
@@ -33,17 +36,18 @@ def run(options: Options) -> list[Figure]:
     updates, repeats = 10, options.pick(7, 3, 1)
     with ram_directory() as directory:
         samples = _in_turns(directory, size, updates, repeats, SIDES)
-        many = _in_turns(directory, size // 4, 4 * updates, options.pick(3, 1, 1), ("ours",))
+        many = _in_turns(directory, size // 4, 4 * updates, options.pick(3, 1, 1), ("files",))
     label = f"merge of {updates} x {size / 1e6:g} MB"
     seconds = {side: [1000 * sample["seconds"] for sample in taken] for side, taken in samples.items()}
     models = {side: [sample["extra_bytes"] / size for sample in taken] for side, taken in samples.items()}
-    fresh = [sample["extra_bytes"] / (size // 4) for sample in many["ours"]]
+    fresh = [sample["extra_bytes"] / (size // 4) for sample in many["files"]]
     return [
         Figure(topic=TOPIC, name=label, unit="ms", samples=seconds["ours"], peer="Flower classic FedAvg",
                peer_samples=seconds["classic"], judged_by="speedup", target=5.0),
         Figure(topic=TOPIC, name=label, unit="ms", samples=seconds["ours"], peer="Flower Message API FedAvg",
                peer_samples=seconds["message"], judged_by="speedup", target=2.0),
-        Figure(topic=TOPIC, name=f"{label}, extra memory", unit="models", samples=models["ours"],
+        Figure(topic=TOPIC, name=f"{label}, mapped from files", unit="ms", samples=seconds["files"]),
+        Figure(topic=TOPIC, name=f"{label}, extra memory", unit="models", samples=models["files"],
                peer="Flower classic FedAvg", peer_samples=models["classic"], target=2.5),
         Figure(topic=TOPIC, name=f"merge of {4 * updates} updates, extra memory", unit="models", samples=fresh,
                target=2.5),
@@ -72,7 +76,7 @@ def _start(side: str, directory: Path, size: int, updates: int) -> subprocess.Po
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.merge", side, "--bytes", str(size), "--updates", str(updates),
          "--directory", str(directory)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT, env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -90,46 +94,57 @@ def _say(child: subprocess.Popen[str], text: str) -> str:
 
 
 def ours(size: int, updates: int, directory: Path) -> Callable[[], Any]:
-    """Our merge, as the server does it."""
-    import torch
+    """Our merge, as the server does it, of updates that came in messages."""
+    return _ours(size, updates, directory, lambda path: path.read_bytes())
 
+
+def files(size: int, updates: int, directory: Path) -> Callable[[], Any]:
+    """Our merge of updates that came by reference."""
+    return _ours(size, updates, directory, lambda path: path)
+
+
+def _ours(size: int, updates: int, directory: Path, keep: Callable[[Path], Any]) -> Callable[[], Any]:
     from fedsplit.aggregation import parse_rules
     from fedsplit.files import write_chunks
     from fedsplit.settings import StrategySettings
     from fedsplit.state_dict import encode
     from fedsplit.strategy import Strategy
 
-    paths = []
+    contents = []
+    # After the server's modules, which set torch up.
+    import torch
+
     for index in range(updates):
         state = {f"layer{layer}": torch.rand(max(1, size // (4 * LAYERS))) for layer in range(LAYERS)}
-        paths.append(directory / f"update-{size}-{index}.safetensors")
-        write_chunks(paths[-1], encode(state))
+        path = directory / f"update-{size}-{index}.safetensors"
+        write_chunks(path, encode(state))
+        contents.append(keep(path))
     strategy = Strategy(StrategySettings(rules=tuple(parse_rules(["fedavg"]))), total_rounds=1)
-    strategy.set_state(_map(paths[0]))
+    strategy.set_state(_content(contents[0]))
     strategy.resolve_split({})
 
     def merge() -> object:
         round_ = strategy.begin_merge(1)
-        for rank, path in enumerate(paths, start=1):
-            if reason := round_.offer(rank, _map(path), rank, {}):
+        for rank, content in enumerate(contents, start=1):
+            if reason := round_.offer(rank, _content(content), rank, {}):
                 raise BenchmarkError(reason)
         return round_.finish()
 
     return merge
 
 
-def _map(path: Path) -> Any:
+def _content(content: bytes | Path) -> Any:
     import mmap
 
-    with path.open("rb") as file:
+    if isinstance(content, bytes):
+        return content
+    with content.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def classic(size: int, updates: int, directory: Path) -> Callable[[], Any]:
     """Flower's `flwr.server.strategy.FedAvg`, what the stock server of the embedded engine runs."""
     import numpy as np
-
-    import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
     from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
     from flwr.server.strategy import FedAvg
 
@@ -148,8 +163,6 @@ def classic(size: int, updates: int, directory: Path) -> Callable[[], Any]:
 def message(size: int, updates: int, directory: Path) -> Callable[[], Any]:
     """Flower's `flwr.serverapp.strategy.FedAvg`, what its newer Message API runs."""
     import numpy as np
-
-    import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
     from flwr.serverapp.strategy import FedAvg
     from flwr.supercore.task_identity import TaskIdentity
@@ -164,9 +177,7 @@ def message(size: int, updates: int, directory: Path) -> Callable[[], Any]:
             f"layer{layer}": Array(random.random(max(1, size // (4 * LAYERS)), dtype=np.float32))
             for layer in range(LAYERS)
         }
-        content = RecordDict(
-            {"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": index + 1})}
-        )
+        content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": index + 1})})
         question = Message(RecordDict({"config": ConfigRecord()}), dst_node_id=index + 1, message_type="train")
         replies.append(Message(content, reply_to=question))
     strategy = FedAvg()
@@ -178,6 +189,14 @@ def message(size: int, updates: int, directory: Path) -> Callable[[], Any]:
         return arrays
 
     return merge
+
+
+def _trim() -> None:
+    """Give back what was freed: else the peak hides in memory that the process kept from the merge before."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _memory(field: str) -> int:
@@ -195,11 +214,12 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm"))
     arguments = parser.parse_args()
-    make = {"ours": ours, "classic": classic, "message": message}[arguments.side]
+    make = {"ours": ours, "files": files, "classic": classic, "message": message}[arguments.side]
     merge = make(arguments.bytes, arguments.updates, arguments.directory)
     merge()
     print("ready", flush=True)
     for _ in sys.stdin:
+        _trim()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, began = _memory("VmRSS"), time.perf_counter()
         result = merge()

@@ -43,10 +43,14 @@ def _figures(size: int, samples: dict[str, list[float]]) -> list[Figure]:
         small = size == SMALL
         figures.append(
             Figure(
-                topic=TOPIC, name=f"detached round, {label}, {name}", unit="ms",
+                topic=TOPIC,
+                name=f"detached round, {label}, {name}",
+                unit="ms",
                 samples=[1000 * s for s in samples[side]],
-                peer="Flower in-process NumPyClient", peer_samples=[1000 * s for s in samples["stock"]],
-                judged_by="difference" if small else "ratio", target=5.0 if small else ratio,
-            )  # fmt: skip
+                peer="Flower in-process NumPyClient",
+                peer_samples=[1000 * s for s in samples["stock"]],
+                judged_by="difference" if small else "ratio",
+                target=5.0 if small else ratio,
+            )
         )
     return figures

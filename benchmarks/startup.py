@@ -1,4 +1,4 @@
-"""How long until something happens: the client's start, and the first round of the digits with all five started at once."""
+"""How long until something happens: the client's start, and round 1 of the digits with all five started at once."""
 
 from __future__ import annotations
 

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-
-import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
 from flwr.client import NumPyClient, start_client
 from flwr.server import ServerConfig, start_server
 from flwr.server.strategy import FedAvg
 
-from benchmarks.common import stamp
+from benchmarks.common import stamp, wait_for_port
 from fedsplit.protocol import MAX_MESSAGE_BYTES
 
 LAYERS = 10
@@ -71,7 +69,7 @@ def main() -> int:
             grpc_max_message_length=MAX_MESSAGE_BYTES,
         )  # fmt: skip
     else:
-        fedsplit.embedded._wait_for_server(address, 60.0)
+        wait_for_port(arguments.port)
         client = NoopClient(arguments.rank, arguments.bytes, arguments.stamps)
         start_client(
             server_address=address, client=client.to_client(), insecure=True,

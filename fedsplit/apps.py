@@ -74,7 +74,9 @@ def run_server(grid: Grid, context: Context) -> None:
             nodes.stop()
         if server.failure:
             raise server.failure
-    except FedSplitError as exc:
+    except Exception as exc:
+        if not isinstance(exc, FedSplitError):
+            log.exception("the server failed")
         if reporter:
             reporter.end(exc)
         raise

@@ -32,6 +32,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
             return action.help
         return super()._get_help_string(action)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # Spellings such as -rank are accepted for those who are used to them, and not advertised.
+        spellings = action.option_strings
+        action.option_strings = [text for text in spellings if text.startswith("--") or len(text) == 2]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = spellings
+
 
 def make_parser(doc: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser that shows a module's docstring; it refuses short forms, which break when flags are added."""
@@ -51,7 +60,7 @@ def add_command(
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
     """Add ``-v/--verbose``."""
-    parser.add_argument("-v", "--verbose", action="store_true", help="also show what Flower logs, and debug lines")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also show debug lines, and what Flower logs")
 
 
 def add_logging(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +68,7 @@ def add_logging(parser: argparse.ArgumentParser) -> None:
     add_verbose(parser)
     parser.add_argument(
         "--log-format", choices=("text", "json"), default="text",
-        help="text: lines for people, on the server's terminal a live table; json: one object a line on stderr",
+        help="text: for people; json: for machines, one object a line on stderr",
     )  # fmt: skip
 
 

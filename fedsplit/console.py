@@ -114,8 +114,8 @@ class LiveConsole(Observer):
         with self._lock:
             shown: list[RenderableType] = []
             if self._split:
-                shown += [split_table(self._split), Text()]
-            room = self._console.height - _LINES_AROUND - (len(self._split) + 3 if self._split else 0)
+                shown += [Text(), split_table(self._split), Text()]
+            room = self._console.height - _LINES_AROUND - (len(self._split) + 4 if self._split else 0)
             if self._lines:
                 shown.append(rounds_table(self._lines, self._title, width=self._console.width, room=room))
             else:

@@ -63,7 +63,8 @@ class Gate:
         config = uvicorn.Config(
             self._answer, host=host, port=port, lifespan="off", log_config=None, access_log=False,
             ssl_certfile=str(tls.certificate) if tls else None, ssl_keyfile=str(tls.key) if tls else None,
-            server_header=False, date_header=False, timeout_graceful_shutdown=2,
+            interface="asgi3", log_level="critical", proxy_headers=False, server_header=False, date_header=False,
+            timeout_graceful_shutdown=2,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, name="gate", daemon=True)

@@ -46,7 +46,7 @@ class Reporter(logging.Handler):
         extra = {name: getattr(record, name) for name in ("event", "data") if hasattr(record, name)}
         self._write({"level": record.levelno, "log": message, "extra": extra})
 
-    def end(self, error: FedSplitError | None) -> None:
+    def end(self, error: Exception | None) -> None:
         """Report how it ended."""
         self._write({"ended": type(error).__name__ if error else None, "message": str(error or "")})
 
@@ -112,4 +112,6 @@ class Reports:
 
 def _error(name: str, message: str) -> FedSplitError:
     kind = getattr(errors, name, None)
-    return kind(message) if isinstance(kind, type) and issubclass(kind, FedSplitError) else FedSplitError(message)
+    if isinstance(kind, type) and issubclass(kind, FedSplitError):
+        return kind(message)
+    return FedSplitError(f"{name}: {message}")

@@ -16,6 +16,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,14 @@ from fedsplit.tls import client_context
 log = logging.getLogger("fedsplit")
 
 _START_S = 60.0
+_APP_START_S = 180.0
 _END_S = 10.0
 _LOOK_S = 0.2
 _FAREWELL_S = 60.0
 _CONNECTION_LOOK_S = 2.0
-_RESTART_S = 5.0
+# How a SuperNode words an answer of the SuperLink's own that is an error, unlike one that it could not reach.
+_REFUSAL = "[code: "
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # Flower's own setting, 1 s if it is not set: how often a process is looked for something to do.
 _TASK_POLL_S = "0.1"
 _PR_SET_PDEATHSIG = 1
@@ -117,9 +121,13 @@ class _Command:
 
     def problem(self) -> str:
         """Return the line of its output that most likely says why it ended."""
-        lines = [line for line in self.tail if line.strip()]
-        telling = [line for line in lines if any(word in line.lower() for word in ("error", "exit code", "denied"))]
-        return (telling or lines or ["it said nothing"])[-1].strip()
+        lines = [text for line in self.tail if (text := _COLOURS.sub("", line).strip())]
+        for index, line in enumerate(lines[:-2]):
+            if "Exit Code" in line:
+                # The first line is what failed, the second why.
+                return " ".join(lines[index + 1 : index + 3])
+        telling = [line for line in lines if "error" in line.lower()]
+        return (telling or lines or ["it said nothing"])[-1]
 
     def stop(self) -> None:
         """End it, first by asking, and all that it started; returns when none of them is left."""
@@ -171,6 +179,8 @@ def serve(
         raise UsageError("--supernode-public-key needs TLS: --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
     check_port_is_free(address)
     with ExitStack() as stack:
+        # From the first process on nothing may be left running, whenever the user loses patience.
+        stack.enter_context(_on_signals(_interrupt))
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedsplit-superlink-")))
         inner_port = free_port()
         inner_tls = make_inner_certificates(home) if node_keys else None
@@ -185,33 +195,61 @@ def serve(
         stack.callback(gate.close)
         reports = Reports(home / "report.jsonl")
         stack.callback(reports.close)
-        stopped = stack.enter_context(_signals())
         _write_app(home, {**options.to_run_config(), "report-file": str(reports.path), "verbose": verbose})
         _flwr(environment, "run", str(home / "fedsplit-app"), _NAME)
         log.debug("the run was submitted to the SuperLink on port %d", inner_port)
-        _follow(superlink, reports, stopped)
+        stopped = _Stop()
+        with _on_signals(stopped):
+            _follow(superlink, reports, stopped)
     if reports.error:
         raise reports.error
 
 
-def _follow(superlink: _Command, reports: Reports, stopped: threading.Event) -> None:
+class _Stop:
+    """Notes a signal that asks to stop; a second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+def _follow(superlink: _Command, reports: Reports, stopped: _Stop) -> None:
     """Wait for the run's end; a signal is passed on to it, so that the clients are told."""
-    deadline = None
+    deadline, began = None, time.monotonic()
     while not reports.ended:
+        if _is_lost(reports, began):
+            raise RunFailedError("the server's process ended without a word; see --verbose")
         if not superlink.is_running:
             raise RunFailedError(f"flower-superlink ended before the run did: {superlink.problem()}")
-        if stopped.is_set() and deadline is None:
+        if stopped.number and deadline is None:
             deadline = time.monotonic() + _FAREWELL_S
             if reports.pid is None:
                 raise RunStoppedError("stopped before the run began")
             log.info("telling the clients that the run is being stopped; once more ends it at once")
             with contextlib.suppress(ProcessLookupError):
-                os.kill(reports.pid, signal.SIGTERM)
+                os.kill(reports.pid, stopped.number)
         if deadline is not None and time.monotonic() > deadline:
             raise RunStoppedError("stopped; not every client could be told")
         time.sleep(_LOOK_S)
     # The app still has to tell the SuperLink.
     time.sleep(_LOOK_S)
+
+
+def _is_lost(reports: Reports, began: float) -> bool:
+    """Tell whether the server's process, which is not a child of this one, is gone or never came."""
+    if reports.pid is None:
+        return time.monotonic() - began > _APP_START_S
+    try:
+        os.kill(reports.pid, 0)
+    except ProcessLookupError:
+        # It may have said how it ended with its last breath.
+        reports.read()
+        return not reports.ended
+    return False
 
 
 def connect(
@@ -264,8 +302,7 @@ def connect(
             "trainer-wait": trainer_wait_s, "report-file": str(reports.path), "verbose": verbose,
             "payload-store": payload_store,
         }  # fmt: skip
-        # Killed, the script's own exit must still end the SuperNode in order.
-        stack.enter_context(_signals(interrupting=True))
+        stack.enter_context(_on_signals(_interrupt))
         while True:
             wait_for_server(address, max_wait_s, context, grpc=False)
             command = _supernode_command(address, config, root_certificates, node_key)
@@ -283,7 +320,7 @@ def _watch(
     node: _Command, exchange: Exchange, before: int, reports: Reports, address: str
 ) -> FinishedRecord | None:
     """Wait until the run is over; None if the server went away meanwhile."""
-    began, looked, failures = time.monotonic(), time.monotonic(), 0
+    looked, failures = time.monotonic(), 0
     while True:
         finished = exchange.read_finished()
         if finished and _version(finished) > before:
@@ -295,11 +332,11 @@ def _watch(
         if not node.is_running:
             if not _listens(address):
                 return None
-            problem = node.problem()
-            if time.monotonic() - began > _RESTART_S and "activat" not in problem.lower():
-                log.warning("flower-supernode ended (%s)", problem)
-                return None
-            raise RefusedError(f"the server at {address} does not let this SuperNode in: {problem}")
+            if _REFUSAL in (problem := node.problem()):
+                raise RefusedError(f"the server at {address} does not let this SuperNode in: {problem}")
+            log.warning("flower-supernode ended: %s", problem)
+            time.sleep(_CONNECTION_LOOK_S)
+            return None
         if time.monotonic() - looked > _CONNECTION_LOOK_S:
             looked = time.monotonic()
             failures = 0 if _listens(address) else failures + 1
@@ -382,24 +419,22 @@ def _wait_until_up(superlink: _Command, port: int) -> None:
         time.sleep(_LOOK_S)
 
 
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """End the script in order: whatever was started is stopped on the way out."""
+    raise KeyboardInterrupt
+
+
 @contextmanager
-def _signals(*, interrupting: bool = False) -> Iterator[threading.Event]:
-    """Note a signal that asks to stop, or raise KeyboardInterrupt at once; a second one always does."""
-    stopped = threading.Event()
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        if stopped.is_set() or interrupting:
-            raise KeyboardInterrupt
-        stopped.set()
-
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle signals that ask to stop, where there is a main thread to do so."""
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        previous = {each: signal.signal(each, handler) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield stopped
+        yield
     finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        for each, old in previous.items():
+            signal.signal(each, old)
 
 
 def free_port() -> int:

@@ -22,6 +22,19 @@ from tests.programs import ROOT, free_port
 BIN = Path(sys.executable).parent
 
 
+def make_node_key(path: Path) -> Path:
+    """Make a SuperNode's key pair, as `ssh-keygen -t ecdsa -b 384` does; returns the private key's path."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    path.write_bytes(private)
+    path.chmod(0o600)
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_suffix(".pub").write_bytes(public + b"\n")
+    return path
+
+
 @dataclass
 class Deployed:
     """A SuperLink with TLS and SuperNode authentication, its SuperNodes, and the trainers beside them."""
@@ -64,18 +77,6 @@ class Deployed:
             "--disable-runtime-dependency-installation",
         ])  # fmt: skip
         self.wait_for("superlink", "running on")
-
-    def make_key(self, name: str) -> Path:
-        """Make a SuperNode's key pair, as `ssh-keygen -t ecdsa -b 384` does; returns the private key's path."""
-        key = ec.generate_private_key(ec.SECP384R1())
-        path = self.directory / name
-        path.write_bytes(key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-        ))  # fmt: skip
-        path.chmod(0o600)
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        path.with_suffix(".pub").write_bytes(public + b"\n")
-        return path
 
     def register(self, key: Path) -> None:
         """Tell the SuperLink that a SuperNode with this key may join."""

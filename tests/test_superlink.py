@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import http.client
+import os
+import signal
+import ssl
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from fedsplit.certificates import make_certificates
 from fedsplit.errors import UsageError
 from fedsplit.history import read_history
 from fedsplit.options import ServerOptions
 from fedsplit.reports import Reports
-from tests.deployed import deployed
+from tests.deployed import deployed, make_node_key
 from tests.programs import programs
 
 
@@ -30,12 +37,12 @@ def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engin
             deployment.start_trainer(rank, 2)
         deployment.start_superlink()
         for rank in (1, 2):
-            key = deployment.make_key(f"key-{rank}")
+            key = make_node_key(directory / f"key-{rank}")
             deployment.register(key)
             deployment.start_supernode(f"node-{rank}", rank, key)
         # Who does not belong: one without a key, one with a key that nobody registered.
         deployment.start_supernode("node-keyless", 3, None)
-        deployment.start_supernode("node-unregistered", 4, deployment.make_key("key-4"))
+        deployment.start_supernode("node-unregistered", 4, make_node_key(directory / "key-4"))
         deployment.run(rounds=3, checkpoint_dir=str(checkpoints), report_file=str(report))
         for rank in (1, 2):
             assert deployment.processes[f"model-{rank}"].wait(240) == 0, deployment.tails()
@@ -50,6 +57,96 @@ def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engin
     assert [(line["round"], line["accepted"], line["refused"]) for line in lines] == [(n, 2, {}) for n in (1, 2, 3)]
     assert set().union(*(line["clients"] for line in lines)) == {"1", "2"}  # type: ignore[call-overload]
     assert max((checkpoints / "server").glob("round-*/state.safetensors")).read_bytes() == expected
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_same_five_terminals_work_on_a_superlink_and_nobody_else_gets_in(tmp_path: Path) -> None:
+    make_certificates(tmp_path / "c", ["127.0.0.1"])
+    keys = {rank: make_node_key(tmp_path / f"key-{rank}") for rank in (1, 2, 3)}
+    server_flags = [
+        "--engine", "superlink", "--rounds", "2", "--ssl-ca-certfile", "c/ca.pem", "--ssl-certfile", "c/server.pem",
+        "--ssl-keyfile", "c/server-key.pem", "--supernode-public-key", "key-1.pub", "--supernode-public-key", "key-2.pub",
+    ]  # fmt: skip
+    client_flags = ["--engine", "superlink", "--root-certificates", "c/ca.pem"]
+    with programs(tmp_path, ranks=4, server_flags=server_flags, client_flags=client_flags) as federation:
+        federation.start("client-1", "--supernode-private-key", str(keys[1]))
+        for rank in (1, 2):
+            federation.start(f"model-{rank}")
+        federation.start("server")
+        federation.wait_for("server", "waiting for clients", 90)
+        control_api_is_closed(federation.port, tmp_path / "c" / "ca.pem")
+        federation.start("client-3", "--supernode-private-key", str(keys[3]))
+        federation.start("client-4")
+        assert federation.wait(60, ["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
+        assert "does not let this SuperNode in" in federation.log("client-3")
+        federation.start("client-2", "--supernode-private-key", str(keys[2]))
+        names = ["server", "client-1", "client-2", "model-1", "model-2"]
+        assert federation.wait(150, names) == dict.fromkeys(names, 0), federation.tails()
+        assert [line["accepted"] for line in federation.history()] == [2, 2]
+        assert "round 2/2" in federation.log("server")
+        assert "train, round 2 of 2" in federation.log("client-1")
+    nothing_is_left(tmp_path)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_without_the_deprecated_functions_the_scripts_take_the_superlink_and_ctrl_c_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(
+        "import os\nos.environ.setdefault('FLWR_TELEMETRY_ENABLED', '0')\n"
+        "import flwr.server, flwr.client\ndel flwr.server.start_server, flwr.client.start_client\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(hooks))
+    flags = ("--threads", "1", "--workload", "tests.unchanged:slow")
+    with programs(tmp_path, server_flags=("--rounds", "1"), model_flags=flags) as federation:
+        (tmp_path / "tests").symlink_to(Path(__file__).parent)
+        federation.start_all()
+        for rank in (1, 2):
+            federation.wait_for(f"client-{rank}", "train, round 1", 120)
+        assert "has no start_server and start_client any more: using --engine superlink" in federation.log("server")
+        federation.kill("server", signal.SIGINT)
+        codes = federation.wait(90)
+        assert codes == dict.fromkeys(federation.names, 14), federation.tails()
+        assert "stopped by SIGINT" in federation.log("server")
+        assert "stopped by SIGINT" in federation.log("model-1")
+    nothing_is_left(tmp_path)
+
+
+def control_api_is_closed(port: int, ca: Path) -> None:
+    """What would let anybody run code on the server is not there for others; what SuperNodes need is."""
+    context = ssl.create_default_context(cafile=str(ca))
+    for path, expected in (
+        ("/v1/control/list-runs", 404), ("/v1/control/start-run", 404), ("/v1/runtime/acquire-task", 404), ("/docs", 404),
+        ("/v1/fleet/../control/list-runs", 404), ("/v1/fleet/%2e%2e/control/list-runs", 404), ("/v1/fleet/x?y=1", 404),
+        ("//v1/control/list-runs", 404), ("/v1/fleet/pull-messages", 401),
+    ):  # fmt: skip
+        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
+        connection.request("POST", path, body=b"", headers={"content-type": "application/protobuf"})
+        found = connection.getresponse().status
+        # Unsigned, a message of a SuperNode is turned away by the SuperLink itself, one way or another.
+        assert found == expected or (expected == 401 and 400 <= found < 500 and found != 404), (path, found)
+        connection.close()
+
+
+def nothing_is_left(directory: Path) -> None:
+    """No process of Flower's that these programs started is left: they all carry the directory in their environment."""
+    deadline = time.monotonic() + 15
+    while left := [process for process in psutil.process_iter(["pid", "name", "cmdline"]) if is_ours(process, directory)]:
+        assert time.monotonic() < deadline, [process.info for process in left]
+        time.sleep(0.2)
+
+
+def is_ours(process: psutil.Process, directory: Path) -> bool:
+    try:
+        return process.pid != os.getpid() and process.status() != "zombie" and process.cwd() == str(directory)
+    except psutil.Error:
+        return False
 
 
 def test_a_run_config_says_what_the_flags_say(tmp_path: Path) -> None:

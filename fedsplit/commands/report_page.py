@@ -185,7 +185,8 @@ def _reproduce(report: Report) -> str:
         return ""
     versions = report.sessions[-1].get("software", {})
     pins = " ".join(f"{name}=={version}" for name, version in versions.items() if name not in ("python", "platform"))
-    commands = [f"# {each.get('began')}\n{each.get('command')}" for each in report.sessions]
+    # Under `flwr run` there is no command of ours: the settings above are the run config.
+    commands = [f"# {each.get('began')}\n{each.get('command') or 'flwr run'}" for each in report.sessions]
     ranks = _ranks(report.lines)
     others = [f"python {script} --rank {rank}" for script in ("client_main.py", "model_main.py") for rank in ranks]
     parts = [

@@ -20,12 +20,15 @@ class Launch:
         Which of how many processes of this trainer it is, counted from 0.
     local_process, local_processes
         The same on this machine.
+    restarts
+        How often torchrun has started them again.
     """
 
     process: int = 0
     processes: int = 1
     local_process: int = 0
     local_processes: int = 1
+    restarts: int = 0
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Launch:
@@ -33,7 +36,7 @@ class Launch:
         if "TORCHELASTIC_RUN_ID" not in environment:
             return cls()
         names = {"process": "RANK", "processes": "WORLD_SIZE", "local_process": "LOCAL_RANK",
-                 "local_processes": "LOCAL_WORLD_SIZE"}  # fmt: skip
+                 "local_processes": "LOCAL_WORLD_SIZE", "restarts": "TORCHELASTIC_RESTART_COUNT"}  # fmt: skip
         return cls(**{field: int(environment[name]) for field, name in names.items()})
 
 
@@ -84,7 +87,12 @@ def process_group(device: str, launch: Launch) -> Iterator[None]:
 
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    store, process, count = next(distributed.rendezvous("env://"))
+    # The store outlives the processes: under the plain names, those that are started again may find the dead ones'
+    # addresses there and fail to connect to them (seen with torch 2.14 and gloo).
+    store = distributed.PrefixStore(f"restart-{launch.restarts}", store)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    distributed.init_process_group(backend, store=store, rank=process, world_size=count)
     yield
     distributed.destroy_process_group()
 

@@ -16,11 +16,11 @@ import contextlib
 import functools
 import http.client
 import logging
-import pickle
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import filelock
@@ -52,7 +52,7 @@ _READ_ERRORS = (
     LookupError,
     AssertionError,
     EOFError,
-    pickle.UnpicklingError,
+    UnpicklingError,  # torchvision reads CIFAR's own files with pickle
 )
 
 Split = tuple[torch.Tensor, torch.Tensor]

@@ -1,0 +1,31 @@
+"""Models that do not fit into one message: only with ``--large``, as it takes memory and minutes.
+
+1.5 GB with the bytes in messages, below Flower's limit of 2 GB, and 4 GB by reference, on the embedded engine.
+One client, as two would need twice the memory. Everything is on the RAM disk: about 12 GB free are needed.
+"""
+
+from __future__ import annotations
+
+from benchmarks.common import Federation, Figure, Options, ram_directory
+
+TOPIC = "large"
+
+
+def run(options: Options) -> list[Figure]:
+    """Measure one run each: the second of its rounds."""
+    sizes = (("none", 1_500_000_000, "bytes in messages"), ("auto", 4_000_000_000, "by reference"))
+    figures = []
+    for store, size, name in sizes:
+        label = f"round of {size / 1e9:g} GB, {name}"
+        if not options.large:
+            figures.append(Figure(topic=TOPIC, name=label, unit="s", missing="only with --large"))
+            continue
+        with ram_directory() as directory:
+            flags = ("--keep-checkpoints", "2", "--evaluate-every", "1")
+            federation = Federation(
+                directory=directory, rounds=3, model_bytes=size, ranks=1, store=store, server_flags=flags
+            )
+            seconds, programs = federation.run(timeout_s=1800.0)
+        peaks = ", ".join(f"{each} {program.peak_bytes / 1e9:.1f} GB" for each, program in programs.all.items())
+        figures.append(Figure(topic=TOPIC, name=label, unit="s", samples=seconds, note=f"peaks: {peaks}"))
+    return figures

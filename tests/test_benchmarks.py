@@ -1,0 +1,64 @@
+"""The benchmarks run and say what they should; what they measure is nobody's test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common import Figure, periods, spread, stamp
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_ratio_is_ours_by_theirs_and_a_speedup_theirs_by_ours():
+    figure = {"topic": "t", "name": "n", "unit": "s", "samples": [1.0, 2.0, 3.0], "peer_samples": [8.0]}
+    assert Figure(**figure, judged_by="ratio", target=0.25).judged == 0.25
+    assert Figure(**figure, judged_by="speedup", target=4.0).judged == 4.0
+    assert Figure(**figure, judged_by="difference", target=5.0).judged == -6.0
+
+
+def test_at_most_is_reached_below_and_at_least_above():
+    figure = {"topic": "t", "name": "n", "unit": "s", "samples": [2.0], "peer_samples": [8.0]}
+    assert Figure(**figure, judged_by="ratio", target=0.3).reached is True
+    assert Figure(**figure, judged_by="ratio", target=0.2).reached is False
+    assert Figure(**figure, judged_by="speedup", target=5.0).reached is False
+    assert Figure(**figure).reached is None
+
+
+def test_what_was_not_measured_has_no_figure():
+    figure = Figure(topic="t", name="n", unit="s", target=1.0, missing="why")
+    assert (figure.median, figure.judged, figure.reached) == (None, None, None)
+    assert figure.to_json()["missing"] == "why"
+
+
+def test_the_spread_of_few_samples_is_their_range_and_of_many_their_quartiles():
+    assert spread([]) is None
+    assert spread([3.0, 1.0]) == (1.0, 3.0)
+    assert spread([float(number) for number in range(9)]) == (1.5, 6.5)
+
+
+def test_the_first_round_warms_up_and_is_not_counted(tmp_path):
+    (tmp_path / "stamps-1").write_text("1.0\n9.0\n9.5\n11.5\n")
+    assert periods(tmp_path / "stamps-1") == [0.5, 2.0]
+    stamp(tmp_path, 2)
+    assert periods(tmp_path / "stamps-2") == []
+
+
+@pytest.mark.processes
+def test_a_tiny_run_prints_a_table_and_writes_every_sample(tmp_path):
+    output = tmp_path / "figures.json"
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--tiny", "--output", str(output), "hand-off", "merge"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    record = json.loads(output.read_text())
+    assert record["machine"]["cores"] >= 1
+    assert record["machine"]["packages"]["flwr"]
+    by_topic = {figure["topic"] for figure in record["figures"]}
+    assert by_topic == {"hand-off", "merge"}
+    for figure in record["figures"]:
+        assert figure["samples"] and figure["median"] > 0, figure
+        assert figure["name"] in ended.stdout
