@@ -76,7 +76,8 @@ class GanWorkload:
         labels = torch.arange(CLASSES).repeat(DRAWN)
         with torch.no_grad():
             images = self.model.draw(labels, torch.Generator().manual_seed(0))
-            fooled = functional.binary_cross_entropy_with_logits(self.model.judge(images, labels), torch.ones(len(labels)))
+            believed = self.model.judge(images, labels)
+            fooled = functional.binary_cross_entropy_with_logits(believed, torch.ones_like(believed))
         read = (torch.cat([images, torch.ones(len(images), 1)], dim=1) @ self._reader).argmax(dim=1)
         return EvaluateResult(fooled.item(), len(labels), {"accuracy": (read == labels).float().mean().item()})
 

@@ -1,9 +1,9 @@
 """The same server and the same relay under Flower's deployment engine: what ``flwr run`` runs.
 
-``server_app`` runs `fedsplit.server.Server` beside the SuperLink, ``client_app`` runs `fedsplit.client.Relay` beside each
-SuperNode, in a new process for each message; the trainers are the unchanged ``model_main.py``. The run config holds the
-server's flags (`fedsplit.options`), a SuperNode's ``--node-config`` those of a client: ``rank=1 exchange-dir="…"``, and if
-wanted ``trainer-wait=300`` and ``payload-store="none"``.
+``server_app`` runs `fedsplit.server.Server` beside the SuperLink, ``client_app`` runs `fedsplit.client.Relay` beside
+each SuperNode, in a new process for each message; the trainers are the unchanged ``model_main.py``. The run config
+holds the server's flags (`fedsplit.options`), a SuperNode's ``--node-config`` those of a client: ``rank=1
+exchange-dir="…"``, and if wanted ``trainer-wait=300`` and ``payload-store="none"``.
 
 Where Flower waits in fixed steps and its public interface lets another do the waiting, this does it sooner: nodes are
 looked for every half second, not every five, and replies at first every 50 ms, not every three seconds.
@@ -24,12 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+
 # isort: split
 from flwr.app import ConfigRecord, Context, Message
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.common import (
-    EvaluateIns, EvaluateRes, FitIns, FitRes, GetParametersIns, GetParametersRes, GetPropertiesIns, GetPropertiesRes,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
 )  # fmt: skip
 from flwr.server.compat.grid_client_proxy import GridClientProxy
 from flwr.serverapp import Grid, ServerApp
@@ -49,7 +57,7 @@ log = logging.getLogger("fedsplit")
 
 _NODES_S = 0.5
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
-# What a message may take beyond the time that the client holds it: until a SuperNode polls, starts a process and replies.
+# What a message may take beyond the time that the client holds it: a SuperNode polls, starts a process and replies.
 _DELIVERY_S = 90.0
 _LOST_PAUSE_S = 5.0
 # The process of the message before may still be on its way out.
@@ -67,7 +75,7 @@ def run_server(grid: Grid, context: Context) -> None:
         options = ServerOptions.from_run_config(context.run_config)
         with options.server(SUPERLINK) as server:
             roster = server.client_manager()
-            assert isinstance(roster, Roster)  # noqa: S101  (for the type checker: it makes no other)
+            assert isinstance(roster, Roster)  # for the type checker: it makes no other
             nodes = _Nodes(_PromptGrid(grid), roster)
             nodes.start()
             server.fit(num_rounds=options.rounds, timeout=None)
@@ -183,7 +191,7 @@ class _NodeRelay(Relay):
         with ExitStack() as stack:
             if self._context.node_config.get("client-lock") != "held":
                 self._take_role(stack)
-            self._take_up(state[_STATE] if _STATE in state else {})
+            self._take_up(state[_STATE] if _STATE in state else {})  # noqa: SIM401  (its get wants a record)
             yield
         state[_STATE] = ConfigRecord({**self._leave()})
         if self._reporter and (self.refused or self.outcome):

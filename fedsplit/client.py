@@ -110,7 +110,7 @@ class Relay(Client):
         self._last_heard = time.monotonic()
 
     def silence_s(self) -> float:
-        """Return for how many seconds the server has said nothing, beyond what a large message explains; 0 while busy."""
+        """Return for how many seconds the server was silent, beyond what a large message explains; 0 while busy."""
         if self._busy:
             return 0.0
         return max(0.0, time.monotonic() - self._last_heard - self._natural_silence_s)

@@ -1,12 +1,12 @@
 """Flower's embedded gRPC engine, and the only module that calls functions which Flower marks deprecated.
 
-A link that dies without a word, as a pulled cable does, is noticed on both sides: by the server when a question or a ping
-stays unanswered, by the client when it hears nothing at all for `_SILENCE_S`. Either drops the connection, and the client
-comes back with the exchange directory that it had.
+A link that dies without a word, as a pulled cable does, is noticed on both sides: by the server when a question or a
+ping stays unanswered, by the client when it hears nothing at all for `_SILENCE_S`. Either drops the connection, and
+the client comes back with the exchange directory that it had.
 
-``flwr.server.start_server`` and ``flwr.client.start_client`` are what a hand-started script can run on without starting a
-process for each message. They are in every release up to the newest that was tried; see README, "Why the embedded
-engine". Import this module before anything else of Flower: it keeps telemetry and the update check off.
+``flwr.server.start_server`` and ``flwr.client.start_client`` are what a hand-started script can run on without
+starting a process for each message. They are in every release up to the newest that was tried; see README, "Why the
+embedded engine". Import this module before anything else of Flower: it keeps telemetry and the update check off.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from fedsplit.errors import ConnectionFailedError, UsageError  # noqa: E402
-from fedsplit.protocol import MAX_MESSAGE_BYTES  # noqa: E402
-from fedsplit.tls import check_server, client_context  # noqa: E402
+from fedsplit.errors import ConnectionFailedError, UsageError
+from fedsplit.protocol import MAX_MESSAGE_BYTES
+from fedsplit.tls import check_server, client_context
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -66,8 +66,8 @@ def choose_engine(wanted: str) -> str:
     """Return the engine to run on: the wanted one, unless this release of Flower no longer has it."""
     if wanted == "embedded" and not is_available():
         log.warning(
-            "this release of Flower has no start_server and start_client any more: using --engine superlink, which takes "
-            "seconds where the embedded engine takes milliseconds; server and clients must be on the same engine"
+            "this release of Flower has no start_server and start_client any more: using --engine superlink, which "
+            "takes seconds where the embedded engine takes milliseconds; server and clients must be on the same engine"
         )
         return "superlink"
     return wanted
@@ -181,8 +181,8 @@ def quiet_flower(verbose: bool) -> None:
 def _watching(relay: Relay) -> Iterator[None]:
     """Interrupt the block when the server has been silent for too long.
 
-    gRPC would wait for ever on a link whose packets vanish, and Flower lets nobody set its keepalive. The block waits in
-    the main thread, which a timer's signal can reach; from another thread there is nobody to interrupt.
+    gRPC would wait for ever on a link whose packets vanish, and Flower lets nobody set its keepalive. The block waits
+    in the main thread, which a timer's signal can reach; from another thread there is nobody to interrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

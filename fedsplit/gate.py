@@ -1,9 +1,9 @@
 """What others may reach of a SuperLink: the messages of its SuperNodes, and nothing else.
 
-A SuperLink serves on one port what SuperNodes need (``/v1/fleet/``), what `flwr run` needs (``/v1/control/``: start runs,
-that is, code, and register SuperNodes, without a password), and what its own processes need (``/v1/runtime/``). The gate
-stands before it with the user's certificate, passes the first on to it and answers everything else with 404. Bodies are
-passed on as they come, whatever their size.
+A SuperLink serves on one port what SuperNodes need (``/v1/fleet/``), what `flwr run` needs (``/v1/control/``: start
+runs, that is, code, and register SuperNodes, without a password), and what its own processes need (``/v1/runtime/``).
+The gate stands before it with the user's certificate, passes the first on to it and answers everything else with 404.
+Bodies are passed on as they come, whatever their size.
 """
 
 from __future__ import annotations

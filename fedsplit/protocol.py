@@ -3,9 +3,9 @@
 ============  ====================  ==============================================================================
 operation     travels as            meaning
 ============  ====================  ==============================================================================
-``join``      ``get_properties``    only with a join token: a challenge. Answered with the rank, a challenge back and the
-                                    client's proof; the server's own proof comes with ``hello``. Before that neither
-                                    side does anything for the other (see `fedsplit.join`)
+``join``      ``get_properties``    only with a join token: a challenge. Answered with the rank, a challenge back and
+                                    the client's proof; the server's own proof comes with ``hello``. Before that
+                                    neither side does anything for the other (see `fedsplit.join`)
 ``hello``     ``get_properties``    who are you? The rank, the exchange directory's id, the state held there, and
                                     whether the server's payload store can be seen (proved by reading back a nonce)
 ``ask``       ``fit`` for           do this task. Answered within ``hold_s`` seconds, with the result or with
@@ -15,8 +15,9 @@ operation     travels as            meaning
 ``pull``      ``get_parameters``    send the payload of a result, when the merge has come to it
 ``finish``    ``get_properties``    the run is over; tell the trainer
 ``refuse``    ``get_properties``    you cannot take part, and why
-``ping``      ``get_properties``    are you still there? Asked when there was nothing else to ask for a while, and before
-                                    a large state, with its ``bytes``: so a client knows how long a silence is natural
+``ping``      ``get_properties``    are you still there? Asked when there was nothing else to ask for a while, and
+                                    before a large state, with its ``bytes``: so a client knows how long a silence is
+                                    natural
 ============  ====================  ==============================================================================
 
 Each record stands as a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The bytes
@@ -52,7 +53,8 @@ class Engine:
     hold_s : float
         Seconds that a client holds an unanswered question.
     inline_bytes : int
-        Results and states up to this size go along with a question that is held; larger ones have a message of their own.
+        Results and states up to this size go along with a question that is held; larger ones have a message of their
+        own.
     largest_bytes : int
         What a message can carry at most.
     ping_s : float or None
@@ -70,8 +72,8 @@ class Engine:
 EMBEDDED = Engine(
     name="embedded", hold_s=1.0, inline_bytes=1 << 20, largest_bytes=MAX_MESSAGE_BYTES, ping_s=10.0
 )
-# A question starts a process and is found by polls of seconds: most tasks should take one. Not for ever, or nobody could
-# tell a trainer in the middle of a task that the run was stopped.
+# A question starts a process and is found by polls of seconds: most tasks should take one. Not for ever, or nobody
+# could tell a trainer in the middle of a task that the run was stopped.
 SUPERLINK = Engine(name="superlink", hold_s=20.0, inline_bytes=1 << 62, largest_bytes=1 << 62, ping_s=None)
 
 

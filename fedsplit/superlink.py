@@ -34,7 +34,12 @@ from types import FrameType
 import fedsplit
 from fedsplit.embedded import check_port_is_free, parse_address, wait_for_server
 from fedsplit.errors import (
-    ConnectionFailedError, FedSplitError, RefusedError, RunFailedError, RunStoppedError, UsageError,
+    ConnectionFailedError,
+    FedSplitError,
+    RefusedError,
+    RunFailedError,
+    RunStoppedError,
+    UsageError,
 )  # fmt: skip
 from fedsplit.exchange import Exchange
 from fedsplit.files import write_chunks
@@ -145,7 +150,7 @@ class _Command:
                 time.sleep(0.05)
 
     def _read(self) -> None:
-        assert self._process.stdout is not None  # noqa: S101  (it was given a pipe)
+        assert self._process.stdout is not None  # it was given a pipe
         for raw in self._process.stdout:
             line = raw.decode(errors="replace").rstrip()
             self.tail.append(line)
@@ -316,9 +321,7 @@ def connect(
             log.warning("lost the server at %s; connecting again", address)
 
 
-def _watch(
-    node: _Command, exchange: Exchange, before: int, reports: Reports, address: str
-) -> FinishedRecord | None:
+def _watch(node: _Command, exchange: Exchange, before: int, reports: Reports, address: str) -> FinishedRecord | None:
     """Wait until the run is over; None if the server went away meanwhile."""
     looked, failures = time.monotonic(), 0
     while True:
@@ -355,7 +358,14 @@ def _wait_for_answer(node: _Command, reports: Reports) -> None:
 
 
 def _superlink_command(port: int, tls: TlsFiles | None) -> list[str]:
-    command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+    command = [
+        "flower-superlink",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--disable-runtime-dependency-installation",
+    ]
     if tls is None:
         return [*command, "--insecure"]
     return [
@@ -371,7 +381,9 @@ def _supernode_command(
         "flower-supernode", "--superlink", address, "--port", str(free_port()),
         "--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in config.items()),
     ]  # fmt: skip
-    command += ["--insecure"] if root_certificates is None else ["--root-certificates", str(root_certificates.absolute())]
+    command += (
+        ["--insecure"] if root_certificates is None else ["--root-certificates", str(root_certificates.absolute())]
+    )
     return command if key is None else [*command, "--auth-supernode-private-key", str(key.absolute())]
 
 
@@ -394,7 +406,9 @@ def _write_app(home: Path, config: dict[str, str | int | float]) -> None:
     """Write a Flower app that is nothing but the installed package, with the options as its run config."""
     directory = home / "fedsplit-app"
     directory.mkdir(mode=0o700)
-    project = _PROJECT.format(version="0.1.0") + "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items())
+    project = _PROJECT.format(version="0.1.0") + "".join(
+        f"{key} = {json.dumps(value)}\n" for key, value in config.items()
+    )
     write_chunks(directory / "pyproject.toml", [project.encode()])
     write_chunks(directory / "fedsplit_app.py", [_APP.encode()])
 
@@ -445,14 +459,12 @@ def free_port() -> int:
 
 
 def make_inner_certificates(home: Path) -> TlsFiles:
-    """Make the certificate between the gate and the SuperLink, which asks for keys over TLS only; it dies with the run."""
+    """Make a certificate for between gate and SuperLink, which asks for keys over TLS only; it dies with the run."""
     from fedsplit.certificates import make_certificates
 
     directory = home / "certificates"
     make_certificates(directory, ["127.0.0.1"])
-    return TlsFiles(
-        ca=directory / "ca.pem", certificate=directory / "server.pem", key=directory / "server-key.pem"
-    )
+    return TlsFiles(ca=directory / "ca.pem", certificate=directory / "server.pem", key=directory / "server-key.pem")
 
 
 def _path_of(command: str) -> Path:

@@ -109,9 +109,7 @@ def client_context(root_certificates: bytes) -> ssl.SSLContext:
     return context
 
 
-def check_server(
-    host: str, port: int, context: ssl.SSLContext | None, timeout_s: float, *, grpc: bool = True
-) -> None:
+def check_server(host: str, port: int, context: ssl.SSLContext | None, timeout_s: float, *, grpc: bool = True) -> None:
     """Connect once as the client will, and say what is wrong if that can never work.
 
     Parameters
@@ -139,8 +137,8 @@ def check_server(
         except ssl.SSLError as exc:
             if exc.reason in ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
                 raise ConnectionFailedError(
-                    f"the server at {host}:{port} does not speak TLS, this client does (--root-certificates); start the "
-                    "server with --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile"
+                    f"the server at {host}:{port} does not speak TLS, this client does (--root-certificates); start "
+                    "the server with --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile"
                 ) from exc
             raise ConnectionFailedError(f"no TLS connection to {host}:{port}: {exc.reason or exc}") from exc
 
@@ -162,7 +160,9 @@ def _check_plaintext(connection: socket.socket, host: str, port: int, grpc: bool
         # What a server does that is just starting or ending.
         raise ConnectionResetError("it closed the connection at once")
     if grpc and answer.startswith(b"HTTP/"):
-        raise ConnectionFailedError(f"the server at {where} runs on a SuperLink; start this client with --engine superlink")
+        raise ConnectionFailedError(
+            f"the server at {where} runs on a SuperLink; start this client with --engine superlink"
+        )
     if not grpc and answer[3:4] == bytes([_HTTP2_SETTINGS]):
         raise ConnectionFailedError(f"the server at {where} runs on the embedded engine; leave out --engine superlink")
     if grpc and answer[3:4] != bytes([_HTTP2_SETTINGS]):
@@ -184,7 +184,9 @@ def _speaks_tls(host: str, port: int, timeout_s: float | None) -> bool:
 
 def _certificate_problem(exc: ssl.SSLCertVerificationError, where: str, host: str) -> str:
     if exc.verify_code == _EXPIRED:
-        return f"the certificate of the server at {where} has expired; the server needs a new one (or this clock is wrong)"
+        return (
+            f"the certificate of the server at {where} has expired; the server needs a new one (or this clock is wrong)"
+        )
     if exc.verify_code == _NOT_YET_VALID:
         return f"the certificate of the server at {where} is not valid yet; are both clocks right?"
     if exc.verify_code in (_WRONG_HOST, _WRONG_ADDRESS):
@@ -193,6 +195,5 @@ def _certificate_problem(exc: ssl.SSLCertVerificationError, where: str, host: st
             "--server-address, or add this one to the certificate (subjectAltName)"
         )
     return (
-        f"the certificate of the server at {where} is not signed by a CA of --root-certificates "
-        f"({exc.verify_message})"
+        f"the certificate of the server at {where} is not signed by a CA of --root-certificates ({exc.verify_message})"
     )

@@ -266,9 +266,7 @@ class Trainer:
             write_chunks(self._initial_path, encode(own_state(self._model)))  # type: ignore[arg-type]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         try:
             if isinstance(exc, Exception) and self._current and not self._current.answered:
                 self._current.fail(exc)

@@ -104,7 +104,8 @@ def page(tmp_path: Path) -> Path:
 
 
 def run_script(directory: Path, *flags: str) -> str:
-    done = subprocess.run([sys.executable, "train.py", *flags], cwd=directory, capture_output=True, text=True, timeout=90)
+    command = [sys.executable, "train.py", *flags]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -498,7 +498,7 @@ def test_killing_a_process_in_the_middle_of_a_round_is_mended_by_starting_torchr
 
 
 def test_torchrun_starts_its_processes_again_after_an_error_and_the_next_task_is_done(tmp_path: Path) -> None:
-    trainer = (*TORCHRUN, "--max-restarts", "1", *MODEL, "--workload", "tests.test_integrations_ddp:fails_once")
+    trainer = (*TORCHRUN, "--max-restarts", "3", *MODEL, "--workload", "tests.test_integrations_ddp:fails_in_round_1")
     flags = ("--rounds", "2", "--min-clients", "1")
     with federation(tmp_path, ranks=1, trainer=trainer, server_flags=flags) as found:
         found.start_all()
@@ -508,7 +508,7 @@ def test_torchrun_starts_its_processes_again_after_an_error_and_the_next_task_is
         assert accepted["accepted"] == 1
 
 
-class FailsOnce:
+class FailsInRound1:
     """In process 1 the first round fails, while process 0 is in a collective with it."""
 
     def __init__(self) -> None:
@@ -528,8 +528,8 @@ class FailsOnce:
         return EvaluateResult(0.0, 1)
 
 
-def fails_once(context: WorkloadContext) -> FailsOnce:
-    return FailsOnce()
+def fails_in_round_1(context: WorkloadContext) -> FailsInRound1:
+    return FailsInRound1()
 
 
 def test_the_process_group_is_not_touched_where_there_is_none() -> None:

@@ -1,4 +1,4 @@
-"""The join token: who lacks it is told so and gets nothing, who has it takes part, and the token is nowhere to be read."""
+"""The join token: who lacks it is told so and gets nothing, who has it takes part, and it is nowhere to be read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_token_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 16 characters"):
         read_token(token_file(tmp_path / "short", "123456789012345"))
     (tmp_path / "directory").mkdir(mode=0o700)
-    with pytest.raises(UsageError, match="not a regular file|Is a directory"):
+    with pytest.raises(UsageError, match=r"not a regular file|Is a directory"):
         read_token(tmp_path / "directory")
 
 
@@ -176,7 +176,9 @@ def test_a_recorded_proof_is_worth_nothing_in_the_next_connection(tmp_path: Path
 
 def test_a_proof_lets_only_its_own_rank_in(tmp_path: Path) -> None:
     class Other(FakeProxy):
-        def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:
+        def get_properties(
+            self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
+        ) -> GetPropertiesRes:
             reply = super().get_properties(ins, timeout, group_id)
             if self.asked[-1]["op"] == "hello":
                 reply.properties = pack({**self.answered[-1], "rank": 7})

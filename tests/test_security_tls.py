@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -102,19 +104,22 @@ def test_listening_to_others_without_tls_is_refused_unless_it_is_asked_for() -> 
         check_exposure("0.0.0.0", encrypted=False, insecure=True, has_token=True)
 
 
-@pytest.mark.parametrize(("command", "said"), [
-    (["server_main.py", "--address", "0.0.0.0:{port}"], "refusing to listen at 0.0.0.0 without TLS"),
-    (["server_main.py", "--address", "0.0.0.0:{port}", "--insecure", "--join-token-file", "{token}"], "over TLS or on loopback"),
-    (["client_main.py", "--server-address", "192.0.2.7:{port}", "--join-token-file", "{token}"], "over TLS"),
-    (["server_main.py", "--address", "127.0.0.1:{port}", "--supernode-public-key", "{token}"], "--engine superlink"),
-    (["client_main.py", "--server-address", "127.0.0.1:{port}", "--supernode-private-key", "{token}"], "--engine superlink"),
-    (["server_main.py", "--address", "127.0.0.1:{port}", "--engine", "superlink", "--join-token-file", "{token}"], "keys"),
-])  # fmt: skip
-def test_flags_that_would_not_protect_are_refused(tmp_path: Path, command: list[str], said: str) -> None:
+FLAGS = [
+    ("server_main.py --address 0.0.0.0:{port}", "refusing to listen at 0.0.0.0 without TLS"),
+    ("server_main.py --address 0.0.0.0:{port} --insecure --join-token-file {token}", "over TLS or on loopback"),
+    ("client_main.py --server-address 192.0.2.7:{port} --join-token-file {token}", "over TLS"),
+    ("server_main.py --address 127.0.0.1:{port} --supernode-public-key {token}", "--engine superlink"),
+    ("client_main.py --server-address 127.0.0.1:{port} --supernode-private-key {token}", "--engine superlink"),
+    ("server_main.py --address 127.0.0.1:{port} --engine superlink --join-token-file {token}", "keys"),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), FLAGS)
+def test_flags_that_would_not_protect_are_refused(tmp_path: Path, command: str, said: str) -> None:
     token = tmp_path / "token"
     token.write_text("a secret of many letters")
     token.chmod(0o600)
-    words = [word.format(port=free_port(), token=token) for word in command]
+    words = command.format(port=free_port(), token=token).split()
     ended = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, text=True,
                            cwd=tmp_path, timeout=60)  # fmt: skip
     assert ended.returncode == 2, ended.stderr
@@ -146,6 +151,18 @@ def test_keys_are_made_for_nobody_else(tmp_path: Path) -> None:
         assert (directory / name).stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_the_documented_openssl_commands_make_what_the_server_takes(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    commands = re.search(r"```bash\n(openssl req -x509.*?)```", text, re.S)
+    assert commands
+    script = commands[1].replace("IP:192.0.2.7", "IP:127.0.0.1")
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, check=True, timeout=60)
+    assert check_server_files(read(tmp_path)) is None
+    with tls_server(tmp_path) as port:
+        check_server("127.0.0.1", port, client_context((tmp_path / "ca.pem").read_bytes()), 5.0)
+
+
 # -- connecting ----------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +189,10 @@ def test_a_certificate_of_another_ca_is_told_of(tmp_path: Path) -> None:
 
 def test_two_sides_of_which_one_speaks_tls_are_told_apart(tmp_path: Path) -> None:
     directory = certificates(tmp_path / "c")
-    with tls_server(directory) as port, pytest.raises(ConnectionFailedError, match="speaks TLS and this client does not"):
+    with (
+        tls_server(directory) as port,
+        pytest.raises(ConnectionFailedError, match="speaks TLS and this client does not"),
+    ):
         check_server("127.0.0.1", port, None, 5.0)
     settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
     with answering(settings) as port:
@@ -185,7 +205,10 @@ def test_two_sides_of_which_one_speaks_tls_are_told_apart(tmp_path: Path) -> Non
         check_server("127.0.0.1", port, None, 5.0, grpc=False)
         with pytest.raises(ConnectionFailedError, match="--engine superlink"):
             check_server("127.0.0.1", port, None, 5.0)
-    with answering(b"SSH-2.0-OpenSSH_9.2") as port, pytest.raises(ConnectionFailedError, match="not a server of fedsplit"):
+    with (
+        answering(b"SSH-2.0-OpenSSH_9.2") as port,
+        pytest.raises(ConnectionFailedError, match="not a server of fedsplit"),
+    ):
         check_server("127.0.0.1", port, None, 5.0)
     with answering(b"") as port, pytest.raises(OSError, match="closed the connection"):
         check_server("127.0.0.1", port, None, 5.0)
@@ -220,7 +243,11 @@ def test_over_tls_the_run_completes_while_those_who_do_not_belong_are_refused(tm
             federation.start(f"model-{rank}")
         names = ["server", "client-1", "client-2", "model-1", "model-2"]
         assert set(federation.wait(120, names).values()) == {0}, federation.tails()
-        for rank, said in ((3, "has expired"), (4, "was not made for localhost"), (5, "speaks TLS and this client does not")):
+        for rank, said in (
+            (3, "has expired"),
+            (4, "was not made for localhost"),
+            (5, "speaks TLS and this client does not"),
+        ):
             lines = federation.log(f"client-{rank}").strip().splitlines()
             assert len(lines) == 1
             assert said in lines[0]

@@ -71,7 +71,7 @@ class ProcessGroupChannel:
         self._lost = threading.Event()
         self._reporting = threading.Lock()
         self._reported = 0
-        self._tasks: dict[int, TaskRecord] = {}
+        self._newest: TaskRecord | None = None
         self._listeners: list[threading.Thread] = []
 
     @contextmanager
@@ -100,6 +100,8 @@ class ProcessGroupChannel:
                 return {"finished": found.to_json()}
             state = self._inner.read_state(found)
             self._states = (found.version, state)
+            # Before anybody else has it: a process may fail of it, and say so, while this one is still sending.
+            self._newest = found
             flat = torch.frombuffer(bytearray().join(encode(state)), dtype=torch.uint8)
             return {"task": found.to_json(), "bytes": flat.numel()}
 
@@ -112,7 +114,6 @@ class ProcessGroupChannel:
         dist.broadcast(flat, src=0, group=self._data)
         if self.process:
             self._states = (record.version, decode(flat.numpy().data))
-        self._tasks = {record.version: record}
         return record
 
     def read_state(self, record: TaskRecord) -> StateDict:
@@ -235,8 +236,8 @@ class ProcessGroupChannel:
                 content = torch.empty(size, dtype=torch.uint8)
                 dist.recv(content, src=peer, group=self._control)
                 message = json.loads(content.numpy().tobytes())
-                record = self._tasks.get(message["version"])
-                if record is not None:
+                record = self._newest
+                if record is not None and record.version == message["version"]:
                     self._report(peer, record, message["error"], message["seconds"])
                 dist.send(torch.ones(1, dtype=torch.int64), dst=peer, group=self._control)
         except RuntimeError:
@@ -245,18 +246,19 @@ class ProcessGroupChannel:
             log.error("an error of process %d could not be reported: %s", peer, exc)
 
     def _report(self, process: int, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
-        if self._lost.wait(_DEATH_NOTICE_S):
+        lost = self._lost.wait(_DEATH_NOTICE_S)
+        with self._reporting:
+            if self._reported == record.version:
+                return
+            if not lost:
+                self._reported = record.version
+                where = f"process {process} of {self.processes}: {error['message']}"
+                self._inner.fail(record, {**error, "message": where}, seconds)
+        if lost:
             log.error(
                 "a process of this trainer is gone; %s of round %d stays unanswered, and is done again when the "
                 "trainer is started again", record.request.kind, record.request.server_round,
             )  # fmt: skip
-            return
-        with self._reporting:
-            if self._reported == record.version:
-                return
-            self._reported = record.version
-            where = f"process {process} of {self.processes}: {error['message']}"
-            self._inner.fail(record, {**error, "message": where}, seconds)
 
     def _part(self) -> None:
         """Let every process know that all have left the loop as they should, then give the groups back."""

@@ -6,9 +6,9 @@
         federate(trainer, module, L.Trainer(max_epochs=1, …), datamodule=data, epochs_per_round=1)
 
 One Lightning Trainer serves the whole run: its loggers and callbacks live on, its epochs and steps count on. What
-``fit()`` makes anew each time, optimizers and schedulers, is given the state that it had at the end of the round before;
-``fit()`` is told to train further epochs each round, for it counts those of earlier rounds and would train nothing; and
-a round without a single step is an error. A restarted process goes on with all of it.
+``fit()`` makes anew each time, optimizers and schedulers, is given the state that it had at the end of the round
+before; ``fit()`` is told to train further epochs each round, for it counts those of earlier rounds and would train
+nothing; and a round without a single step is an error. A restarted process goes on with all of it.
 
 Not covered: what callbacks remember does not outlive the process (have them write their own checkpoints), and
 Lightning's own multi-process strategies, unless the process group is initialised before `fedsplit.Trainer` is made.

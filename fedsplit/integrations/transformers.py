@@ -111,17 +111,19 @@ class _Rounds(TrainerCallback):
             self._make_schedule(task.total_rounds)
         if task.restore and (kept := task.local_state) is not None:
             self._steps_before = kept["steps"]
-            self._trainer.optimizer.load_state_dict(kept["optimizer"])
-            self._trainer.lr_scheduler.load_state_dict(kept["scheduler"])
+            optimizer, scheduler = self._parts()
+            optimizer.load_state_dict(kept["optimizer"])
+            scheduler.load_state_dict(kept["scheduler"])
             torch.set_rng_state(kept["random"])
 
     def keep(self, steps: int) -> dict[str, Any]:
         """Return what must outlive the process."""
         self._steps_before += steps
+        optimizer, scheduler = self._parts()
         return {
             "steps": self._steps_before,
-            "optimizer": self._trainer.optimizer.state_dict(),
-            "scheduler": self._trainer.lr_scheduler.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
             "random": torch.get_rng_state(),
         }
 
@@ -140,6 +142,9 @@ class _Rounds(TrainerCallback):
             logs["round"] = self._task.server_round
             logs["total_step"] = self._steps_before + (state.global_step if self._task.kind == "train" else 0)
 
+    def _parts(self) -> tuple[Any, Any]:
+        return self._trainer.optimizer, self._trainer.lr_scheduler
+
     def _make_schedule(self, total_rounds: int) -> None:
         trainer = self._trainer
         steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
@@ -153,9 +158,7 @@ def _load_adapter(model: torch.nn.Module, task: Task) -> None:
     from peft import set_peft_model_state_dict
 
     where = f"what the server sent for {task.kind} of round {task.server_round}"
-    if difference := describe_difference(
-        adapter_state(model), task.state_dict, expected="the adapter", found=where
-    ):
+    if difference := describe_difference(adapter_state(model), task.state_dict, expected="the adapter", found=where):
         raise StateMismatchError(difference)
     set_peft_model_state_dict(model, {name: tensor.clone() for name, tensor in task.state_dict.items()})
 

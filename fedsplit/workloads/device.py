@@ -87,10 +87,10 @@ def process_group(device: str, launch: Launch) -> Iterator[None]:
 
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    store, process, count = next(distributed.rendezvous("env://"))
+    store, process, count = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
     # The store outlives the processes: under the plain names, those that are started again may find the dead ones'
     # addresses there and fail to connect to them (seen with torch 2.14 and gloo).
-    store = distributed.PrefixStore(f"restart-{launch.restarts}", store)
+    store = distributed.PrefixStore(f"restart-{launch.restarts}", store)  # type: ignore[attr-defined]
     backend = "nccl" if device.startswith("cuda") else "gloo"
     distributed.init_process_group(backend, store=store, rank=process, world_size=count)
     yield
