@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+
 # isort: split
 from flwr.server import History as FlowerHistory
 from flwr.server import Server as FlowerServer
@@ -33,16 +32,16 @@ from flwr.server.strategy import FedAvg
 from fedsplit.checkpoints import BackgroundWriter
 from fedsplit.conversation import Answer, Conversation, StoppedError, Terms, Turns
 from fedsplit.errors import FedSplitError, RecordError, RunFailedError, RunStoppedError, UsageError
-from fedsplit.events import event, format_bytes
+from fedsplit.events import event
 from fedsplit.history import Line, weighted_mean
 from fedsplit.observer import Observer, Observers, PartRow
 from fedsplit.payloads import StoredPayload
+from fedsplit.phase import Phase, Stages, describe_round, in_parallel, with_loss
 from fedsplit.protocol import EMBEDDED, Engine
 from fedsplit.records import Request
 from fedsplit.roster import Roster
 from fedsplit.run import Run
 from fedsplit.settings import StrategySettings
-from fedsplit.stages import update_bytes
 
 if TYPE_CHECKING:
     from fedsplit.aggregation.base import Update
@@ -61,40 +60,6 @@ class _SignalError(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-
-
-class Stages:
-    """Accounts for the seconds of a round, or of one rank in it: every second belongs to exactly one stage."""
-
-    def __init__(self) -> None:
-        self._began = self._last = time.monotonic()
-        self.seconds: dict[str, float] = {}
-
-    def end(self, stage: str, **within: float) -> None:
-        """End a stage; what is known of where its seconds went is accounted for under names of its own."""
-        now = time.monotonic()
-        left = now - self._last
-        for name, seconds in within.items():
-            self.seconds[name] = round(min(seconds, left), 6)
-            left -= self.seconds[name]
-        self.seconds[stage] = round(left, 6)
-        self._last = now
-
-    def total(self) -> float:
-        """Return the seconds since the beginning."""
-        return round(self._last - self._began, 6)
-
-
-@dataclass(kw_only=True)
-class _Phase:
-    """What came of asking a number of ranks for one kind of task."""
-
-    answers: dict[int, Answer] = field(default_factory=dict)
-    stages: dict[int, Stages] = field(default_factory=dict)
-    refused: dict[int, str] = field(default_factory=dict)
-
-    def good(self) -> dict[int, Answer]:
-        return {rank: answer for rank, answer in sorted(self.answers.items()) if rank not in self.refused}
 
 
 class Server(FlowerServer):
@@ -319,7 +284,7 @@ class Server(FlowerServer):
     def _train(
         self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, stages: Stages
     ) -> Line:
-        merge, turns, phase = strategy.begin_merge(server_round), Turns(ranks), _Phase()
+        merge, turns, phase = strategy.begin_merge(server_round), Turns(ranks), Phase()
         self._observer.asked("train", server_round, self._rounds, ranks)
 
         def train(rank: int) -> None:
@@ -348,7 +313,7 @@ class Server(FlowerServer):
             finally:
                 turns.done(rank)
 
-        self._in_parallel(train, ranks)
+        in_parallel(train, ranks, self._stop)
         stages.end("train")
         chunks = merge.finish()
         # Only now: ranks with the same result share one payload.
@@ -357,11 +322,11 @@ class Server(FlowerServer):
         if chunks is not None:
             self._set_state(strategy, self._run.payloads.put(chunks))
         stages.end("merge")
-        means = weighted_mean((a.num_examples, _with_loss(a)) for a in phase.good().values())
+        means = weighted_mean((a.num_examples, with_loss(a)) for a in phase.good().values())
         clients = {
             str(rank): {
                 "num_examples": a.num_examples, "seconds": round(a.seconds, 6), "bytes": a.payload_bytes,
-                "stages": phase.stages[rank].seconds, **_with_loss(a),
+                "stages": phase.stages[rank].seconds, **with_loss(a),
             }
             for rank, a in phase.good().items()
         }  # fmt: skip
@@ -393,7 +358,7 @@ class Server(FlowerServer):
     def _evaluate(
         self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line
     ) -> None:
-        phase = _Phase()
+        phase = Phase()
         self._observer.asked("evaluate", server_round, self._rounds, ranks)
 
         def evaluate(rank: int) -> None:
@@ -405,11 +370,11 @@ class Server(FlowerServer):
             else:
                 self._observer.answered(rank, None)
 
-        self._in_parallel(evaluate, ranks)
-        line["evaluate"] = weighted_mean((a.num_examples, _with_loss(a)) for a in phase.good().values())
+        in_parallel(evaluate, ranks, self._stop)
+        line["evaluate"] = weighted_mean((a.num_examples, with_loss(a)) for a in phase.good().values())
         for rank, answer in phase.good().items():
             line["clients"].setdefault(str(rank), {})["evaluate"] = {
-                "num_examples": answer.num_examples, "seconds": round(answer.seconds, 6), **_with_loss(answer),
+                "num_examples": answer.num_examples, "seconds": round(answer.seconds, 6), **with_loss(answer),
             }  # fmt: skip
         for rank, reason in phase.refused.items():
             line["refused"].setdefault(str(rank), f"evaluate: {reason}")
@@ -429,27 +394,7 @@ class Server(FlowerServer):
             deadline_s=self._round_timeout_s, stop=self._stop, engine=self._engine, observer=self._observer,
         )  # fmt: skip
 
-    def _in_parallel(self, job: Callable[[int], None], ranks: Sequence[int]) -> None:
-        """Run a job for every rank at the same time, however few cores there are; raises what the first failing one did."""
-        outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-        def run(rank: int) -> None:
-            try:
-                job(rank)
-            except BaseException as exc:  # noqa: BLE001  (raised again in the main thread)
-                outcomes.put(exc)
-            else:
-                outcomes.put(None)
-
-        for rank in ranks:
-            # Daemons: a client that is silent in the middle of a question must not keep the process from ending.
-            threading.Thread(target=run, args=(rank,), name=f"rank-{rank}", daemon=True).start()
-        for _ in ranks:
-            if exc := outcomes.get():
-                self._stop.set()
-                raise exc
-
-    def _refuse(self, phase: _Phase, rank: int, kind: str, reason: str, trainer_traceback: str) -> None:
+    def _refuse(self, phase: Phase, rank: int, kind: str, reason: str, trainer_traceback: str) -> None:
         phase.refused[rank] = reason
         log.warning(
             "rank %d: %s not counted: %s", rank, kind, reason,
@@ -461,7 +406,7 @@ class Server(FlowerServer):
 
     def _save(self, server_round: int, line: Line) -> None:
         """Write a round's checkpoint beside what follows; waits only if the one before is still being written."""
-        assert self._state is not None and self._merging is not None  # noqa: S101  (set before any round)
+        assert self._state is not None and self._merging is not None
         state, memory, history = self._state, self._merging.dump_memory(), self._run.history
         files: dict[str, Any] = {"state.safetensors": state.path}
         if memory is not None:
@@ -505,19 +450,3 @@ class Server(FlowerServer):
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
-    """Return a round's line for people."""
-    parts = [f"round {line['round']}/{total_rounds}", f"{line['accepted']}/{line['asked']} updates"]
-    for phase, metrics in (("train", line["train"]), ("test", line["evaluate"])):
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None)
-        if shown:
-            parts.append(f"{phase} {shown}")
-    if line["refused"]:
-        parts.append("not counted: rank " + ", ".join(line["refused"]))
-    return " | ".join([*parts, f"{line['seconds']:.2f} s", f"updates {format_bytes(update_bytes(line))}"])
-
-
-def _with_loss(answer: Answer) -> dict[str, Any]:
-    return ({} if answer.loss is None else {"loss": answer.loss}) | answer.metrics
