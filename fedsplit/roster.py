@@ -65,12 +65,15 @@ class Peer:
         Whether payloads travel by reference.
     """
 
-    def __init__(self, proxy: ClientProxy, hello: dict[str, Any], *, sees_store: bool) -> None:
+    def __init__(
+        self, proxy: ClientProxy, hello: dict[str, Any], *, sees_store: bool, listens_to_silence: bool = True
+    ) -> None:
         self.proxy = proxy
         self.rank = int(hello["rank"])
         self.exchange_id = str(hello["exchange_id"])
         self.held: str | None = hello.get("held")
         self.sees_store = sees_store
+        self._listens_to_silence = listens_to_silence
         self.last_heard = time.monotonic()
         # Flower's bridge takes one question at a time.
         self._lock = threading.Lock()
@@ -88,7 +91,7 @@ class Peer:
         """Ask for a task; returns the reply's record and the result's bytes if they came along."""
         parameters = Parameters([blob] if blob is not None else [], TENSOR_TYPE)
         timeout = record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S
-        if blob is not None and len(blob) > LARGE_BYTES:
+        if blob is not None and len(blob) > LARGE_BYTES and self._listens_to_silence:
             self.control({"op": "ping", "bytes": len(blob)})
         if record["kind"] == "evaluate":
             evaluated = self._call(lambda: self.proxy.evaluate(EvaluateIns(parameters, pack(record)), timeout, None))
@@ -136,7 +139,12 @@ class Roster(ClientManager):
     """
 
     def __init__(
-        self, run_id: str, store: PayloadStore | RemoteStore | None, *, join_key: bytes | None = None, ping_s: float | None = None
+        self,
+        run_id: str,
+        store: PayloadStore | RemoteStore | None,
+        *,
+        join_key: bytes | None = None,
+        ping_s: float | None = None,
     ) -> None:
         self._run_id = run_id
         self._store = store
@@ -283,7 +291,8 @@ class Roster(ClientManager):
         if hello.get("leaving"):
             log.warning("rank %s: the client turned this server down: %s", hello.get("rank"), hello["leaving"])
             raise _TurnedAwayError(str(hello["leaving"]))
-        peer = Peer(proxy, hello, sees_store=bool(nonce) and hello.get("nonce") == nonce)
+        sees_store = bool(nonce) and hello.get("nonce") == nonce
+        peer = Peer(proxy, hello, sees_store=sees_store, listens_to_silence=self._ping_s is not None)
         if transcript is not None and (peer.rank, peer.exchange_id) != (transcript.rank, transcript.exchange_id):
             raise RecordError("it greets as another than the one that proved to know the join token")
         return peer

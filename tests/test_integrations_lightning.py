@@ -62,13 +62,14 @@ def data(size: int = 24) -> DataLoader[Any]:
 
 
 def lightning_trainer(**options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-             "num_sanity_val_steps": 0, "accelerator": "cpu"}  # fmt: skip
-    return L.Trainer(**quiet, **options)  # type: ignore[arg-type]
+    return L.Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, accelerator="cpu", **options,
+    )  # fmt: skip
 
 
 def script(module: L.LightningModule, trainer: L.Trainer, **options: Any) -> Callable[[Any], None]:
-    # The generator that shuffles is the process's own; in a test the process does not really start anew.
+    # As a script does at its start; here the process does not really start anew.
     torch.manual_seed(5)
     return lambda ours: federate(
         ours, module, trainer, **{"train_dataloaders": data(), "val_dataloaders": data(), **options}
@@ -104,12 +105,11 @@ def test_the_schedule_goes_on_over_rounds(federation: Federation) -> None:
 
 
 def test_rounds_of_one_epoch_with_momentum_are_one_fit_of_as_many_epochs(federation: Federation) -> None:
-    module = Line()
+    module, single, state = Line(), Line(), own_state(Line())
     with federation.script(script(module, lightning_trainer(max_epochs=1)), module):
-        found = rounds(federation, own_state(Line()), 1, 2, 3)
-    single = Line()
+        found = rounds(federation, state, 1, 2, 3)
     torch.manual_seed(5)
-    lightning_trainer(max_epochs=3).fit(single, data())
+    lightning_trainer(max_epochs=3).fit(single, data(), data())
     for name, tensor in own_state(single).items():
         assert torch.allclose(found[name], tensor, atol=1e-6), name
 

@@ -106,8 +106,10 @@ class _Rounds(Callback):
                 )
             return
         trainer.fit_loop.load_state_dict(self.kept["loops"])
+        # The counters are wanted, not the resuming of an interrupted epoch: the last one was complete.
+        trainer.fit_loop.restarting = False
+        trainer.fit_loop.on_iteration_done()
         self._first_epoch = trainer.current_epoch
-        torch.set_rng_state(self.kept["random"])
 
     def keep(self, trainer: lightning.Trainer) -> None:
         """Note what must outlive this ``fit()``, and the process."""
@@ -126,6 +128,8 @@ class _Rounds(Callback):
         # Last: making and loading a scheduler both touch the learning rates, which the optimizer's state has.
         for optimizer, state in zip(trainer.optimizers, self.kept["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+        # Evaluating draws numbers, and so does the first fit() of a process: neither may change what is trained.
+        torch.set_rng_state(self.kept["random"])
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -49,7 +49,7 @@ def federate(
     trainer
         Entered already.
     hf_trainer
-        With a data set to train on and one to evaluate; a metric of ``compute_metrics`` reaches the server without its
+        With a data set to train on, of a known length or a stream, and one of a known length to evaluate; a metric of ``compute_metrics`` reaches the server without its
         ``eval_``. ``num_train_epochs`` is overruled; ``max_steps``, if set, is for a round.
     epochs_per_round
         How many epochs a round trains.
@@ -73,15 +73,16 @@ def federate(
         rounds.begin(task)
         if task.kind == "evaluate":
             found = _numbers(hf_trainer.evaluate())
-            task.reply(loss=found.pop("loss"), num_examples=_length(hf_trainer.eval_dataset), metrics=found)
+            task.reply(loss=found.pop("loss"), num_examples=_length(hf_trainer.eval_dataset, 0), metrics=found)
             continue
         outcome = hf_trainer.train()
+        seen = outcome.global_step * hf_trainer.args.train_batch_size * hf_trainer.args.gradient_accumulation_steps
         if outcome.global_step == 0:
             raise TrainingError(
                 f"round {task.server_round} trained not a single step; is the training data empty, or max_steps 0?"
             )
         task.reply(
-            adapter_state(model) if adapter_only else model, num_examples=_length(hf_trainer.train_dataset),
+            adapter_state(model) if adapter_only else model, num_examples=_length(hf_trainer.train_dataset, seen),
             metrics={"loss": float(outcome.training_loss)}, local_state=rounds.keep(outcome.global_step),
         )  # fmt: skip
 
@@ -169,5 +170,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if name not in unwanted}
 
 
-def _length(data: Any) -> int:
-    return len(data)
+def _length(data: Any, streamed: int) -> int:
+    """Return how many examples there are, or for a stream how many were taken from it."""
+    return len(data) if hasattr(data, "__len__") else streamed
