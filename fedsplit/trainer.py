@@ -35,7 +35,7 @@ import torch
 
 from fedsplit.channel import Answer, Channel, ExchangeChannel
 from fedsplit.checkpoints import BackgroundWriter, Checkpoint, CheckpointStore
-from fedsplit.errors import CheckpointError, TrainingError, UsageError
+from fedsplit.errors import CheckpointError, FedSplitError, TrainingError, UsageError
 from fedsplit.exchange import Exchange
 from fedsplit.files import make_private_directory, write_chunks
 from fedsplit.records import FinishedRecord, Scalar, TaskRecord, scalars
@@ -163,9 +163,7 @@ class Task:
         if self.answered:
             return
         self.answered = self.failed = True
-        text = "".join(traceback.format_exception(exc))
-        error = {"type": type(exc).__name__, "message": str(exc), "traceback": text}
-        self._trainer._channel.fail(self._record, error, time.monotonic() - self._began)
+        self._trainer._channel.fail(self._record, _describe(exc), time.monotonic() - self._began)
 
     def should_stop(self) -> bool:
         """Tell whether nobody waits for the answer any more: the run ended, or the round's deadline passed.
@@ -276,7 +274,12 @@ class Trainer:
 
     def __iter__(self) -> Iterator[Task]:
         while isinstance(record := self._channel.next(), TaskRecord):
-            task = self._current = self._begin(record)
+            try:
+                task = self._current = self._begin(record)
+            except FedSplitError as exc:
+                # Before the loop body could fail the task: the client must hear of this too.
+                self._channel.fail(record, _describe(exc), 0.0)
+                raise
             if task.kind == "initialize" and self._model is not None:
                 state = self.initial_state()
                 task.reply(state, num_examples=0, metrics=_describe_local(task, state))
@@ -316,7 +319,10 @@ class Trainer:
 
     def _find_base(self, run_id: str, before: int) -> Checkpoint | None:
         """Return the round whose local state is gone on from: process 0 chooses it, each process reads its own."""
-        base = self._store.newest(run_id=run_id, before=before)
+        base = self._store.newest(run_id=run_id, before=before, verify=False)
+        if base and self._memory != (run_id, base.server_round):
+            # What was not written by this process a round ago is checked before it is gone on from.
+            base = self._store.newest(run_id=run_id, before=before)
         chosen = self._channel.share(base.server_round if base else -1)
         saved_by = self._channel.share(base.info.get("processes", 1) if base else 0)
         if chosen >= 0 and saved_by != self.processes:
@@ -333,7 +339,7 @@ class Trainer:
     def _check_beginning(self, server_round: int) -> None:
         """Refuse to start afresh in a run whose earlier local states were pruned."""
         rounds = self._store.rounds()
-        if rounds and self._store.read(rounds[0]).info.get("base") is not None:
+        if rounds and self._store.read(rounds[0], verify=False).info.get("base") is not None:
             raise CheckpointError(
                 f"the server asks for round {server_round}, but the local states in {self._store.directory} "
                 f"begin with round {rounds[0]}; resume the server from a later round, or start with --state reset"
@@ -390,6 +396,12 @@ def _channel(exchange: Exchange, client_wait_s: float | None, standalone_rounds:
 
         channel = ProcessGroupChannel(channel)
     return channel
+
+
+def _describe(exc: BaseException) -> dict[str, str]:
+    """Return what the client and the server are told of an error."""
+    text = "".join(traceback.format_exception(exc))
+    return {"type": type(exc).__name__, "message": str(exc), "traceback": text}
 
 
 def _dump(local_state: Any) -> bytes:

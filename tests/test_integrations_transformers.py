@@ -148,8 +148,7 @@ def test_a_stream_counts_what_was_taken_from_it(tmp_path: Path) -> None:
 def test_a_round_without_a_step_is_an_error_on_both_sides(tmp_path: Path) -> None:
     federation, model, start = Federation(tmp_path), make_model(), own_state(make_model())
     trainer = make_trainer(model, 1, 2, str(tmp_path / "logs"))
-    trainer.args.max_steps, trainer.train_dataset = 2, Stream(0)
-    serve: Callable[[Any], None] = lambda ours: federate(ours, trainer)  # noqa: E731
+    serve: Callable[[Any], None] = lambda ours: federate(ours, trainer, epochs_per_round=0)  # noqa: E731
     with federation.script(serve, model, fails=TrainingError):
         result = federation.wait(federation.ask("train", 1, start))
     assert "not a single step" in result.error["message"]

@@ -578,7 +578,6 @@ def test_a_reply_that_cannot_be_saved_reaches_the_client_too(federation):
     assert result.status == "error" and "OfTheUser" in result.error["message"]
 
 
-@pytest.mark.xfail(reason="what fails before the loop body begins does not reach the client yet", strict=True)
 def test_a_round_whose_local_state_was_pruned_is_refused_and_the_client_is_told(federation):
     with federation.script(counting([]), fails=CheckpointError):
         for server_round in range(1, KEEP_ROUNDS + 3):

@@ -49,8 +49,9 @@ def federate(
     trainer
         Entered already.
     hf_trainer
-        With a data set to train on, of a known length or a stream, and one of a known length to evaluate; a metric of ``compute_metrics`` reaches the server without its
-        ``eval_``. ``num_train_epochs`` is overruled; ``max_steps``, if set, is for a round.
+        With a data set to train on, of a known length or a stream, and one of a known length to evaluate on. A metric
+        of ``compute_metrics`` reaches the server without its ``eval_``. ``num_train_epochs`` is overruled;
+        ``max_steps``, if set, is for a round.
     epochs_per_round
         How many epochs a round trains.
     adapter_only
@@ -79,7 +80,7 @@ def federate(
         seen = outcome.global_step * hf_trainer.args.train_batch_size * hf_trainer.args.gradient_accumulation_steps
         if outcome.global_step == 0:
             raise TrainingError(
-                f"round {task.server_round} trained not a single step; is the training data empty, or max_steps 0?"
+                f"round {task.server_round} trained not a single step; are its epochs 0, or its training data empty?"
             )
         task.reply(
             adapter_state(model) if adapter_only else model, num_examples=_length(hf_trainer.train_dataset, seen),
