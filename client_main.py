@@ -29,20 +29,42 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this client and its trainer")
     add("--server-address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where the server listens")
-    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
-        help="holds rank-K/, shared with the trainer; a RAM disk such as /dev/shm is fastest")
+    add(
+        "--exchange-dir",
+        type=Path,
+        default=Path("exchange"),
+        metavar="DIR",
+        help="holds rank-K/, shared with the trainer; a RAM disk such as /dev/shm is fastest",
+    )
     add("--root-certificates", type=Path, metavar="FILE", help="CA certificate, PEM; turns TLS on")
     add("--max-wait", type=cli.seconds, metavar="S", help="seconds to wait for the server (default: for ever)")
-    add("--trainer-wait", type=cli.seconds, default=300.0, metavar="S",
-        help="seconds to wait for a trainer before a task is reported as failed")
-    add("--payload-store", default="auto", metavar="auto|none|URL",
+    add(
+        "--trainer-wait",
+        type=cli.seconds,
+        default=300.0,
+        metavar="S",
+        help="seconds to wait for a trainer before a task is reported as failed",
+    )
+    add(
+        "--payload-store",
+        default="auto",
+        metavar="auto|none|URL",
         help="auto: exchange files with a server on this machine by reference; none: all bytes in messages; "
-             "URL: by way of a place that fsspec knows, the same as the server's")
+        "URL: by way of a place that fsspec knows, the same as the server's",
+    )
     add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
-    add("--join-token-file", type=Path, metavar="FILE",
-        help="proves to the server, and lets it prove, that both know the token in this file (mode 0600)")
-    add("--supernode-private-key", type=Path, metavar="FILE",
-        help="with --engine superlink: this SuperNode's key, where the server asks for one")
+    add(
+        "--join-token-file",
+        type=Path,
+        metavar="FILE",
+        help="proves to the server, and lets it prove, that both know the token in this file (mode 0600)",
+    )
+    add(
+        "--supernode-private-key",
+        type=Path,
+        metavar="FILE",
+        help="with --engine superlink: this SuperNode's key, where the server asks for one",
+    )
     cli.add_logging(parser)
     return parser
 

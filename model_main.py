@@ -27,23 +27,56 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "model_main.py")
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
-    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
-        help="holds rank-K/, shared with the client")
+    add(
+        "--exchange-dir",
+        type=Path,
+        default=Path("exchange"),
+        metavar="DIR",
+        help="holds rank-K/, shared with the client",
+    )
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="where rank-K/ is kept")
-    add("--workload", default="digits", metavar="MODULE:FACTORY",
-        help="what to train: digits, mnist, fashion-mnist, cifar10, or a factory of your own")
-    add("--workload-option", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
-        help="reaches the workload, for example partition=dirichlet; repeatable")
-    add("--num-partitions", type=cli.positive_int, default=2, metavar="N",
-        help="into how many parts the data is divided; the same for every rank")
+    add(
+        "--workload",
+        default="digits",
+        metavar="MODULE:FACTORY",
+        help="what to train: digits, mnist, fashion-mnist, cifar10, or a factory of your own",
+    )
+    add(
+        "--workload-option",
+        action="append",
+        type=cli.key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="reaches the workload, for example partition=dirichlet; repeatable",
+    )
+    add(
+        "--num-partitions",
+        type=cli.positive_int,
+        default=2,
+        metavar="N",
+        help="into how many parts the data is divided; the same for every rank",
+    )
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
-    add("--seed", type=cli.natural, default=0, metavar="N",
-        help="of the initial model and the partitioning; the same for every rank")
+    add(
+        "--seed",
+        type=cli.natural,
+        default=0,
+        metavar="N",
+        help="of the initial model and the partitioning; the same for every rank",
+    )
     add("--device", default="auto", metavar="auto|cpu|cuda|…", help="where to train; auto takes a GPU if there is one")
-    add("--threads", type=cli.positive_int, metavar="N",
-        help="threads to compute with (default: this machine's cores divided by --num-partitions)")
-    add("--state", choices=("keep", "reset"), default="keep",
-        help="keep: optimizer and generators go on from round to round; reset: each round starts fresh")
+    add(
+        "--threads",
+        type=cli.positive_int,
+        metavar="N",
+        help="threads to compute with (default: this machine's cores divided by --num-partitions)",
+    )
+    add(
+        "--state",
+        choices=("keep", "reset"),
+        default="keep",
+        help="keep: optimizer and generators go on from round to round; reset: each round starts fresh",
+    )
     add("--client-wait", type=cli.seconds, metavar="S", help="seconds to wait for a client (default: for ever)")
     cli.add_logging(parser)
     return parser

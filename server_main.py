@@ -34,43 +34,109 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen")
     add("-r", "--rounds", type=cli.positive_int, default=3, metavar="N", help="rounds to run in all")
-    add("--min-clients", type=cli.positive_int, default=2, metavar="N",
-        help="a round starts once so many clients are connected")
-    add("--min-results", type=cli.positive_int, default=1, metavar="N",
-        help="with fewer accepted updates a round leaves the state as it was")
-    add("--fraction-train", type=float, default=1.0, metavar="F", help="share of the connected clients that train in a round")
-    add("--evaluate-every", type=cli.natural, default=1, metavar="N", help="evaluate after every N-th round; 0 is never")
-    add("--aggregate", action="append", default=[], metavar="RULE",
+    add(
+        "--min-clients",
+        type=cli.positive_int,
+        default=2,
+        metavar="N",
+        help="a round starts once so many clients are connected",
+    )
+    add(
+        "--min-results",
+        type=cli.positive_int,
+        default=1,
+        metavar="N",
+        help="with fewer accepted updates a round leaves the state as it was",
+    )
+    add(
+        "--fraction-train",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="share of the connected clients that train in a round",
+    )
+    add(
+        "--evaluate-every", type=cli.natural, default=1, metavar="N", help="evaluate after every N-th round; 0 is never"
+    )
+    add(
+        "--aggregate",
+        action="append",
+        default=[],
+        metavar="RULE",
         help="how the state_dict is merged: NAME, NAME(key=value), PATTERN=RULE or @FILE.toml; repeatable, "
-             "first match wins (default: fedavg)")
+        "first match wins (default: fedavg)",
+    )
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="where server/ is kept")
-    add("--keep-checkpoints", type=cli.positive_int, default=3, metavar="N",
-        help="keep the newest N rounds (at least 2) and the best one")
+    add(
+        "--keep-checkpoints",
+        type=cli.positive_int,
+        default=3,
+        metavar="N",
+        help="keep the newest N rounds (at least 2) and the best one",
+    )
     add("--resume", action="store_true", help="go on with the run in --checkpoint-dir")
-    add("--initial-checkpoint", type=Path, metavar="FILE",
-        help="start from a state_dict in a .safetensors or .pt file instead of asking a trainer")
-    add("--round-timeout", type=cli.seconds, metavar="S",
-        help="seconds after which a round goes on without what it has not got (default: never)")
-    add("--client-wait", type=cli.seconds, default=300.0, metavar="S",
-        help="seconds that a round waits for a client that went away")
-    add("--train-config", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
-        help="reaches every trainer as task.config; repeatable")
-    add("--payload-store", default="auto", metavar="auto|none|URL",
+    add(
+        "--initial-checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="start from a state_dict in a .safetensors or .pt file instead of asking a trainer",
+    )
+    add(
+        "--round-timeout",
+        type=cli.seconds,
+        metavar="S",
+        help="seconds after which a round goes on without what it has not got (default: never)",
+    )
+    add(
+        "--client-wait",
+        type=cli.seconds,
+        default=300.0,
+        metavar="S",
+        help="seconds that a round waits for a client that went away",
+    )
+    add(
+        "--train-config",
+        action="append",
+        type=cli.key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="reaches every trainer as task.config; repeatable",
+    )
+    add(
+        "--payload-store",
+        default="auto",
+        metavar="auto|none|URL",
         help="auto: clients that see this machine's disk exchange files by reference; none: all bytes in messages; "
-             "URL: by way of a place that fsspec knows, such as s3://bucket/prefix, for clients given the same")
+        "URL: by way of a place that fsspec knows, such as s3://bucket/prefix, for clients given the same",
+    )
     add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
     add("--seed", type=cli.natural, default=0, metavar="N", help="of the sampling of clients and of rules that draw")
     add("--ssl-ca-certfile", type=Path, metavar="FILE", help="CA certificate, PEM; with the two below it turns TLS on")
     add("--ssl-certfile", type=Path, metavar="FILE", help="this server's certificate, PEM")
     add("--ssl-keyfile", type=Path, metavar="FILE", help="this server's private key, PEM")
     add("--insecure", action="store_true", help="listen without TLS on a network that is private; else that is refused")
-    add("--join-token-file", type=Path, metavar="FILE",
-        help="lets only clients in that prove to know the token in this file (mode 0600; over TLS or on loopback)")
-    add("--supernode-public-key", type=Path, action="append", default=[], metavar="FILE",
-        help="with --engine superlink: lets only SuperNodes in that have one of these keys; repeatable")
-    add("--tracker", action="append", default=[], metavar="NAME[:PLACE]",
+    add(
+        "--join-token-file",
+        type=Path,
+        metavar="FILE",
+        help="lets only clients in that prove to know the token in this file (mode 0600; over TLS or on loopback)",
+    )
+    add(
+        "--supernode-public-key",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="with --engine superlink: lets only SuperNodes in that have one of these keys; repeatable",
+    )
+    add(
+        "--tracker",
+        action="append",
+        default=[],
+        metavar="NAME[:PLACE]",
         help="also write metrics to tensorboard or mlflow; PLACE is a directory or a tracking URI (default: in "
-             "--checkpoint-dir); repeatable")
+        "--checkpoint-dir); repeatable",
+    )
     cli.add_logging(parser)
     return parser
 

@@ -39,7 +39,9 @@ def run(options: Options) -> list[Figure]:
         for _ in range(options.pick(50, 50, 2)):
             samples.append(_one(directory / "exchange"))
     note = f"worst of {len(samples)}: {max(samples):.0f} ms"
-    return [Figure(topic=TOPIC, name="a killed trainer is noticed", unit="ms", samples=samples, target=100.0, note=note)]
+    return [
+        Figure(topic=TOPIC, name="a killed trainer is noticed", unit="ms", samples=samples, target=100.0, note=note)
+    ]
 
 
 def _one(exchange_dir: Path) -> float:

@@ -1,7 +1,7 @@
 """Federated learning on Flower in which the training process is free.
 
-``fedsplit.Trainer`` is what a training script uses; ``server_main.py``, ``client_main.py`` and ``model_main.py`` are the
-programs. Importing this package loads neither torch nor Flower: each name is imported when it is first used.
+``fedsplit.Trainer`` is what a training script uses. ``server_main.py``, ``client_main.py`` and ``model_main.py`` are
+the programs. Importing this package loads neither torch nor Flower: each name is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -182,9 +182,7 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise CheckpointError(f"{directory} has no valid manifest ({type(exc).__name__}: {exc})") from exc
 
-    def newest(
-        self, *, run_id: str | None = None, before: int | None = None, verify: bool = True
-    ) -> Checkpoint | None:
+    def newest(self, *, run_id: str | None = None, before: int | None = None, verify: bool = True) -> Checkpoint | None:
         """Return the newest valid round, of a run and below a round if given; names and passes over corrupt ones."""
         for server_round in reversed(self.rounds()):
             if before is not None and server_round >= before:

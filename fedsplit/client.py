@@ -16,11 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+
 # isort: split
 from flwr.client import Client
 from flwr.common import (
-    Code, EvaluateIns, EvaluateRes, FitIns, FitRes, GetParametersIns, GetParametersRes, GetPropertiesIns,
-    GetPropertiesRes, Parameters, Status,
+    Code,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    Parameters,
+    Status,
 )  # fmt: skip
 
 from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RefusedError
@@ -362,4 +372,3 @@ def _checked(blob: bytes, digest: str) -> Source:
     if found != digest:
         raise RecordError(f"the server sent a state with digest {found[:12]}…, announced as {digest[:12]}…")
     return Source(digest=digest, bytes=len(blob), content=blob)
-

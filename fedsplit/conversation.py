@@ -164,9 +164,7 @@ class Conversation:
                 raise StoppedError
             cancel = self._is_late()
             hold_s = 0.0 if cancel else self._hold_s()
-            send = self._state is not None and (
-                force_send or not (peer.sees_store or peer.held == self._state.digest)
-            )
+            send = self._state is not None and (force_send or not (peer.sees_store or peer.held == self._state.digest))
             reply, blob = self._send(peer, hold_s, cancel) if send else peer.ask(self._record(hold_s, cancel), None)
             status = reply.get("status")
             if status == "need":
@@ -185,7 +183,7 @@ class Conversation:
     def _send(self, peer: Peer, hold_s: float, cancel: bool) -> tuple[dict[str, Any], bytes | None]:
         """Ask with the state's bytes in the message."""
         state = self._state
-        assert state is not None  # noqa: S101  (for the type checker; `_ask` has looked)
+        assert state is not None
         largest = self._terms.engine.largest_bytes
         if state.bytes + _MESSAGE_OVERHEAD_BYTES > largest:
             raise RecordError(

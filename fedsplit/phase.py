@@ -48,6 +48,7 @@ class Phase:
         """Return the answers that count, by rank in order."""
         return {rank: answer for rank, answer in sorted(self.answers.items()) if rank not in self.refused}
 
+
 def in_parallel(job: Callable[[int], None], ranks: Sequence[int], stop: threading.Event) -> None:
     """Run a job for every rank at the same time, however few cores there are.
 

@@ -20,8 +20,8 @@ operation     travels as            meaning
                                     natural
 ============  ====================  ==============================================================================
 
-Each record stands as a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The bytes
-of a state travel in Flower's ``Parameters`` as one safetensors blob, and only when the other side does not hold them.
+Each record stands as a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The
+bytes of a state travel in Flower's ``Parameters`` as one safetensors blob, and only when the other side does not hold them.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ class Engine:
 
 
 # A second costs nothing, since a question takes a millisecond; and a run that is stopped stops at once.
-EMBEDDED = Engine(
-    name="embedded", hold_s=1.0, inline_bytes=1 << 20, largest_bytes=MAX_MESSAGE_BYTES, ping_s=10.0
-)
+EMBEDDED = Engine(name="embedded", hold_s=1.0, inline_bytes=1 << 20, largest_bytes=MAX_MESSAGE_BYTES, ping_s=10.0)
 # A question starts a process and is found by polls of seconds: most tasks should take one. Not for ever, or nobody
 # could tell a trainer in the middle of a task that the run was stopped.
 SUPERLINK = Engine(name="superlink", hold_s=20.0, inline_bytes=1 << 62, largest_bytes=1 << 62, ping_s=None)
@@ -96,6 +94,15 @@ def unpack(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     return loads(text.encode(), where)
 
 
-def ask_record(request: Request, *, digest: str | None, payload_bytes: int, hold_s: float, cancel: bool) -> dict[str, Any]:
+def ask_record(
+    request: Request, *, digest: str | None, payload_bytes: int, hold_s: float, cancel: bool
+) -> dict[str, Any]:
     """Return the record that asks for a task."""
-    return {"op": "ask", **asdict(request), "digest": digest, "bytes": payload_bytes, "hold_s": hold_s, "cancel": cancel}
+    return {
+        "op": "ask",
+        **asdict(request),
+        "digest": digest,
+        "bytes": payload_bytes,
+        "hold_s": hold_s,
+        "cancel": cancel,
+    }

@@ -1,6 +1,6 @@
-"""A payload store that several machines see: any URL that fsspec knows, such as ``s3://bucket/prefix`` or a shared mount.
+"""A payload store that several machines see: any URL that fsspec knows, such as ``s3://bucket/prefix``, a shared mount.
 
-Immutable files named by the SHA-256 of their bytes, as in the local store: what is uploaded once is never written again,
+Immutable files named by the SHA-256 of their bytes, as in the local store: what is uploaded is never written again,
 what is downloaded is checked against its name. Whoever is told of a digest is told so after the upload was complete.
 The bytes of a state then travel between each side and the store, and never through the server's messages.
 """
@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
 from urllib.parse import urlsplit
 
 from fedsplit.errors import ExchangeError, RecordError, UsageError
@@ -154,5 +153,3 @@ def shown(url: str) -> str:
 def open_remote(setting: str) -> RemoteStore | None:
     """Return the store that ``--payload-store`` asks for; None for ``auto`` and ``none``."""
     return None if setting in ("auto", "none") else RemoteStore(setting)
-
-

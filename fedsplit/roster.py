@@ -18,9 +18,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+
 # isort: split
 from flwr.common import (
-    Code, EvaluateIns, FitIns, GetParametersIns, GetPropertiesIns, Parameters, ReconnectIns,
+    Code,
+    EvaluateIns,
+    FitIns,
+    GetParametersIns,
+    GetPropertiesIns,
+    Parameters,
+    ReconnectIns,
 )  # fmt: skip
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -117,7 +124,7 @@ class Peer:
         with self._lock:
             try:
                 answer = call()
-            except Exception as exc:  # noqa: BLE001  (each engine has its own; all mean that the stream is gone)
+            except Exception as exc:
                 raise PeerLostError(f"{type(exc).__name__}: {exc}") from exc
             self.last_heard = time.monotonic()
             return answer

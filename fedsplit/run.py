@@ -111,9 +111,7 @@ class Run:
         self.history.keep_up_to(self.resumed.server_round if self.resumed else 0)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         try:
             self.payloads.keep_only(())
         finally:
@@ -171,7 +169,7 @@ class Run:
         self._write_record()
 
     def local_entries(self) -> dict[str, torch.Tensor]:
-        """Return the entries that stay with the trainers as tensors without data, for showing and checking the split."""
+        """Return the entries that stay with the trainers as tensors without data, to show and check the split."""
         import torch
 
         return {

@@ -281,9 +281,7 @@ class Server(FlowerServer):
         log.info("%s", describe_round(line, self._rounds), extra=event("round", total_rounds=self._rounds, **line))
         self._observer.round_ended(line, self._rounds)
 
-    def _train(
-        self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, stages: Stages
-    ) -> Line:
+    def _train(self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, stages: Stages) -> Line:
         merge, turns, phase = strategy.begin_merge(server_round), Turns(ranks), Phase()
         self._observer.asked("train", server_round, self._rounds, ranks)
 
@@ -355,9 +353,7 @@ class Server(FlowerServer):
         finally:
             stages.end("checking")
 
-    def _evaluate(
-        self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line
-    ) -> None:
+    def _evaluate(self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line) -> None:
         phase = Phase()
         self._observer.asked("evaluate", server_round, self._rounds, ranks)
 
@@ -390,8 +386,8 @@ class Server(FlowerServer):
 
     def _terms(self, deadline: float | None) -> Terms:
         return Terms(
-            roster=self._roster, store=self._run.payloads, remote=self._remote, client_wait_s=self._client_wait_s, deadline=deadline,
-            deadline_s=self._round_timeout_s, stop=self._stop, engine=self._engine, observer=self._observer,
+            roster=self._roster, store=self._run.payloads, remote=self._remote, client_wait_s=self._client_wait_s,
+            deadline=deadline, deadline_s=self._round_timeout_s, stop=self._stop, engine=self._engine, observer=self._observer,
         )  # fmt: skip
 
     def _refuse(self, phase: Phase, rank: int, kind: str, reason: str, trainer_traceback: str) -> None:

@@ -47,7 +47,7 @@ class StrategySettings:
     def sample(self, server_round: int, ranks: Sequence[int]) -> list[int]:
         """Draw the ranks that train in a round: the same ones whenever the same ranks are there."""
         number = max(1, math.ceil(self.fraction_train * len(ranks)), min(self.min_results, len(ranks)))
-        return sorted(random.Random(f"{self.seed}/{server_round}").sample(sorted(ranks), number))  # noqa: S311
+        return sorted(random.Random(f"{self.seed}/{server_round}").sample(sorted(ranks), number))
 
 
 def initial_from(path: Path | None) -> Callable[[], list[Buffer]] | None:

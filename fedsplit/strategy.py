@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 import fedsplit.embedded  # noqa: F401  (first: it keeps Flower from calling home)
+
 # isort: split
 from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters
 from flwr.common.typing import Scalar as FlowerScalar
@@ -120,14 +122,14 @@ class Strategy(FlowerStrategy):
         self._reference = decode(content, "the global state")
 
     def without_local(self, chunks: list[Buffer]) -> tuple[list[Buffer], dict[str, tuple[str, list[int]]]]:
-        """Take the entries that stay with the trainers out of a state; returns what is left, and their dtypes and shapes."""
+        """Take what stays with the trainers out of a state; returns what is left, and their dtypes and shapes."""
         state = decode(b"".join(chunks), "the initial state")
         local = {name for name in state if is_local(name, self.settings.local_patterns)}
         entries = {name: (str(state[name].dtype).removeprefix("torch."), list(state[name].shape)) for name in local}
         return encode({name: tensor for name, tensor in state.items() if name not in local}), entries
 
     def resolve_split(self, local_entries: Mapping[str, torch.Tensor]) -> None:
-        """Give every entry its rule; raises UsageError for a pattern that matches nothing or an entry without a rule."""
+        """Give every entry its rule; raises UsageError for a pattern without entries or an entry without a rule."""
         self.split = Split.resolve(
             self.settings.rules, {**self._reference, **local_entries}, local_withheld=not local_entries
         )
@@ -227,13 +229,15 @@ def read_initial_checkpoint(path: Path) -> list[Buffer]:
         raise UsageError(f"--initial-checkpoint {path} does not exist") from exc
     except FedSplitError as exc:
         raise UsageError(f"--initial-checkpoint: {exc}") from exc
-    except Exception as exc:  # noqa: BLE001  (torch raises a dozen types for what is not a checkpoint)
+    except Exception as exc:  # torch raises a dozen types for what is not a checkpoint
         raise UsageError(
-            f"--initial-checkpoint {path} holds no plain state_dict ({type(exc).__name__}: {str(exc).splitlines()[0]}); "
-            "save model.state_dict() with torch.save, or as .safetensors"
+            f"--initial-checkpoint {path} holds no plain state_dict ({type(exc).__name__}: {str(exc).splitlines()[0]});"
+            " save model.state_dict() with torch.save, or as .safetensors"
         ) from exc
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"--initial-checkpoint {path} holds a {type(state).__name__}, expected a state_dict of tensors")
+        raise UsageError(
+            f"--initial-checkpoint {path} holds a {type(state).__name__}, expected a state_dict of tensors"
+        )
     return encode(state)
 
 

@@ -83,7 +83,7 @@ def disturb(federation: Programs, *, kills: int, seed: int, timeout_s: float) ->
 
 
 def _let_everybody_hear_of_the_end(federation: Programs) -> None:
-    """What was killed on its way out, having heard of the end, learns of it from server and client started once more."""
+    """What was killed on its way out, having heard of the end, learns of it from programs started once more."""
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline and any(process.poll() is None for process in federation.processes.values()):
         time.sleep(0.05)
@@ -123,18 +123,21 @@ def run_chaos(directory: Path, *, kills: int, seed: int, rounds: int, exchange_d
 def main() -> int:
     """Run the long version."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs in all, half of them with each place of the exchange")
+    parser.add_argument(
+        "--kills", type=int, default=100, help="SIGKILLs in all, half of them with each place of the exchange"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="rounds (default: enough for the kills)")
     arguments = parser.parse_args()
     kills = -(-arguments.kills // 2)
     rounds = arguments.rounds or 4 * kills
-    for place in ("/dev/shm", None):
+    for seed, place in enumerate(("/dev/shm", None), start=arguments.seed):
         directory = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-"))
         exchange = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-", dir=place)) if place else None
-        outcome = run_chaos(directory, kills=kills, seed=arguments.seed, rounds=rounds, exchange_dir=exchange)
-        print(f"exchange on {place or 'disk'}: {sum(outcome.kills.values())} kills ({dict(outcome.kills)}) over {rounds} "
-              f"rounds in {outcome.seconds:.0f} s: every round once, final state bit for bit as undisturbed")  # fmt: skip
+        outcome = run_chaos(directory, kills=kills, seed=seed, rounds=rounds, exchange_dir=exchange)
+        made = f"{sum(outcome.kills.values())} kills ({dict(outcome.kills)}) over {rounds} rounds"
+        result = "every round once, final state bit for bit as undisturbed"
+        print(f"exchange on {place or 'disk'}: {made} in {outcome.seconds:.0f} s: {result}", flush=True)
         for path in (directory, exchange):
             if path:
                 shutil.rmtree(path)

@@ -60,7 +60,15 @@ class Programs:
         if kind == "server":
             flags = ["--address", address, "--checkpoint-dir", str(self.checkpoints), *self.server_flags]
         elif kind == "client":
-            flags = ["--rank", rank, "--server-address", address, "--exchange-dir", str(self.exchange), *self.client_flags]
+            flags = [
+                "--rank",
+                rank,
+                "--server-address",
+                address,
+                "--exchange-dir",
+                str(self.exchange),
+                *self.client_flags,
+            ]
         else:
             flags = ["--rank", rank, "--exchange-dir", str(self.exchange), "--checkpoint-dir", str(self.checkpoints),
                      "--num-partitions", str(self.ranks), *self.model_flags]  # fmt: skip

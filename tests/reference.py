@@ -11,7 +11,9 @@ import torch
 State = dict[str, torch.Tensor]
 
 
-def federated_averaging(make_workload: Callable[[int], Any], *, ranks: int, rounds: int, config: dict[str, Any] | None = None) -> State:
+def federated_averaging(
+    make_workload: Callable[[int], Any], *, ranks: int, rounds: int, config: dict[str, Any] | None = None
+) -> State:
     """Train sequentially: every rank from the same state, then the weighted mean; returns the last global state.
 
     ``make_workload(rank)`` makes what ``model_main.py`` would.

@@ -20,9 +20,7 @@ def code_blocks(language):
 
 
 def merged(split, previous, states, memory, server_round=1):
-    merger = split.start_round(
-        server_round=server_round, total_rounds=2, previous=previous, seed=0, memory=memory
-    )
+    merger = split.start_round(server_round=server_round, total_rounds=2, previous=previous, seed=0, memory=memory)
     for rank, (state, loss) in enumerate(states, start=1):
         merger.add(Update(rank=rank, state_dict=state, num_examples=1, metrics={"loss": loss}))
     return merger.finish()
@@ -33,9 +31,7 @@ def test_the_rule_on_the_page_does_what_it_says(tmp_path, monkeypatch):
     (tmp_path / "my_rules.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     previous = {"body.w": torch.tensor([0.0]), "n": torch.tensor(1)}
-    states = [
-        ({"body.w": torch.tensor([x]), "n": torch.tensor(2)}, loss) for x, loss in [(8.0, 0.9), (2.0, 0.1)]
-    ]
+    states = [({"body.w": torch.tensor([x]), "n": torch.tensor(2)}, loss) for x, loss in [(8.0, 0.9), (2.0, 0.1)]]
     split = Split.resolve(parse_rules(["body.*=my_rules:best_client(metric=loss)", "fedavg"]), previous)
     result = merged(split, previous, states, memory := {})
     assert result["body.w"].tolist() == [1.0]

@@ -71,9 +71,7 @@ def sent(state, server_round):
 def run(split, state, rounds, memory, updates_of=sent):
     states = []
     for server_round in rounds:
-        merger = split.start_round(
-            server_round=server_round, total_rounds=9, previous=state, seed=0, memory=memory
-        )
+        merger = split.start_round(server_round=server_round, total_rounds=9, previous=state, seed=0, memory=memory)
         for update in updates_of(state, server_round):
             merger.add(update)
         state = merger.finish()
@@ -220,8 +218,7 @@ def test_what_the_strategy_itself_refuses_names_the_rule():
 def test_a_part_of_whole_numbers_only_and_complex_entries_work():
     state = {"n": torch.tensor([1, 2]), "z": torch.tensor([1 + 2j, 3 - 1j])}
     updates = [
-        Update(rank=r, state_dict={"n": torch.tensor([r, 5]), "z": state["z"] * r}, num_examples=1)
-        for r in (1, 2, 3)
+        Update(rank=r, state_dict={"n": torch.tensor([r, 5]), "z": state["z"] * r}, num_examples=1) for r in (1, 2, 3)
     ]
     split = Split.resolve(parse_rules(["n=flower.FedMedian", "z=flower.FedMedian"]), state)
     (result,) = run(split, state, [1], {}, lambda *_: updates)

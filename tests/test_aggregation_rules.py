@@ -131,9 +131,7 @@ def test_trimmed_mean_drops_both_ends():
 def test_krum_takes_the_client_among_its_neighbours_whole():
     # With f = 1 and n = 5, scores are sums over the 2 nearest. Squared distances on the line 0 1 2 10 11:
     # 0: 1+4, 1: 1+1, 2: 1+4, 10: 1+64, 11: 1+81. The client at 1 wins, and its own counter comes along.
-    states = [
-        {"w": torch.tensor([x]), "n": torch.tensor(i)} for i, x in enumerate([0.0, 1.0, 2.0, 10.0, 11.0])
-    ]
+    states = [{"w": torch.tensor([x]), "n": torch.tensor(i)} for i, x in enumerate([0.0, 1.0, 2.0, 10.0, 11.0])]
     result = krum(updates_of(*states), context(), byzantine=1)
     assert (result["w"].item(), result["n"].item()) == (1.0, 1)
 
@@ -181,9 +179,7 @@ def test_max_refuses_complex_numbers():
 @pytest.mark.parametrize("rule", [fedavg, median, geometric_median])
 def test_integers_take_the_maximum_exactly(rule):
     low, high = 2**53, 2**53 + 1
-    states = [
-        {"n": torch.tensor(n), "b": torch.tensor(b)} for n, b in [(low, False), (high, True), (low, False)]
-    ]
+    states = [{"n": torch.tensor(n), "b": torch.tensor(b)} for n, b in [(low, False), (high, True), (low, False)]]
     result = rule(updates_of(*states), context())
     assert (result["n"].item(), result["b"].item()) == (high, True)
     assert float(low) == float(high)  # what a merge by floating point would have lost
@@ -390,10 +386,7 @@ def states(draw, clients):
         )
     )
     return [
-        {
-            f"layer.{i}": entry(dtype, shape, turned, generator)
-            for i, (dtype, shape, turned) in enumerate(forms)
-        }
+        {f"layer.{i}": entry(dtype, shape, turned, generator) for i, (dtype, shape, turned) in enumerate(forms)}
         for _ in range(clients)
     ]
 

@@ -83,10 +83,7 @@ def test_the_table_has_entries_bytes_and_rule_of_each_part():
 
 def test_it_can_be_resolved_from_a_manifest_without_data():
     manifest = {key: tensor.to("meta") for key, tensor in state().items()}
-    assert (
-        split_of("body.*=median", "fedavg", reference=manifest).rows
-        == split_of("body.*=median", "fedavg").rows
-    )
+    assert split_of("body.*=median", "fedavg", reference=manifest).rows == split_of("body.*=median", "fedavg").rows
 
 
 @pytest.mark.parametrize(
@@ -304,9 +301,7 @@ def test_a_failure_of_a_rule_keeps_its_cause(user_rules):
 def test_a_built_in_rule_that_cannot_work_names_the_part_and_the_number_that_would():
     with pytest.raises(AggregationError) as caught:
         merged(split_of("head.*=krum(byzantine=1)", "fedavg"), update(1, 1.0), update(2, 2.0))
-    assert "the rule krum(byzantine=1) of part 'head.*': byzantine=1 takes at least 5 updates" in str(
-        caught.value
-    )
+    assert "the rule krum(byzantine=1) of part 'head.*': byzantine=1 takes at least 5 updates" in str(caught.value)
 
 
 def test_an_infinite_mask_survives_when_it_is_frozen_and_is_named_when_it_is_averaged():

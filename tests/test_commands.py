@@ -41,9 +41,7 @@ def checkpoint_dir(tmp_path: Path) -> Path:
             files={"state.safetensors": encode(STATE | {"round": torch.tensor(server_round)})},
         )  # fmt: skip
     (directory / "server/history.jsonl").write_text('{"round": 2, "evaluate": {"accuracy": 0.25}}\n')
-    CheckpointStore(directory / "rank-2").save(
-        run_id="abc", server_round=3, files={"local_state.pt": [b"1234"]}
-    )
+    CheckpointStore(directory / "rank-2").save(run_id="abc", server_round=3, files={"local_state.pt": [b"1234"]})
     return directory
 
 
@@ -74,9 +72,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_help_lists_every_command() -> None:
-    first_words = [
-        line.split()[0] for line in make_parser().format_help().splitlines() if line.startswith("    ")
-    ]
+    first_words = [line.split()[0] for line in make_parser().format_help().splitlines() if line.startswith("    ")]
     assert set(COMMANDS) <= set(first_words)
 
 
@@ -97,9 +93,7 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint_dir: Path) -> None:
     assert (finished.returncode, finished.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["nope"], ["status", "--nope"], ["export"], ["demo", "--clients", "0"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["status", "--nope"], ["export"], ["demo", "--clients", "0"]])
 def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -129,9 +123,7 @@ def test_checkpoints_lists_every_store_with_its_metrics(
     assert rows[3][4] == "4"
 
 
-def test_checkpoints_names_a_corrupt_one_and_fails(
-    checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoints_names_a_corrupt_one_and_fails(checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corrupt(checkpoint_dir / "server/round-000002/state.safetensors")
     (checkpoint_dir / "rank-2/round-000003/manifest.json").write_text("{")
     assert main(["checkpoints", str(checkpoint_dir)]) == CheckpointError.exit_code
@@ -150,9 +142,7 @@ def test_checkpoints_takes_one_store(checkpoint_dir: Path, capsys: pytest.Captur
 def test_a_round_that_is_pruned_while_it_is_listed_is_not_corrupt(
     checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        CheckpointStore, "rounds", lambda self: [3, 9] if self.directory.name == "server" else []
-    )
+    monkeypatch.setattr(CheckpointStore, "rounds", lambda self: [3, 9] if self.directory.name == "server" else [])
     assert main(["checkpoints", str(checkpoint_dir)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
@@ -178,9 +168,7 @@ def test_what_is_exported_loads_back_equal(checkpoint_dir: Path, tmp_path: Path,
         assert torch.equal(loaded[name], tensor)
 
 
-def test_export_takes_a_round_and_passes_over_a_corrupt_newest_one(
-    checkpoint_dir: Path, tmp_path: Path
-) -> None:
+def test_export_takes_a_round_and_passes_over_a_corrupt_newest_one(checkpoint_dir: Path, tmp_path: Path) -> None:
     corrupt(checkpoint_dir / "server/round-000003/state.safetensors")
     output = tmp_path / "model.safetensors"
     command = ["export", "--checkpoint-dir", str(checkpoint_dir), "--output", str(output)]
@@ -287,9 +275,7 @@ def test_status_takes_the_directory_of_one_rank(
 
 
 @pytest.mark.parametrize("text", ["{", json.dumps({"schema": "fedsplit/99"}), "[]"])
-def test_status_shows_what_it_cannot_read(
-    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_status_shows_what_it_cannot_read(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rank-1").mkdir()
     (tmp_path / "rank-1/task.json").write_text(text)
     assert main(["status", str(tmp_path)]) == 0

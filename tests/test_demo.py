@@ -20,10 +20,10 @@ from fedsplit.__main__ import main
 from fedsplit.commands import demo, programs
 from fedsplit.commands.demo_follower import Follower
 from fedsplit.commands.demo_view import LiveView, PlainView
-from fedsplit.console import cells
 from fedsplit.commands.places import Places
 from fedsplit.commands.programs import Program, Programs
 from fedsplit.commands.status import read_statuses
+from fedsplit.console import cells
 from fedsplit.errors import RoleTakenError, RunFailedError
 from fedsplit.exchange import Exchange
 from fedsplit.history import History, read_history
@@ -55,9 +55,7 @@ class Demo:
 
     def still_running(self) -> list[psutil.Process]:
         # psutil compares start times: an id that was given to another process since is not taken for it.
-        return [
-            child for child in self.children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
-        ]
+        return [child for child in self.children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture
@@ -79,9 +77,7 @@ def started(tmp_path: Path) -> Iterator[Demo]:
 
 @pytest.mark.processes
 def test_a_run_ends_with_the_accuracy_the_checkpoints_and_the_plot(tmp_path: Path) -> None:
-    finished = subprocess.run(
-        [*COMMAND, "--rounds", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    finished = subprocess.run([*COMMAND, "--rounds", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr + finished.stdout
     last = read_history(tmp_path / "checkpoints/server/history.jsonl")[-1]
     lines = finished.stdout.splitlines()
@@ -134,9 +130,7 @@ def test_sigterm_while_the_programs_start_leaves_nothing_running(started: Demo) 
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="only Linux tells children of a parent's death"
-)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children of a parent's death")
 def test_a_demo_that_is_killed_outright_takes_its_programs_along(started: Demo) -> None:
     started.wait_for_children()
     started.process.kill()
@@ -198,9 +192,7 @@ def test_plain_lines_say_each_thing_once(capsys: pytest.CaptureFixture[str]) -> 
             view.show("going on", lines)
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["title", "going on"]
-    assert printed[2].startswith(
-        "round 1 | clients 2/2 | train loss 1.2500 | test loss 0.5000 | accuracy 0.7500"
-    )
+    assert printed[2].startswith("round 1 | clients 2/2 | train loss 1.2500 | test loss 0.5000 | accuracy 0.7500")
     assert printed[3].startswith("round 2 | clients 1/2")
     assert printed[4:] == ["round 2: rank 2 was not counted: NaN in fc.weight"]
 
@@ -209,9 +201,7 @@ def test_the_live_table_shows_the_newest_rounds_and_what_was_refused() -> None:
     from rich.console import Console
 
     screen = io.StringIO()
-    view = LiveView(
-        Console(file=screen, force_terminal=True, width=80, height=16, color_system=None), "title"
-    )
+    view = LiveView(Console(file=screen, force_terminal=True, width=80, height=16, color_system=None), "title")
     with view:
         view.show("round 9 of 9: training", [{**LINE, "round": number} for number in range(1, 9)])
         screen.truncate(0)
@@ -234,14 +224,9 @@ def test_a_round_without_evaluation_or_with_nan_has_dashes() -> None:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "stubborn.py").write_text(
-        "import signal, time\n"
-        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "print('ready', flush=True)\n"
-        "time.sleep(60)"
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('ready', flush=True)\ntime.sleep(60)"
     )
-    (tmp_path / "failing.py").write_text(
-        "import sys\nprint('because', flush=True)\nsys.exit(int(sys.argv[1]))"
-    )
+    (tmp_path / "failing.py").write_text("import sys\nprint('because', flush=True)\nsys.exit(int(sys.argv[1]))")
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
@@ -260,10 +245,7 @@ def test_a_program_that_ignores_sigint_is_killed(
 
 def test_the_cause_is_named_before_those_that_followed(tmp_path: Path, environment: dict[str, str]) -> None:
     group = Programs(
-        [
-            Program(f"program {code}", "failing", [code], tmp_path / f"{code}.log")
-            for code in ("15", "0", "7")
-        ],
+        [Program(f"program {code}", "failing", [code], tmp_path / f"{code}.log") for code in ("15", "0", "7")],
         environment,
     )
     with group:

@@ -66,7 +66,10 @@ def test_every_dtype_comes_back_with_the_same_bits_when_trainers_change_nothing(
 
     flags = ("--threads", "1", "--workload", "tests.unchanged:unchanged")
     with programs(
-        tmp_path, ranks=3, model_flags=flags, server_flags=("--rounds", "2", "--min-clients", "3", "--payload-store", store)
+        tmp_path,
+        ranks=3,
+        model_flags=flags,
+        server_flags=("--rounds", "2", "--min-clients", "3", "--payload-store", store),
     ) as federation:
         link_tests(tmp_path)
         federation.start_all()
@@ -90,8 +93,13 @@ def test_large_states_are_pulled_when_the_merge_wants_them(tmp_path: Path) -> No
 
 
 def test_no_program_sees_the_others_library(tmp_path: Path) -> None:
-    for module, unwanted in (("fedsplit.client", {"torch"}), ("fedsplit.trainer", {"flwr", "grpc"}),
-                             ("fedsplit.workloads", {"torch", "flwr"}), ("fedsplit", {"torch", "flwr", "numpy"})):  # fmt: skip
+    everything = {"torch", "flwr", "grpc", "numpy", "lightning", "transformers"}
+    for module, unwanted in (
+        ("fedsplit.client", {"torch"}),
+        ("fedsplit.trainer", {"flwr", "grpc"}),
+        ("fedsplit.workloads", {"torch", "flwr"}),
+        ("fedsplit", everything),
+    ):
         code = f"import sys, {module}; print(sorted({unwanted!r} & set(sys.modules)))"
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
         assert found.stdout.strip() == "[]", module
@@ -204,7 +212,9 @@ def test_a_taken_rank_names_the_process_that_holds_it(tmp_path: Path) -> None:
     with programs(tmp_path) as federation:
         first = federation.start("client-1")
         federation.wait_for("client-1", "waiting for the server")
-        second = subprocess.run(federation.command("client-1"), capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        second = subprocess.run(
+            federation.command("client-1"), capture_output=True, text=True, timeout=60, cwd=tmp_path
+        )
         assert second.returncode == 4
         assert f"process {first.pid}" in second.stderr
 

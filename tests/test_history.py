@@ -40,7 +40,10 @@ def test_a_resumed_run_drops_the_rounds_that_it_does_again(tmp_path: Path) -> No
 def test_numbers_that_are_not_finite_stand_as_null(tmp_path: Path) -> None:
     history = History(tmp_path / "history.jsonl")
     history.append(line(1, loss=float("nan"), accuracy=float("inf")))
-    assert json.loads(history.path.read_text(), parse_constant=pytest.fail)["evaluate"] == {"loss": None, "accuracy": None}
+    assert json.loads(history.path.read_text(), parse_constant=pytest.fail)["evaluate"] == {
+        "loss": None,
+        "accuracy": None,
+    }
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,7 @@ def test_parts_are_disjoint_complete_ascending_and_differ_in_size_by_one_at_most
 
 @settings(deadline=None, max_examples=50)
 @given(problems(), SCHEMES, st.integers(0, 2**40))
-def test_the_same_seed_gives_the_same_parts(
-    problem: tuple[np.ndarray, int], scheme: Scheme, seed: int
-) -> None:
+def test_the_same_seed_gives_the_same_parts(problem: tuple[np.ndarray, int], scheme: Scheme, seed: int) -> None:
     labels, num_partitions = problem
     again = partition(labels.copy(), num_partitions, scheme, seed)
     for one, other in zip(partition(labels, num_partitions, scheme, seed), again, strict=True):
@@ -116,9 +114,7 @@ def test_the_options_choose_the_scheme(options: dict[str, str], scheme: Scheme) 
     reader.finish()
 
 
-@pytest.mark.parametrize(
-    "options", [{"partition": "random"}, {"alpha": "0"}, {"alpha": "-1"}, {"alpha": "x"}]
-)
+@pytest.mark.parametrize("options", [{"partition": "random"}, {"alpha": "0"}, {"alpha": "-1"}, {"alpha": "x"}])
 def test_options_that_name_no_scheme_are_usage_errors(options: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         parse_scheme(OptionReader(options))

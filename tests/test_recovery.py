@@ -119,7 +119,9 @@ def test_a_dead_trainer_is_noticed_although_its_child_lives_and_the_round_ends_w
 
 
 def test_a_busy_trainer_is_never_taken_for_dead(tmp_path: Path) -> None:
-    with counting(tmp_path, "sleep=4", client_flags=("--trainer-wait", "0.5"), server_flags=("--rounds", "1")) as federation:
+    with counting(
+        tmp_path, "sleep=4", client_flags=("--trainer-wait", "0.5"), server_flags=("--rounds", "1")
+    ) as federation:
         # Trainers first: an absent one would be missed after half a second.
         for rank in (1, 2):
             federation.start(f"model-{rank}")

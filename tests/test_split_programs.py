@@ -92,7 +92,9 @@ def test_the_body_is_the_median_and_the_heads_are_nowhere_but_at_home(tmp_path: 
         reported = lines[-1]["clients"][str(rank)]["evaluate"]["head"]  # type: ignore[index]
         assert reported == pytest.approx(expected, abs=1e-5)
     secrets = [head_after(rank, n).numpy().tobytes()[:32] for rank in (1, 2, 3) for n in range(rounds + 1)]
-    looked_at = [path for top in ("exchange", "checkpoints/server") for path in (tmp_path / top).rglob("*") if path.is_file()]
+    looked_at = [
+        path for top in ("exchange", "checkpoints/server") for path in (tmp_path / top).rglob("*") if path.is_file()
+    ]
     assert len(looked_at) > 10
     for path in looked_at:
         content = path.read_bytes()

@@ -33,7 +33,10 @@ def strategy_for(state: StateDict, *rules: str, **settings: Any) -> Strategy:
 def test_a_list_of_flowers_results_is_merged_as_the_server_merges_them() -> None:
     strategy = strategy_for({"a": torch.zeros(2), "n": torch.tensor(0)})
     results = [
-        (SimpleNamespace(cid=str(rank)), FitRes(OK, Parameters([payload(state)], "safetensors"), weight, {"loss": 1.0 * rank}))
+        (
+            SimpleNamespace(cid=str(rank)),
+            FitRes(OK, Parameters([payload(state)], "safetensors"), weight, {"loss": 1.0 * rank}),
+        )
         for rank, weight, state in (
             (1, 1, {"a": torch.tensor([1.0, 1.0]), "n": torch.tensor(5)}),
             (2, 3, {"a": torch.tensor([5.0, 1.0]), "n": torch.tensor(2**60)}),
@@ -94,7 +97,8 @@ def test_the_same_ranks_are_drawn_for_a_round_whenever_it_is_done() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"fraction_train": 0.0}, {"fraction_train": 1.5}, {"min_clients": 0}, {"min_results": 0}, {"evaluate_every": -1}]
+    "wrong",
+    [{"fraction_train": 0.0}, {"fraction_train": 1.5}, {"min_clients": 0}, {"min_results": 0}, {"evaluate_every": -1}],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

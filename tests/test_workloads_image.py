@@ -206,12 +206,8 @@ def test_what_is_reported_is_what_was_seen() -> None:
     assert result.metrics.keys() == {"loss", "accuracy"}
 
 
-@pytest.mark.parametrize(
-    ("batches", "num_examples"), [(0, 0), (1, 32), (5, 160), (23, 719), (24, 719), (46, 719)]
-)
-def test_a_task_that_stops_counts_only_the_different_examples_it_trained_on(
-    batches: int, num_examples: int
-) -> None:
+@pytest.mark.parametrize(("batches", "num_examples"), [(0, 0), (1, 32), (5, 160), (23, 719), (24, 719), (46, 719)])
+def test_a_task_that_stops_counts_only_the_different_examples_it_trained_on(batches: int, num_examples: int) -> None:
     workload = digits(epochs=2)
     before = state_of(workload)
     result = workload.train(StubTask(stop_after=batches))
@@ -274,9 +270,7 @@ def test_every_batch_is_announced() -> None:
         ({"something-else": True}, {}),
     ],
 )
-def test_the_servers_config_does_what_the_option_does(
-    config: dict[str, Any], options: dict[str, object]
-) -> None:
+def test_the_servers_config_does_what_the_option_does(config: dict[str, Any], options: dict[str, object]) -> None:
     by_config, by_option = digits(), digits(**options)
     by_config.train(StubTask(config=config))
     by_option.train(StubTask())

@@ -20,9 +20,7 @@ def test_whole_numbers_are_read_from_text_and_numbers(value: object, expected: i
 
 @pytest.mark.parametrize("value", ["", "x", "1.5", 0, "-1", True, "nan", "inf", "9" * 5000, [2]])
 def test_what_is_no_whole_number_is_refused_with_name_expected_and_found(value: object) -> None:
-    with pytest.raises(
-        UsageError, match=r"--workload-option epochs: expected a whole number of at least 1, found"
-    ):
+    with pytest.raises(UsageError, match=r"--workload-option epochs: expected a whole number of at least 1, found"):
         OptionReader({"epochs": value}).integer("epochs", default=1)
 
 
@@ -38,9 +36,7 @@ def test_what_is_not_above_the_bound_is_refused(value: object) -> None:
 
 
 def test_an_upper_bound_is_said() -> None:
-    with pytest.raises(
-        UsageError, match=r"momentum: expected a number of at least 0 and less than 1, found '1'"
-    ):
+    with pytest.raises(UsageError, match=r"momentum: expected a number of at least 0 and less than 1, found '1'"):
         OptionReader({"momentum": "1"}).number("momentum", default=0.9, below=1.0)
 
 

@@ -88,9 +88,7 @@ def cifar_files() -> dict[str, bytes]:
     files = {f"data_batch_{n}": pickle.dumps(cifar_batch(n, 4)[0], protocol=2) for n in range(1, 6)}
     files["test_batch"] = pickle.dumps(cifar_batch(6, 5)[0], protocol=2)
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    files["batches.meta"] = pickle.dumps(
-        {"num_cases_per_batch": 4, "label_names": names, "num_vis": 3072}, protocol=2
-    )
+    files["batches.meta"] = pickle.dumps({"num_cases_per_batch": 4, "label_names": names, "num_vis": 3072}, protocol=2)
     return files
 
 

@@ -1,7 +1,7 @@
 """Records the server's terminal in a real run as an SVG: ``PYTHONPATH=. python docs/images/record.py``.
 
-Three ranks train the digits; the trainer of rank 3 is killed in the fourth round, and the picture is taken while the server
-waits for it.
+Three ranks train the digits; the trainer of rank 3 is killed in the fourth round, and the picture is taken while the
+server waits for it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pty
 import re
 import struct
 import subprocess
-import termios
 import tempfile
+import termios
 from pathlib import Path
 
 from rich.console import Console

@@ -178,9 +178,7 @@ class Registered:
         """The rule with these parameters; `text` is how messages call it."""
         factory = functools.partial(self.accumulator, **params) if self.accumulator is not None else None
         function = functools.partial(self.function, **params)
-        return FunctionRule(
-            name=text, function=function, factory=factory, min_updates=self.min_updates(**params)
-        )
+        return FunctionRule(name=text, function=function, factory=factory, min_updates=self.min_updates(**params))
 
 
 REGISTRY: dict[str, Registered] = {}
@@ -206,9 +204,7 @@ def rule(
     """
 
     def register(function: RuleFunction) -> RuleFunction:
-        REGISTRY[name] = Registered(
-            name=name, function=function, accumulator=accumulator, min_updates=min_updates
-        )
+        REGISTRY[name] = Registered(name=name, function=function, accumulator=accumulator, min_updates=min_updates)
         return function
 
     return register
@@ -225,9 +221,7 @@ def check_memory(memory: object, where: str = "memory") -> None:
     if isinstance(memory, dict):
         for key, value in memory.items():
             if not isinstance(key, str):
-                raise AggregationError(
-                    f"{where} has the key {key!r}: expected str keys, found {type(key).__name__}"
-                )
+                raise AggregationError(f"{where} has the key {key!r}: expected str keys, found {type(key).__name__}")
             check_memory(value, f"{where}[{key!r}]")
     elif isinstance(memory, list):
         for index, value in enumerate(memory):

@@ -241,9 +241,7 @@ def _encode(name: str, value: Any) -> Any:
         return {"parameters": [torch.from_numpy(np.array(array)) for array in parameters_to_ndarrays(value)]}
     if isinstance(value, list) and all(isinstance(item, np.ndarray | np.generic) for item in value):
         return [torch.from_numpy(np.array(item)) for item in value]
-    raise AggregationError(
-        f"{name!r} of the strategy is a {type(value).__name__}: no checkpoint can hold that"
-    )
+    raise AggregationError(f"{name!r} of the strategy is a {type(value).__name__}: no checkpoint can hold that")
 
 
 def _decode(value: Any) -> Any:

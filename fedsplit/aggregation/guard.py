@@ -36,18 +36,12 @@ class InputGuard:
         for what, state, before in self._watched:
             for key in state:
                 if key not in before:
-                    raise AggregationError(
-                        f"it added {key!r} to {what}; a rule must not change what it is given"
-                    )
+                    raise AggregationError(f"it added {key!r} to {what}; a rule must not change what it is given")
             for key, (tensor, version) in before.items():
                 if key not in state:
-                    raise AggregationError(
-                        f"it removed {key!r} from {what}; a rule must not change what it is given"
-                    )
+                    raise AggregationError(f"it removed {key!r} from {what}; a rule must not change what it is given")
                 if state[key] is not tensor or _version(tensor) != version:
-                    raise AggregationError(
-                        f"it changed {key!r} in {what}; a rule must not change what it is given"
-                    )
+                    raise AggregationError(f"it changed {key!r} in {what}; a rule must not change what it is given")
 
 
 def _version(tensor: Tensor) -> int:
@@ -69,9 +63,9 @@ def check_output(result: object, previous: Mapping[str, Tensor]) -> None:
     missing = [key for key in previous if key not in result]
     unexpected = [key for key in result if key not in previous]
     if missing or unexpected:
-        found = [f"without {named(missing)}"] * bool(missing) + [
-            f"with unexpected {named(unexpected)}"
-        ] * bool(unexpected)
+        found = [f"without {named(missing)}"] * bool(missing) + [f"with unexpected {named(unexpected)}"] * bool(
+            unexpected
+        )
         raise AggregationError(f"it returned a state {' and '.join(found)}")
     for key, expected in previous.items():
         _check_entry(key, result[key], expected)

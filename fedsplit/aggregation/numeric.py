@@ -54,9 +54,7 @@ class RunningMean:
         if self._mean is None:
             self._dtype = tensor.dtype
             # A contiguous copy of its own: lerp below must never write into what a client sent.
-            self._mean = tensor.detach().to(
-                wide_dtype(tensor.dtype), copy=True, memory_format=torch.contiguous_format
-            )
+            self._mean = tensor.detach().to(wide_dtype(tensor.dtype), copy=True, memory_format=torch.contiguous_format)
         else:
             share, tensor = weight / self._total, widened(tensor)
             # From the nearer end: torch then takes `end - (end - start) * …`, which leaves identical inputs
@@ -89,11 +87,7 @@ def maximum(left: Tensor, right: Tensor) -> Tensor:
     if dtype == torch.uint64:
         # Flipping the top bit maps the order of unsigned numbers onto that of signed ones.
         top = torch.iinfo(torch.int64).min
-        return (
-            torch.maximum(left.view(torch.int64) ^ top, right.view(torch.int64) ^ top)
-            .bitwise_xor_(top)
-            .view(dtype)
-        )
+        return torch.maximum(left.view(torch.int64) ^ top, right.view(torch.int64) ^ top).bitwise_xor_(top).view(dtype)
     comparable = _SIGNED.get(dtype, wide_dtype(dtype) if dtype.is_floating_point else dtype)
     return torch.maximum(left.to(comparable), right.to(comparable)).to(dtype)
 

@@ -44,9 +44,7 @@ from fedsplit.errors import UsageError
 _MISSING = "dp needs an accountant that is not installed: pip install 'fedsplit[privacy]'"
 
 
-def private_rule(
-    name: str, inner: Rule, *, averages: bool, clip: float, noise: float, delta: float = 1e-5
-) -> Rule:
+def private_rule(name: str, inner: Rule, *, averages: bool, clip: float, noise: float, delta: float = 1e-5) -> Rule:
     """Wrap a rule.
 
     Parameters
@@ -192,9 +190,7 @@ def _clip(state: Mapping[str, Tensor], start: StateDict, clip: float) -> StateDi
     norm = math.sqrt(squared_distance(state, start, floating_keys(start)))
     if norm <= clip:
         return dict(state)
-    return {
-        key: torch.lerp(start[key], tensor.to(start[key].dtype), clip / norm) for key, tensor in state.items()
-    }
+    return {key: torch.lerp(start[key], tensor.to(start[key].dtype), clip / norm) for key, tensor in state.items()}
 
 
 def _add_noise(state: StateDict, deviation: float) -> StateDict:

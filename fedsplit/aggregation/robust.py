@@ -45,9 +45,7 @@ def median(updates: Sequence[Update], context: AggregationContext) -> StateDict:
 
 
 @rule("trimmed-mean")
-def trimmed_mean(
-    updates: Sequence[Update], context: AggregationContext, *, fraction: float = 0.1
-) -> StateDict:
+def trimmed_mean(updates: Sequence[Update], context: AggregationContext, *, fraction: float = 0.1) -> StateDict:
     """Mean of each coordinate without its smallest and largest values.
 
     Tolerates int(fraction * n) of n clients, which is none of 9 at the default of 0.1; a warning says so.
@@ -72,9 +70,7 @@ def trimmed_mean(
             context.part, fraction, count, math.ceil(min(1 / fraction, 1e9)),
             f", or fraction={math.ceil(100 / count) / 100}" if count > 2 else "",
         )  # fmt: skip
-    return _by_entry(
-        updates, lambda tensors: by_coordinate(tensors, lambda rows: mean_of(rows[cut : count - cut]))
-    )
+    return _by_entry(updates, lambda tensors: by_coordinate(tensors, lambda rows: mean_of(rows[cut : count - cut])))
 
 
 def _krum_needs(*, byzantine: int = 1) -> int:
@@ -127,8 +123,7 @@ def multi_krum(
     most = len(updates) - byzantine - 2 if byzantine else len(updates)
     if selected is not None and not 1 <= selected <= most:
         raise AggregationError(
-            f"selected={selected} is more than byzantine={byzantine} allows with {len(updates)} updates: "
-            f"at most {most}"
+            f"selected={selected} is more than byzantine={byzantine} allows with {len(updates)} updates: at most {most}"
         )
     # In rank order again, as the order of a mean shows in its last bit.
     chosen = sorted(best[: most if selected is None else selected], key=lambda update: update.rank)
@@ -164,9 +159,7 @@ def geometric_median(
     start = median(updates, context)
     # Not from the median itself: it may be one of the clients, and the algorithm leaves those only slowly.
     distances = [squared_distance(update.state_dict, start, keys) for update in updates]
-    nearest = sorted(range(len(updates)), key=lambda i: (distances[i], updates[i].rank))[
-        : len(updates) // 2 + 1
-    ]
+    nearest = sorted(range(len(updates)), key=lambda i: (distances[i], updates[i].rank))[: len(updates) // 2 + 1]
     centre = {key: mean_of([widened(updates[i].state_dict[key]) for i in nearest]) for key in keys}
     weights = [0.0] * len(updates)
     for _ in range(iterations):

@@ -47,9 +47,7 @@ _POSITIVE = Param(kind=float, says="a number above 0", allows=lambda x: x > 0)
 BUILTIN_RULES: Mapping[str, Mapping[str, Param]] = {
     "fedavg": {},
     "median": {},
-    "trimmed-mean": {
-        "fraction": Param(kind=float, says="a number from 0 to below 0.5", allows=lambda x: 0 <= x < 0.5)
-    },
+    "trimmed-mean": {"fraction": Param(kind=float, says="a number from 0 to below 0.5", allows=lambda x: 0 <= x < 0.5)},
     "krum": {"byzantine": _BYZANTINE},
     "multi-krum": {"byzantine": _BYZANTINE, "selected": _COUNT},
     "geometric-median": {"iterations": _COUNT, "smoothing": _POSITIVE},
@@ -139,12 +137,7 @@ class RuleSpec:
 def _check_pattern(pattern: str | None) -> None:
     if pattern is None:
         return
-    if (
-        not pattern
-        or pattern != pattern.strip()
-        or pattern.startswith("@")
-        or any(c in pattern for c in "=()")
-    ):
+    if not pattern or pattern != pattern.strip() or pattern.startswith("@") or any(c in pattern for c in "=()"):
         raise UsageError(
             f"{pattern!r} is not a pattern: expected a glob over state_dict keys such as 'body.*', "
             "without spaces around it, '=', brackets '()' or a leading '@'"
@@ -155,8 +148,7 @@ def _check_name(name: str) -> None:
     if name in BUILTIN_RULES or _FLOWER_NAME.fullmatch(name) or _USER_NAME.fullmatch(name):
         return
     raise UsageError(
-        f"unknown rule {name!r}: known are {', '.join(BUILTIN_RULES)}, "
-        "flower.<Strategy> and package.module:function"
+        f"unknown rule {name!r}: known are {', '.join(BUILTIN_RULES)}, flower.<Strategy> and package.module:function"
     )
 
 
@@ -183,9 +175,7 @@ def _check_builtin(spec: RuleSpec) -> None:
             raise UsageError(f"{spec.name}({key}={literal_text(value)}): {key} is {known[key].says}")
     missing = [key for key, param in known.items() if param.required and key not in spec.params]
     if missing:
-        raise UsageError(
-            f"{spec.name} needs {' and '.join(missing)}, for example {spec.name}(…, {missing[0]}=1.0)"
-        )
+        raise UsageError(f"{spec.name} needs {' and '.join(missing)}, for example {spec.name}(…, {missing[0]}=1.0)")
 
 
 def _check_wrapper(spec: RuleSpec) -> None:
@@ -193,9 +183,7 @@ def _check_wrapper(spec: RuleSpec) -> None:
     if inner is None:
         raise UsageError(f"{spec.name} needs the rule it wraps first: {spec.name}(fedavg, …)")
     if inner.pattern is not None:
-        raise UsageError(
-            f"{spec.name}: the rule inside has the pattern {inner.pattern!r}; put it before {spec.name}"
-        )
+        raise UsageError(f"{spec.name}: the rule inside has the pattern {inner.pattern!r}; put it before {spec.name}")
     if inner.name in _NOT_WRAPPABLE:
         raise UsageError(f"{spec.name} cannot wrap {inner.name}")
 
@@ -262,8 +250,7 @@ def parse_rule(text: str) -> RuleSpec:
 
 def _build(call: Call, *, pattern: str | None) -> RuleSpec:
     params = {
-        key: _build(value, pattern=None) if isinstance(value, Call) else value
-        for key, value in call.params.items()
+        key: _build(value, pattern=None) if isinstance(value, Call) else value for key, value in call.params.items()
     }
     return RuleSpec(pattern=pattern, name=call.name, params=params)
 
@@ -277,20 +264,14 @@ def _parse_toml(path: Path) -> Iterator[RuleSpec]:
         raise UsageError(f"{path} is not a TOML file: {exc}") from exc
     parts = tables.get("part")
     if set(tables) != {"part"} or not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
-        raise UsageError(
-            f"{path}: expected [[part]] tables and nothing else, found {', '.join(tables) or 'none'}"
-        )
+        raise UsageError(f"{path}: expected [[part]] tables and nothing else, found {', '.join(tables) or 'none'}")
     for number, part in enumerate(parts, start=1):
         yield _parse_toml_part(f"{path}, part {number}", part)
 
 
 def _parse_toml_part(where: str, part: Mapping[str, object]) -> RuleSpec:
     rule, pattern = part.get("rule"), part.get("pattern")
-    if (
-        not set(part) <= {"rule", "pattern"}
-        or not isinstance(rule, str)
-        or not isinstance(pattern, str | None)
-    ):
+    if not set(part) <= {"rule", "pattern"} or not isinstance(rule, str) or not isinstance(pattern, str | None):
         raise UsageError(f'{where}: expected rule = "…" and perhaps pattern = "…", found {", ".join(part)}')
     try:
         return _build(parse_call(rule), pattern=pattern)

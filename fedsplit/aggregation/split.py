@@ -222,9 +222,7 @@ class _PartMerger:
 
     def add(self, update: Update) -> None:
         state = {key: update.state_dict[key] for key in self._context.previous}
-        view = Update(
-            rank=update.rank, state_dict=state, num_examples=update.num_examples, metrics=update.metrics
-        )
+        view = Update(rank=update.rank, state_dict=state, num_examples=update.num_examples, metrics=update.metrics)
         with self._naming():
             guard = InputGuard() if self.rule.one_pass else self._guard
             guard.watch(f"the update of rank {update.rank}", state)

@@ -96,7 +96,5 @@ def _check_forms(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
 
 
 def _check_values(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
-    bad = [
-        key for key, tensor in state.items() if is_floating(tensor) and new_non_finite(tensor, reference[key])
-    ]
+    bad = [key for key, tensor in state.items() if is_floating(tensor) and new_non_finite(tensor, reference[key])]
     return f"NaN or Inf in {named(bad)}" if bad else None

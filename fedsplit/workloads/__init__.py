@@ -105,14 +105,11 @@ def _factory(module: Any, attribute: str, name: str) -> Factory:
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise WorkloadError(
-                f"workload {name!r}: {module.__name__} ({getattr(module, '__file__', None)}) "
-                f"has no {attribute!r}"
+                f"workload {name!r}: {module.__name__} ({getattr(module, '__file__', None)}) has no {attribute!r}"
             )
         found = getattr(found, part)
     if not callable(found):
-        raise WorkloadError(
-            f"workload {name!r}: expected a function or class to call, found a {type(found).__name__}"
-        )
+        raise WorkloadError(f"workload {name!r}: expected a function or class to call, found a {type(found).__name__}")
     factory: Factory = found
     return factory
 
@@ -125,13 +122,9 @@ def _lacking(workload: object) -> list[str]:
     model = getattr(workload, "model", None)
     if not isinstance(model, torch.nn.Module):
         lacking.append(f"model (a torch.nn.Module; found {type(model).__name__})")
-    lacking += [
-        f"{method}(task)" for method in ("train", "evaluate") if not callable(getattr(workload, method, None))
-    ]
+    lacking += [f"{method}(task)" for method in ("train", "evaluate") if not callable(getattr(workload, method, None))]
     # One without the other would lose the state, or never find any, without a word.
-    halves = [
-        method for method in ("local_state", "load_local_state") if callable(getattr(workload, method, None))
-    ]
+    halves = [method for method in ("local_state", "load_local_state") if callable(getattr(workload, method, None))]
     if len(halves) == 1:
         lacking.append("local_state()" if halves == ["load_local_state"] else "load_local_state(state)")
     return lacking

@@ -61,9 +61,7 @@ class ImageData:
 
     def first(self, limit: int) -> ImageData:
         """Return the data with the first `limit` training images only; all test images stay."""
-        return dataclasses.replace(
-            self, train_images=self.train_images[:limit], train_labels=self.train_labels[:limit]
-        )
+        return dataclasses.replace(self, train_images=self.train_images[:limit], train_labels=self.train_labels[:limit])
 
 
 class ImageWorkload:
@@ -189,9 +187,7 @@ class ImageWorkload:
             order = torch.randperm(len(self._train_indices), generator=self._generator)
             yield from torch.split(self._train_indices[order], settings.batch_size)
 
-    def _step(
-        self, batch: torch.Tensor, proximal: float, anchor: Mapping[str, torch.Tensor], tally: Tally
-    ) -> None:
+    def _step(self, batch: torch.Tensor, proximal: float, anchor: Mapping[str, torch.Tensor], tally: Tally) -> None:
         share = self._share(batch)
         images, labels = self._load(self._data.train_images, self._data.train_labels, share)
         logits = self._forward(images)

@@ -78,9 +78,7 @@ class OptionReader:
         unknown = sorted(set(self._options) - self._known)
         if unknown:
             known = ", ".join(sorted(self._known)) or "none"
-            raise UsageError(
-                f"{self._source}: this workload has no option {', '.join(unknown)}; it knows: {known}"
-            )
+            raise UsageError(f"{self._source}: this workload has no option {', '.join(unknown)}; it knows: {known}")
 
     def _get(self, name: str) -> object | None:
         self._known.add(name)

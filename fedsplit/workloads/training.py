@@ -87,8 +87,7 @@ def proximal_term(model: nn.Module, global_parameters: Mapping[str, torch.Tensor
         if anchor is None or anchor.shape != parameter.shape:
             found = "none" if anchor is None else f"shape {tuple(anchor.shape)}"
             raise StateMismatchError(
-                f"proximal term: expected a global parameter {name!r} of shape {tuple(parameter.shape)}, "
-                f"found {found}"
+                f"proximal term: expected a global parameter {name!r} of shape {tuple(parameter.shape)}, found {found}"
             )
         total = total.to(parameter.device) + (parameter - anchor.detach().to(parameter)).square().sum()
     return total / 2

@@ -229,9 +229,7 @@ def _check(source: Source, images: torch.Tensor, labels: torch.Tensor) -> None:
         raise ValueError(f"expected labels 0 to 9, found {int(labels.min())} to {int(labels.max())}")
 
 
-def _damaged(
-    source: Source, dataset_class: Any, data_dir: Path, train: bool, exc: BaseException
-) -> WorkloadError:
+def _damaged(source: Source, dataset_class: Any, data_dir: Path, train: bool, exc: BaseException) -> WorkloadError:
     from torchvision.datasets.utils import check_integrity
 
     files = _expected_files(dataset_class, data_dir)
