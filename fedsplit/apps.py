@@ -15,6 +15,7 @@ holds it for life, as ``client_main.py --engine superlink`` does.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -62,6 +63,7 @@ _DELIVERY_S = 90.0
 _LOST_PAUSE_S = 5.0
 # The process of the message before may still be on its way out.
 _LOCK_WAIT_S = 10.0
+_SCRIPT_S = 0.5
 _STATE = "fedsplit"
 
 server_app = ServerApp()
@@ -260,7 +262,25 @@ def _begin(program: str, config: Mapping[str, Any]) -> Reporter | None:
     reporter = Reporter(Path(path)) if (path := str(config.get("report-file", ""))) else None
     if reporter:
         log.handlers[:] = [reporter]
+    if script := int(config.get("script-pid", 0)):
+        threading.Thread(target=_end_with, args=(script,), name="script", daemon=True).start()
     # Rules of one's own are looked for where the SuperLink was started, as server_main.py does.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     return reporter
+
+
+def _end_with(script: int) -> None:
+    """End as soon as the script that started the engine was killed, as if it had been this process.
+
+    Flower's own parts take seconds to notice each other's end. Meanwhile the script may have been started again, and
+    would find the run's directory in use.
+    """
+    while True:
+        try:
+            os.kill(script, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        except PermissionError:
+            return
+        time.sleep(_SCRIPT_S)

@@ -21,7 +21,8 @@ operation     travels as            meaning
 ============  ====================  ==============================================================================
 
 Each record stands as a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The
-bytes of a state travel in Flower's ``Parameters`` as one safetensors blob, and only when the other side does not hold them.
+bytes of a state travel in Flower's ``Parameters`` as one safetensors blob, and only when the other side does not hold
+them.
 """
 
 from __future__ import annotations

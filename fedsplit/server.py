@@ -386,9 +386,16 @@ class Server(FlowerServer):
 
     def _terms(self, deadline: float | None) -> Terms:
         return Terms(
-            roster=self._roster, store=self._run.payloads, remote=self._remote, client_wait_s=self._client_wait_s,
-            deadline=deadline, deadline_s=self._round_timeout_s, stop=self._stop, engine=self._engine, observer=self._observer,
-        )  # fmt: skip
+            roster=self._roster,
+            store=self._run.payloads,
+            remote=self._remote,
+            client_wait_s=self._client_wait_s,
+            deadline=deadline,
+            deadline_s=self._round_timeout_s,
+            stop=self._stop,
+            engine=self._engine,
+            observer=self._observer,
+        )
 
     def _refuse(self, phase: Phase, rank: int, kind: str, reason: str, trainer_traceback: str) -> None:
         phase.refused[rank] = reason

@@ -200,7 +200,7 @@ def serve(
         stack.callback(gate.close)
         reports = Reports(home / "report.jsonl")
         stack.callback(reports.close)
-        _write_app(home, {**options.to_run_config(), "report-file": str(reports.path), "verbose": verbose})
+        _write_app(home, {**options.to_run_config(), "report-file": str(reports.path), "verbose": verbose, "script-pid": os.getpid()})
         _flwr(environment, "run", str(home / "fedsplit-app"), _NAME)
         log.debug("the run was submitted to the SuperLink on port %d", inner_port)
         stopped = _Stop()
