@@ -146,7 +146,7 @@ def test_a_round_that_takes_too_long_is_cancelled_and_the_trainer_told(tmp_path:
 
 
 def test_a_second_live_client_of_a_rank_is_refused_and_told_why(tmp_path: Path) -> None:
-    with counting(tmp_path, "sleep=3", server_flags=("--rounds", "1")) as federation:
+    with counting(tmp_path, "sleep=8", server_flags=("--rounds", "1")) as federation:
         federation.start_all()
         wait_until(lambda: "rank 1 begins 1" in trainings(tmp_path), federation)
         second = subprocess.run([*federation.command("client-1"), "--exchange-dir", str(tmp_path / "elsewhere")],

@@ -180,5 +180,5 @@ def test_the_project_offers_every_option_as_run_config() -> None:
     from tests.programs import ROOT
 
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    defaults = ServerOptions().to_run_config() | {"checkpoint-dir": "checkpoints", "report-file": "", "verbose": False}
+    defaults = ServerOptions().to_run_config() | {"checkpoint-dir": "checkpoints", "report-file": "", "script-pid": 0, "verbose": False}
     assert app["config"] == defaults
