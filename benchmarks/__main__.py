@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: list[Figure] = []
     failed = False
     before = machine()
+    path = arguments.output or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for topic in arguments.topics or TOPICS:
         console.print(f"measuring {topic} …", style="dim")
         began = time.monotonic()
@@ -57,10 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = f"{type(exc).__name__}: {exc}".splitlines()[0]
             figures.append(Figure(topic=topic, name="failed", unit="", missing=reason))
         console.print(f"  {time.monotonic() - began:.0f} s", style="dim")
-    path = arguments.output or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": before, "options": vars(options), "figures": [figure.to_json() for figure in figures]}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+        # After each topic: half an hour must not be lost to the last one.
+        record = {"machine": before, "options": vars(options), "figures": [figure.to_json() for figure in figures]}
+        path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(table_of(figures))
     versions = ", ".join(f"{name} {before['packages'][name]}" for name in ("fedsplit", "flwr", "torch"))
     hardware = f"{before['processor']}, {before['cores']} cores, {before['memory_gb']} GB"

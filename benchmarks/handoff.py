@@ -12,6 +12,7 @@ what was waiting for an hour does; the hour is not sat out.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ def _measure(number: int, *, pause_s: float, work_s: float) -> tuple[list[float]
     from fedsplit.protocol import TENSOR_TYPE, ask_record, pack, unpack
     from fedsplit.records import Request
 
+    logging.getLogger("fedsplit").setLevel(logging.ERROR)  # the first task finds no trainer yet
     down, up = [], []
     with ram_directory() as directory, Programs(directory) as programs:
         exchange = Exchange(directory / "exchange", 1)

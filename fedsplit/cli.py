@@ -130,8 +130,6 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     except KeyboardInterrupt:
         _say_last(program, arguments.log_format, "interrupted", exit_code=EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
-    finally:
-        logging.shutdown()
 
 
 def count(number: int, noun: str) -> str:

@@ -200,7 +200,11 @@ def serve(
         stack.callback(gate.close)
         reports = Reports(home / "report.jsonl")
         stack.callback(reports.close)
-        script = {"report-file": str(reports.path), "verbose": verbose, "script-pid": os.getpid()}
+        script: dict[str, str | int | float] = {
+            "report-file": str(reports.path),
+            "verbose": verbose,
+            "script-pid": os.getpid(),
+        }
         _write_app(home, {**options.to_run_config(), **script})
         _flwr(environment, "run", str(home / "fedsplit-app"), _NAME)
         log.debug("the run was submitted to the SuperLink on port %d", inner_port)
@@ -306,8 +310,7 @@ def connect(
         config: dict[str, str | int | float] = {
             "rank": exchange.rank, "exchange-dir": str(exchange.directory.parent.absolute()), "client-lock": "held",
             "trainer-wait": trainer_wait_s, "report-file": str(reports.path), "verbose": verbose,
-            "script-pid": os.getpid(),
-            "payload-store": payload_store,
+            "script-pid": os.getpid(), "payload-store": payload_store,
         }  # fmt: skip
         stack.enter_context(_on_signals(_interrupt))
         while True:

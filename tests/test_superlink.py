@@ -11,14 +11,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from fedsplit.certificates import make_certificates
 from fedsplit.errors import UsageError
 from fedsplit.history import read_history
 from fedsplit.options import ServerOptions
 from fedsplit.reports import Reports
+from fedsplit.state_dict import map_file
+from fedsplit.workloads import WorkloadContext, create_workload
 from tests.deployed import deployed, make_node_key
 from tests.programs import programs
+from tests.reference import federated_averaging
 
 
 @pytest.mark.processes
@@ -61,6 +65,7 @@ def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engin
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_same_five_terminals_work_on_a_superlink_and_nobody_else_gets_in(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
     make_certificates(tmp_path / "c", ["127.0.0.1"])
     keys = {rank: make_node_key(tmp_path / f"key-{rank}") for rank in (1, 2, 3)}
     server_flags = [
@@ -81,12 +86,21 @@ def test_the_same_five_terminals_work_on_a_superlink_and_nobody_else_gets_in(tmp
         assert federation.wait(60, ["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
         assert "does not let this SuperNode in" in federation.log("client-3")
         federation.start("client-2", "--supernode-private-key", str(keys[2]))
+        # Killed, the server leaves no SuperLink behind, and goes on where it was.
+        federation.wait_for("server", "round 1/2", 120)
+        federation.kill("server")
+        federation.start("server", "--resume")
         names = ["server", "client-1", "client-2", "model-1", "model-2"]
         assert federation.wait(150, names) == dict.fromkeys(names, 0), federation.tails()
         assert [line["accepted"] for line in federation.history()] == [2, 2]
+        found = map_file(federation.final_state())
         assert "round 2/2" in federation.log("server")
         assert "train, round 2 of 2" in federation.log("client-1")
     nothing_is_left(tmp_path)
+    expected = federated_averaging(
+        lambda rank: create_workload("digits", WorkloadContext(rank=rank, num_partitions=4, seed=0)), ranks=2, rounds=2
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.processes
@@ -180,5 +194,10 @@ def test_the_project_offers_every_option_as_run_config() -> None:
     from tests.programs import ROOT
 
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    defaults = ServerOptions().to_run_config() | {"checkpoint-dir": "checkpoints", "report-file": "", "script-pid": 0, "verbose": False}
+    defaults = ServerOptions().to_run_config() | {
+        "checkpoint-dir": "checkpoints",
+        "report-file": "",
+        "script-pid": 0,
+        "verbose": False,
+    }
     assert app["config"] == defaults
