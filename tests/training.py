@@ -68,8 +68,13 @@ def federation(directory: Path, **settings: object) -> Iterator[Federation]:
 def run_to_the_end(found: Federation, timeout_s: float = 120.0) -> None:
     """Start all programs and see that all end well."""
     found.start_all()
+    end_well(found, timeout_s)
+
+
+def end_well(found: Federation, timeout_s: float = 120.0) -> None:
+    """See that all programs end, and end well."""
     codes = found.wait(timeout_s)
-    assert set(codes.values()) == {0}, found.tails()
+    assert codes == dict.fromkeys(codes, 0), f"{codes}\n{found.tails()}"
 
 
 def kill_a_process(found: Federation, name: str, process: int) -> None:

@@ -25,7 +25,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -46,7 +46,7 @@ _FOREVER = timedelta(days=365)
 # When a process is killed, others fail of it. Within this time its closed connection has said so.
 _DEATH_NOTICE_S = 1.0
 _ACKNOWLEDGE_S = 15.0
-_PART_S = 15.0
+_PART_S = 60.0
 
 _STEPS = ("enter", "next task", "should_stop()", "reply()", "agree")
 _BYE, _REPORT = 0, 1
@@ -263,7 +263,9 @@ class ProcessGroupChannel:
     def _part(self) -> None:
         """Let every process know that all have left the loop as they should, then give the groups back."""
         if self.process:
-            self._send_control(_BYE)
+            # Process 0 waits for this, but not for ever; if it has gone by now, then because its run is over too.
+            with suppress(RuntimeError):
+                self._send_control(_BYE)
         for listener in self._listeners:
             listener.join(_PART_S)
         dist.destroy_process_group(self._control)
