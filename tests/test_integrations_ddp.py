@@ -25,10 +25,9 @@ from fedsplit.integrations.ddp import merge
 from fedsplit.state_dict import StateDict, own_state
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import ROOT
-from tests.test_trainer import Federation as Client
-from tests.training import TORCHRUN, end_well, federation, kill_a_process, wait_until
+from tests.training import TORCHRUN, Client, end_well, federation, kill_a_process, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 # -- one answer of all ------------------------------------------------------------------------------------------------
 
@@ -116,7 +115,7 @@ class Processes:
         self.all += started
         return started
 
-    def end(self, started: list[Any], timeout_s: float = 40.0) -> list[int]:
+    def end(self, started: list[Any], timeout_s: float = 90.0) -> list[int]:
         """Wait until processes have ended by themselves; returns their exit codes."""
         deadline = time.monotonic() + timeout_s
         for process in started:

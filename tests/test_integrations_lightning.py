@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fedsplit.errors import TrainingError
 from fedsplit.state_dict import StateDict, own_state
-from tests.test_trainer import Federation, bits
+from tests.test_trainer import bits
+from tests.training import Client as Federation
 
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed: pip install fedsplit[lightning]", allow_module_level=True)

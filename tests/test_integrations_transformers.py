@@ -13,7 +13,8 @@ import torch
 
 from fedsplit.errors import TrainingError
 from fedsplit.state_dict import StateDict, own_state
-from tests.test_trainer import Federation, bits
+from tests.test_trainer import bits
+from tests.training import Client as Federation
 
 if any(importlib.util.find_spec(name) is None for name in ("transformers", "peft", "accelerate")):
     pytest.skip("not installed: pip install fedsplit[transformers]", allow_module_level=True)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from fedsplit.records import ResultRecord
 from tests.programs import ROOT, Programs
+from tests.test_trainer import Federation as HandOff
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -77,6 +79,16 @@ def end_well(found: Federation, timeout_s: float = 120.0) -> None:
     assert codes == dict.fromkeys(codes, 0), f"{codes}\n{found.tails()}"
 
 
+class Client(HandOff):
+    """The client of `tests.test_trainer`, with patience: several processes have to start before the first answer."""
+
+    def wait(self, version: int) -> ResultRecord:
+        wait_until(lambda: self.client.result(version) is not None)
+        found = self.client.result(version)
+        assert found is not None
+        return found
+
+
 def kill_a_process(found: Federation, name: str, process: int) -> None:
     """Kill one of the processes that torchrun has started, as the kernel does when memory runs out."""
     for child in found.children(name):
@@ -86,7 +98,7 @@ def kill_a_process(found: Federation, name: str, process: int) -> None:
     raise AssertionError(f"{name} has no process {process}\n{found.tails()}")
 
 
-def wait_until(condition: object, timeout_s: float = 30.0) -> None:
+def wait_until(condition: object, timeout_s: float = 60.0) -> None:
     """Wait for a condition, a function without arguments."""
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
