@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from fedsplit.events import format_bytes
 from fedsplit.history import Line
 from fedsplit.observer import Observer, PartRow
-from fedsplit.stages import update_bytes
+from fedsplit.stages import describe_privacy, update_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -176,6 +176,8 @@ def rounds_table(lines: Sequence[Line], title: str, *, width: int, room: int) ->
         table.add_column(heading, justify="right")
     if len(lines) > room:
         table.add_row(*["…"] * len(headings), style="dim")
+    if lines and (spent := describe_privacy(lines[-1])):
+        table.caption, table.caption_justify = spent, "left"
     for line in lines[-room:]:
         table.add_row(*cells(line, metrics), style="yellow" if line.get("refused") else None)
     return table

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsplit.conversation import Answer
 from fedsplit.events import format_bytes
-from fedsplit.stages import update_bytes
+from fedsplit.stages import describe_privacy, update_bytes
 
 
 class Stages:
@@ -80,9 +80,8 @@ def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None)
         if shown:
             parts.append(f"{phase} {shown}")
-    if privacy := line.get("privacy"):
-        epsilon = "unbounded" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3g}"
-        parts.append(f"privacy spent: epsilon {epsilon} at delta {privacy['delta']:g}")
+    if spent := describe_privacy(line):
+        parts.append(spent)
     if line["refused"]:
         parts.append("not counted: rank " + ", ".join(line["refused"]))
     return " | ".join([*parts, f"{line['seconds']:.2f} s", f"updates {format_bytes(update_bytes(line))}"])

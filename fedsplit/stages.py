@@ -86,3 +86,12 @@ def _numbers(row: Any) -> dict[str, float]:
 def _number(row: Mapping[str, Any], name: str) -> float:
     value = row.get(name)
     return float(value) if isinstance(value, int | float) else 0.0
+
+
+def describe_privacy(line: Mapping[str, Any]) -> str:
+    """Return what a round's line says of the privacy spent so far; empty where no rule is private."""
+    privacy = line.get("privacy")
+    if not privacy:
+        return ""
+    epsilon = "unbounded" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3g}"
+    return f"privacy spent: epsilon {epsilon} at delta {privacy['delta']:g}"
