@@ -85,10 +85,10 @@ class Simulation:
 
     def wait_for(self, games: int) -> None:
         """Wait until so many games have been played in all; raises what ended the simulation, if it has."""
-        while self.games < games:
-            if self._error is not None:
-                raise self._error
+        while self._error is None and self.games < games:
             time.sleep(0.001)
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
         try:

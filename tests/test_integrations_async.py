@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,18 @@ def test_evaluation_does_not_touch_the_policy_in_training(federation: Federation
 
 
 def test_an_error_in_the_simulation_reaches_the_server(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    broke = threading.Event()
+
     def broken(*args: Any, **kwargs: Any) -> Any:
+        broke.set()
         raise ArithmeticError("the ball is gone")
 
     script = Script()
     with federation.script(script.serve, script.policy, fails=ArithmeticError):
         state = federation.run("train", 1, own_state(make_policy()))
         monkeypatch.setattr("examples.async_catch.play", broken)
+        # Else it may have played enough games for the next answer before it broke.
+        assert broke.wait(20)
         result = federation.wait(federation.ask("train", 2, state))
     assert result.error["message"] == "the ball is gone"
     assert bits(state)
