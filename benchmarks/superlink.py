@@ -64,7 +64,8 @@ from flwr.serverapp.strategy import FedAvg
 from benchmarks.common import stamp
 
 LAYERS = 10
-server_app, client_app = ServerApp(), ClientApp()
+server_app = ServerApp()
+client_app = ClientApp()
 
 
 @server_app.main()

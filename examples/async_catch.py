@@ -1,6 +1,6 @@
 """A trainer that never stops training: reinforcement learning with its simulator in the loop, in a thread of its own.
 
-    python server_main.py --rounds 15
+    python server_main.py --rounds 20
     python client_main.py --rank 1
     python client_main.py --rank 2
     python examples/async_catch.py --rank 1
@@ -71,6 +71,7 @@ class Simulation:
         self._optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
         self._random = torch.Generator().manual_seed(rank)
         self._first = 0 if rank % 2 else COLUMNS // 2
+        self._wanted = threading.Event()
         self._end = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="simulation")
@@ -81,10 +82,12 @@ class Simulation:
 
     def __exit__(self, *exc: object) -> None:
         self._end.set()
+        self._wanted.set()
         self._thread.join()
 
     def wait_for(self, games: int) -> None:
         """Wait until so many games have been played in all; raises what ended the simulation, if it has."""
+        self._wanted.set()
         while self._error is None and self.games < games:
             time.sleep(0.001)
         if self._error is not None:
@@ -92,6 +95,9 @@ class Simulation:
 
     def _run(self) -> None:
         try:
+            # From the first request on: whoever plays alone for long before learns its own half of the grid by heart,
+            # and no mean with the others gets it out of that again.
+            self._wanted.wait()
             while not self._end.is_set():
                 with self.between_updates:
                     self._update()

@@ -270,6 +270,9 @@ class ProcessGroupChannel:
             listener.join(_PART_S)
         dist.destroy_process_group(self._control)
         dist.destroy_process_group(self._data)
+        # The groups' threads are joined when the last reference goes. One that still lets go of a tensor while the
+        # interpreter shuts down aborts the process.
+        del self._control, self._data
 
 
 def _new_group() -> dist.ProcessGroup:
