@@ -53,6 +53,7 @@ class ClientSide:
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
         self._highest = 0
+        self._awaited = 0
 
     def offer(self, request: Request, digest: str | None, fetch: Callable[[str], Source | None]) -> int | None:
         """Put a request before the trainer, unless it is there already.
@@ -82,7 +83,11 @@ class ClientSide:
             if result is None or result.version < task.version:
                 # A trainer never begins what is older than the end of a run, also if that run was resumed since.
                 if finished is None or finished.version < task.version:
+                    self._awaited = task.version
                     return task.version
+            elif result.version == self._awaited and _answers(result, task) and self._is_whole(result):
+                # It came since this client last looked: also an error is told once before it is asked for anew.
+                return task.version
             elif result.status == "ok" and _answers(result, task) and self._is_whole(result):
                 return task.version
         payload = None
@@ -93,7 +98,7 @@ class ClientSide:
         record = TaskRecord(version=version, request=request, payload=payload)
         with self.exchange.handoff():
             write_json(self.exchange.task_path, record.to_json())
-        self._highest = version
+        self._highest = self._awaited = version
         # Up to what it answered the trainer has moved on; a newer one it may be about to open.
         self.exchange.remove_payloads("task", below=min(version, result.version + 1 if result else 0))
         return version
@@ -105,6 +110,8 @@ class ClientSide:
             return None
         if record.payload:
             self.exchange.check_payload(record.payload)
+        if self._awaited == version:
+            self._awaited = 0
         return record
 
     def cancel(self, version: int) -> None:

@@ -104,6 +104,15 @@ def test_a_request_that_failed_is_asked_anew(sides):
     assert begin(trainer).version == version + 1
 
 
+def test_an_error_that_comes_between_two_looks_is_told_before_it_is_asked_for_anew(sides):
+    client, trainer = sides
+    version = offer(client, request(), STATE)
+    trainer.answer(begin(trainer), error={"type": "ValueError", "message": "no", "traceback": "…"})
+    assert client.offer(request(), digest_of(STATE), never) == version
+    assert client.result(version).error["message"] == "no"
+    assert client.offer(request(), digest_of(STATE), never) == version + 1
+
+
 @pytest.mark.parametrize(
     "other",
     [
