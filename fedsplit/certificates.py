@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsplit.errors import UsageError
+from fedsplit.files import write_chunks
 
 _CLOCK_SLACK = datetime.timedelta(minutes=5)
 
@@ -48,7 +48,7 @@ def make_certificates(
         .sign(ca_key, hashes.SHA384())
     )
     _write_key(directory / "server-key.pem", key)
-    (directory / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    write_chunks(directory / "server.pem", [certificate.public_bytes(serialization.Encoding.PEM)])
 
 
 def _load_or_make_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
@@ -72,7 +72,7 @@ def _load_or_make_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurv
         .sign(key, hashes.SHA384())
     )
     _write_key(key_path, key)
-    certificate_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    write_chunks(certificate_path, [certificate.public_bytes(serialization.Encoding.PEM)])
     return certificate, key
 
 
@@ -105,7 +105,4 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     content = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    path.unlink(missing_ok=True)
-    # 0600 from the start: a mode set afterwards would leave a moment in which others can read.
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
+    write_chunks(path, [content])

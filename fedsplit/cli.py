@@ -58,6 +58,24 @@ def add_command(
     return parser
 
 
+def add_files(parser: argparse.ArgumentParser, *, endings: Sequence[str]) -> None:
+    """Add ``--checkpoint-dir`` and ``--output`` to a command that makes a file of a run."""
+    parser.add_argument(
+        "--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="the server's --checkpoint-dir"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help=f"where to; a name ending in {' or '.join(endings)}"
+    )
+
+
+def check_output(output: Path, *, endings: Sequence[str]) -> None:
+    """Raise UsageError for a file name with another ending, or in a directory that is not there."""
+    if output.suffix not in endings:
+        raise UsageError(f"--output {output}: expected a name ending in {' or '.join(endings)}")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: there is no directory {output.parent}")
+
+
 def add_verbose(parser: argparse.ArgumentParser) -> None:
     """Add ``-v/--verbose``."""
     parser.add_argument("-v", "--verbose", action="store_true", help="also show debug lines, and what Flower logs")

@@ -21,7 +21,7 @@ from fedsplit.embedded import parse_address
 from fedsplit.errors import ConnectionFailedError
 
 if TYPE_CHECKING:
-    from fedsplit.superlink import TlsFiles
+    from fedsplit.tls import TlsFiles
 
 log = logging.getLogger("fedsplit")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +65,6 @@ class RemoteStore:
 
     def give(self, source: Path, digest: str) -> None:
         """Bring a payload file there, unless it is there already; raises ExchangeError."""
-        """Bring a payload file there, unless it is there already; raises ExchangeError."""
         target = self._place(digest)
         with self._explained(f"write {digest[:12]}… to"):
             if self._fs.exists(target):
@@ -76,8 +74,7 @@ class RemoteStore:
                 return
             self._fs.makedirs(self._root, exist_ok=True)
             temporary = f"{self._root}/writing-{secrets.token_hex(8)}"
-            with source.open("rb") as reader, self._fs.open(temporary, "wb") as writer:
-                shutil.copyfileobj(reader, writer, _BLOCK_BYTES)
+            self._fs.put_file(str(source), temporary)
             self._fs.mv(temporary, target)
 
     def download(self, digest: str, target: Path) -> None:

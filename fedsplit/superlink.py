@@ -12,22 +12,15 @@ which lets through what SuperNodes say and nothing else.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
-import re
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -35,7 +28,6 @@ import fedsplit
 from fedsplit.embedded import check_port_is_free, parse_address, wait_for_server
 from fedsplit.errors import (
     ConnectionFailedError,
-    FedSplitError,
     RefusedError,
     RunFailedError,
     RunStoppedError,
@@ -45,9 +37,10 @@ from fedsplit.exchange import Exchange
 from fedsplit.files import write_chunks
 from fedsplit.gate import Gate
 from fedsplit.options import ServerOptions
+from fedsplit.processes import Command, free_port, interrupt, on_signals, path_of
 from fedsplit.records import FinishedRecord
 from fedsplit.reports import Reports
-from fedsplit.tls import client_context
+from fedsplit.tls import TlsFiles, client_context
 
 log = logging.getLogger("fedsplit")
 
@@ -59,10 +52,8 @@ _FAREWELL_S = 60.0
 _CONNECTION_LOOK_S = 2.0
 # How a SuperNode words an answer of the SuperLink's own that is an error, unlike one that it could not reach.
 _REFUSAL = "[code: "
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # Flower's own setting, 1 s if it is not set: how often a process is looked for something to do.
 _TASK_POLL_S = "0.1"
-_PR_SET_PDEATHSIG = 1
 _NAME = "fedsplit"
 _APP = """\
 import fedsplit.apps
@@ -86,75 +77,6 @@ clientapp = "fedsplit_app:client_app"
 
 [tool.flwr.app.config]
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class TlsFiles:
-    """The three files of a server's TLS."""
-
-    ca: Path
-    certificate: Path
-    key: Path
-
-
-class _Command:
-    """One of Flower's commands, with every process that it starts.
-
-    Parameters
-    ----------
-    command
-        The command line.
-    environment
-        Its environment.
-    """
-
-    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
-        self.name = command[0]
-        self.tail: deque[str] = deque(maxlen=30)
-        self._sent = threading.Event()
-        self._process = subprocess.Popen(
-            [str(_path_of(command[0])), *command[1:]], env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent,
-        )  # fmt: skip
-        self._reader = threading.Thread(target=self._read, name=f"log of {self.name}", daemon=True)
-        self._reader.start()
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.poll() is None
-
-    def problem(self) -> str:
-        """Return the line of its output that most likely says why it ended."""
-        lines = [text for line in self.tail if (text := _COLOURS.sub("", line).strip())]
-        for index, line in enumerate(lines[:-2]):
-            if "Exit Code" in line:
-                # The first line is what failed, the second why.
-                return " ".join(lines[index + 1 : index + 3])
-        telling = [line for line in lines if "error" in line.lower()]
-        return (telling or lines or ["it said nothing"])[-1]
-
-    def stop(self) -> None:
-        """End it, first by asking, and all that it started; returns when none of them is left."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            deadline = time.monotonic() + _END_S
-            while time.monotonic() < deadline:
-                self._process.poll()
-                try:
-                    os.killpg(self._process.pid, 0)
-                except ProcessLookupError:
-                    self._reader.join(1.0)
-                    return
-                time.sleep(0.05)
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None  # it was given a pipe
-        for raw in self._process.stdout:
-            line = raw.decode(errors="replace").rstrip()
-            self.tail.append(line)
-            log.debug("%s: %s", self.name, line)
 
 
 def serve(
@@ -185,13 +107,13 @@ def serve(
     check_port_is_free(address)
     with ExitStack() as stack:
         # From the first process on nothing may be left running, whenever the user loses patience.
-        stack.enter_context(_on_signals(_interrupt))
+        stack.enter_context(on_signals(interrupt))
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedsplit-superlink-")))
         inner_port = free_port()
         inner_tls = make_inner_certificates(home) if node_keys else None
         environment = _environment(home)
         _write_connection(home, inner_port, inner_tls)
-        superlink = _Command(_superlink_command(inner_port, inner_tls), environment)
+        superlink = Command(_superlink_command(inner_port, inner_tls), environment)
         stack.callback(superlink.stop)
         _wait_until_up(superlink, inner_port)
         for key in node_keys:
@@ -209,7 +131,7 @@ def serve(
         _flwr(environment, "run", str(home / "fedsplit-app"), _NAME)
         log.debug("the run was submitted to the SuperLink on port %d", inner_port)
         stopped = _Stop()
-        with _on_signals(stopped):
+        with on_signals(stopped):
             _follow(superlink, reports, stopped)
     if reports.error:
         raise reports.error
@@ -227,7 +149,7 @@ class _Stop:
         self.number = number
 
 
-def _follow(superlink: _Command, reports: Reports, stopped: _Stop) -> None:
+def _follow(superlink: Command, reports: Reports, stopped: _Stop) -> None:
     """Wait for the run's end; a signal is passed on to it, so that the clients are told."""
     deadline, began = None, time.monotonic()
     while not reports.ended:
@@ -312,11 +234,11 @@ def connect(
             "trainer-wait": trainer_wait_s, "report-file": str(reports.path), "verbose": verbose,
             "script-pid": os.getpid(), "payload-store": payload_store,
         }  # fmt: skip
-        stack.enter_context(_on_signals(_interrupt))
+        stack.enter_context(on_signals(interrupt))
         while True:
             wait_for_server(address, max_wait_s, context, grpc=False)
             command = _supernode_command(address, config, root_certificates, node_key)
-            node = _Command(command, _environment(home))
+            node = Command(command, _environment(home))
             try:
                 finished = _watch(node, exchange, before, reports, address)
             finally:
@@ -326,7 +248,7 @@ def connect(
             log.warning("lost the server at %s; connecting again", address)
 
 
-def _watch(node: _Command, exchange: Exchange, before: int, reports: Reports, address: str) -> FinishedRecord | None:
+def _watch(node: Command, exchange: Exchange, before: int, reports: Reports, address: str) -> FinishedRecord | None:
     """Wait until the run is over; None if the server went away meanwhile."""
     looked, failures = time.monotonic(), 0
     while True:
@@ -353,7 +275,7 @@ def _watch(node: _Command, exchange: Exchange, before: int, reports: Reports, ad
         time.sleep(_LOOK_S)
 
 
-def _wait_for_answer(node: _Command, reports: Reports) -> None:
+def _wait_for_answer(node: Command, reports: Reports) -> None:
     """Wait until the SuperNode has passed the last answer on: it looks every half second and says that it has."""
     deadline = time.monotonic() + _END_S
     while time.monotonic() < deadline and node.is_running:
@@ -397,7 +319,7 @@ def _environment(home: Path) -> dict[str, str]:
     return {
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_S, **os.environ, "FLWR_HOME": str(home),
         # Flower starts its other commands by name.
-        "PATH": f"{_path_of('flower-superexec').parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PATH": f"{path_of('flower-superexec').parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
 
@@ -420,7 +342,7 @@ def _write_app(home: Path, config: dict[str, str | int | float]) -> None:
 
 def _flwr(environment: dict[str, str], *arguments: str) -> None:
     ended = subprocess.run(
-        [str(_path_of("flwr")), *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        [str(path_of("flwr")), *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True, check=False,
     )  # fmt: skip
     log.debug("flwr %s: %s", " ".join(arguments[:2]), ended.stdout.strip())
@@ -428,7 +350,7 @@ def _flwr(environment: dict[str, str], *arguments: str) -> None:
         raise RunFailedError(f"flwr {' '.join(arguments[:2])} failed: {' '.join(ended.stdout.split())[-500:]}")
 
 
-def _wait_until_up(superlink: _Command, port: int) -> None:
+def _wait_until_up(superlink: Command, port: int) -> None:
     deadline = time.monotonic() + _START_S
     while not _listens(f"127.0.0.1:{port}"):
         if not superlink.is_running:
@@ -438,31 +360,6 @@ def _wait_until_up(superlink: _Command, port: int) -> None:
         time.sleep(_LOOK_S)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """End the script in order: whatever was started is stopped on the way out."""
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle signals that ask to stop, where there is a main thread to do so."""
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {each: signal.signal(each, handler) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for each, old in previous.items():
-            signal.signal(each, old)
-
-
-def free_port() -> int:
-    """Return a port of loopback that nothing listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def make_inner_certificates(home: Path) -> TlsFiles:
     """Make a certificate for between gate and SuperLink, which asks for keys over TLS only; it dies with the run."""
     from fedsplit.certificates import make_certificates
@@ -470,14 +367,6 @@ def make_inner_certificates(home: Path) -> TlsFiles:
     directory = home / "certificates"
     make_certificates(directory, ["127.0.0.1"])
     return TlsFiles(ca=directory / "ca.pem", certificate=directory / "server.pem", key=directory / "server-key.pem")
-
-
-def _path_of(command: str) -> Path:
-    """Return the command that was installed beside this interpreter, whatever PATH says."""
-    path = Path(sys.executable).parent / command
-    if not path.exists():
-        raise FedSplitError(f"{path} is not there; install Flower in this environment: pip install flwr")
-    return path
 
 
 def _listens(address: str) -> bool:
@@ -490,20 +379,3 @@ def _listens(address: str) -> bool:
 
 def _version(finished: FinishedRecord | None) -> int:
     return finished.version if finished else 0
-
-
-def _load_libc() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    except OSError:
-        return None
-
-
-# Here and not in the child: after a fork only what is loaded already is safe to call.
-_LIBC = _load_libc()
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel to end a child when the script dies, even killed: it would keep the port for ever."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

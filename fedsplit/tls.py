@@ -13,6 +13,8 @@ import datetime
 import ipaddress
 import socket
 import ssl
+from dataclasses import dataclass
+from pathlib import Path
 
 from fedsplit.errors import ConnectionFailedError, UsageError
 
@@ -21,6 +23,15 @@ _SOON = datetime.timedelta(days=14)
 # What an HTTP/2 client says first: its preface, and settings that are empty.
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _HTTP2_SETTINGS, _TLS_ALERT = 4, 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles:
+    """The three files of a server's TLS."""
+
+    ca: Path
+    certificate: Path
+    key: Path
 
 
 def is_loopback(host: str) -> bool:

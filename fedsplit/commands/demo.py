@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from fedsplit.commands.programs import Program, Programs
 from fedsplit.commands.status import read_status
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError
 from fedsplit.files import make_private_directory
+from fedsplit.processes import free_port
 
 _POLL_S = 0.1
 # When one has failed, the others are given a moment: they may fail for the same reason, or be the reason.
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace, places: Places) -> list[Program]:
     """Return the programs: the server, then client and trainer of each rank."""
-    address, seed, clients = f"127.0.0.1:{_free_port()}", str(arguments.seed), str(arguments.clients)
+    address, seed, clients = f"127.0.0.1:{free_port()}", str(arguments.seed), str(arguments.clients)
     store, exchange = str(arguments.checkpoint_dir), str(arguments.exchange_dir)
     verbose = ["--verbose"] if arguments.verbose else []
     server = [
@@ -204,12 +204,6 @@ def _environment(clients: int) -> dict[str, str]:
     threads = str(max(1, (os.cpu_count() or 1) // clients))
     limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     return {"PYTHONUNBUFFERED": "1", **limits, **os.environ}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

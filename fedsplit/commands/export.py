@@ -14,29 +14,19 @@ from pathlib import Path
 from fedsplit import cli
 from fedsplit.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.commands.places import Places
-from fedsplit.errors import CheckpointError, UsageError
+from fedsplit.errors import CheckpointError
 from fedsplit.files import write_chunks
 from fedsplit.run import STATE_FILE
+
+_ENDINGS = (".safetensors", ".pt")
 
 
 def add_to(commands: cli.Commands) -> None:
     """Add the command's parser."""
     parser = cli.add_command(commands, "export", __doc__, run)
-    add = parser.add_argument
-    add(
-        "--checkpoint-dir",
-        type=Path,
-        default=Path("checkpoints"),
-        metavar="DIR",
-        help="the server's --checkpoint-dir",
-    )
-    add("--round", type=cli.natural, metavar="N", help="which round (default: the newest that is valid)")
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="where to; its ending, .safetensors or .pt, says as what",
+    cli.add_files(parser, endings=_ENDINGS)
+    parser.add_argument(
+        "--round", type=cli.natural, metavar="N", help="which round (default: the newest that is valid)"
     )
 
 
@@ -44,10 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the file."""
     output: Path = arguments.output
     # Before torch is imported: a wrong name is told at once.
-    if output.suffix not in (".safetensors", ".pt"):
-        raise UsageError(f"--output {output}: expected a name ending in .safetensors or .pt")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {output.parent}")
+    cli.check_output(output, endings=_ENDINGS)
     checkpoint = choose(CheckpointStore(Places(arguments.checkpoint_dir).server), arguments.round)
 
     from fedsplit.strategy import export_state

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit import cli
 from fedsplit.commands.places import Places
-from fedsplit.errors import CheckpointError, UsageError
+from fedsplit.errors import CheckpointError
 from fedsplit.files import write_chunks
 from fedsplit.history import Line, read_history
 from fedsplit.stages import STAGES, account
@@ -36,28 +36,19 @@ _DPI = 120
 _MOST_MARKERS = 40
 _MOST_BARS = 60
 
+_ENDINGS = (".png",)
+
 
 def add_to(commands: cli.Commands) -> None:
     """Add the command's parser."""
     parser = cli.add_command(commands, "plot", __doc__, run)
-    add = parser.add_argument
-    add(
-        "--checkpoint-dir",
-        type=Path,
-        default=Path("checkpoints"),
-        metavar="DIR",
-        help="the server's --checkpoint-dir",
-    )
-    add("--output", type=Path, required=True, metavar="FILE", help="where to; a name ending in .png")
+    cli.add_files(parser, endings=_ENDINGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the picture."""
     output: Path = arguments.output
-    if output.suffix != ".png":
-        raise UsageError(f"--output {output}: expected a name ending in .png")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {output.parent}")
+    cli.check_output(output, endings=_ENDINGS)
     path = Places(arguments.checkpoint_dir).history
     lines = read_history(path)
     if not lines:

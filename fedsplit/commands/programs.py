@@ -8,7 +8,6 @@ do nothing: on Linux the kernel then sends its children SIGTERM (`PR_SET_PDEATHS
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,10 +19,10 @@ from types import TracebackType
 from typing import Self
 
 from fedsplit.errors import RunFailedError, RunStoppedError
+from fedsplit.processes import tie_to_parent
 
 STOP_S = 10.0
 _POLL_S = 0.02
-_PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 65536
 _TAIL_LINES = 12
 
@@ -69,7 +68,7 @@ class Program:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self.module, *self.arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment),
-                start_new_session=True, preexec_fn=_tie_to_parent(),
+                start_new_session=True, preexec_fn=tie_to_parent(),
             )  # fmt: skip
         finally:
             os.close(log)
@@ -178,18 +177,3 @@ class Programs:
             time.sleep(_POLL_S)
             for program in self.running:
                 program.poll()
-
-
-def _tie_to_parent() -> Callable[[], None] | None:
-    """Return what a child does first, so that it is told when the parent dies; None where Linux is not."""
-    if not sys.platform.startswith("linux"):
-        return None
-    # Looked up here: between fork and exec as little as possible should happen.
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def tie() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
-
-    return tie

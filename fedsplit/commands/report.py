@@ -17,33 +17,24 @@ from fedsplit import cli
 from fedsplit.checkpoints import CheckpointStore
 from fedsplit.commands.places import Places
 from fedsplit.commands.report_page import Report, render
-from fedsplit.errors import CheckpointError, UsageError
+from fedsplit.errors import CheckpointError
 from fedsplit.files import write_chunks
 from fedsplit.history import read_history
 from fedsplit.run import STATE_FILE
+
+_ENDINGS = (".html", ".htm")
 
 
 def add_to(commands: cli.Commands) -> None:
     """Add the command's parser."""
     parser = cli.add_command(commands, "report", __doc__, run)
-    add = parser.add_argument
-    add(
-        "--checkpoint-dir",
-        type=Path,
-        default=Path("checkpoints"),
-        metavar="DIR",
-        help="the server's --checkpoint-dir",
-    )
-    add("--output", type=Path, required=True, metavar="FILE", help="where to; a name ending in .html")
+    cli.add_files(parser, endings=_ENDINGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page."""
     output: Path = arguments.output
-    if output.suffix not in (".html", ".htm"):
-        raise UsageError(f"--output {output}: expected a name ending in .html")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {output.parent}")
+    cli.check_output(output, endings=_ENDINGS)
     report = read_report(Places(arguments.checkpoint_dir))
     write_chunks(output, [render(report).encode()])
     print(f"{output}: {cli.count(len(report.lines), 'round')} of run {report.run_id}")
