@@ -27,6 +27,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from fedsplit.allocator import keep_freed_memory
 from fedsplit.errors import ConnectionFailedError, UsageError
 from fedsplit.protocol import MAX_MESSAGE_BYTES
 from fedsplit.tls import check_server, client_context
@@ -117,6 +118,7 @@ def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, byt
 
     parse_address(address)
     check_port_is_free(address)
+    keep_freed_memory()
     start_server(
         server_address=address, server=server, config=ServerConfig(num_rounds=1), certificates=certificates,
         grpc_max_message_length=MAX_MESSAGE_BYTES,
@@ -141,6 +143,7 @@ def connect(
     import grpc
     from flwr.client import start_client
 
+    keep_freed_memory()
     context = None if root_certificates is None else client_context(root_certificates)
     while relay.outcome is None and relay.refused is None:
         wait_for_server(address, max_wait_s, context)
