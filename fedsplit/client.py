@@ -38,8 +38,8 @@ from fedsplit.exchange import Exchange, Poll
 from fedsplit.files import remove
 from fedsplit.handoff import ClientSide, Source
 from fedsplit.join import Transcript, is_nonce
-from fedsplit.payloads import PayloadStore, read_nonce
-from fedsplit.protocol import BYTES_PER_S, EMBEDDED, LARGE_BYTES, TENSOR_TYPE, Engine, pack, unpack
+from fedsplit.payloads import Incoming, PayloadStore, read_nonce, read_part
+from fedsplit.protocol import EMBEDDED, TENSOR_TYPE, Engine, pack, unpack
 from fedsplit.records import FinishedRecord, PayloadRecord, Request, ResultRecord, request_from_json
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ class Relay(Client):
         self._transcript: Transcript | None = None
         self._knows_server = join_key is None
         self._last_heard = time.monotonic()
-        self._natural_silence_s = 0.0
         self._busy = False
+        self._incoming: Incoming | None = None
         self.missing_since: float | None = None
         self._announced: tuple[str, str, int] | None = None
 
@@ -116,19 +116,16 @@ class Relay(Client):
         self._transcript = None
         self._knows_server = self._join_key is None
         self._store = None
-        self._natural_silence_s = 0.0
         self._last_heard = time.monotonic()
 
     def silence_s(self) -> float:
-        """Return for how many seconds the server was silent, beyond what a large message explains; 0 while busy."""
-        if self._busy:
-            return 0.0
-        return max(0.0, time.monotonic() - self._last_heard - self._natural_silence_s)
+        """Return for how many seconds the server was silent; 0 while busy."""
+        return 0.0 if self._busy else time.monotonic() - self._last_heard
 
     @contextmanager
     def _question(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Read a question, and note that the server is alive."""
-        self._busy, self._natural_silence_s = True, 0.0
+        self._busy = True
         try:
             message = unpack(config, "the server")
             if not self._knows_server and message.get("op") not in ("join", "hello", "refuse"):
@@ -154,16 +151,17 @@ class Relay(Client):
                 self.refused = self.refused or RefusedError(
                     f"the server refused rank {self._exchange.rank}: {message.get('reason')}"
                 )
-            elif operation == "ping":
-                self._natural_silence_s = int(message.get("bytes") or 0) / BYTES_PER_S
-            else:
+            elif operation != "ping":
                 raise RecordError(f"the server asks for {operation!r}, which this version of fedsplit does not know")
             return GetPropertiesRes(status=_OK, properties=pack(reply))
 
     def fit(self, ins: FitIns) -> FitRes:
-        """Answer ``ask`` for ``initialize`` and ``train``."""
+        """Answer ``ask`` for ``initialize`` and ``train``, and ``push``."""
         with self._question(ins.config) as message:
-            reply, blobs = self._ask(message, ins.parameters)
+            if message.get("op") == "push":
+                reply, blobs = self._take(message, ins.parameters), list[bytes]()
+            else:
+                reply, blobs = self._ask(message, ins.parameters)
         return FitRes(
             status=_OK, parameters=Parameters(blobs, TENSOR_TYPE),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
@@ -179,14 +177,14 @@ class Relay(Client):
         )  # fmt: skip
 
     def get_parameters(self, ins: GetParametersIns) -> GetParametersRes:
-        """Answer ``pull``: the payload of the newest result, in one read."""
+        """Answer ``pull``: a piece of the payload of the newest result, in one read."""
         with self._question(ins.config) as message:
             try:
                 result = self._exchange.read_result()
                 if result and result.payload and result.payload.digest == message.get("digest"):
-                    content = self._exchange.check_payload(result.payload).read_bytes()
-                    self._natural_silence_s = len(content) / BYTES_PER_S
-                    return GetParametersRes(status=_OK, parameters=Parameters([content], TENSOR_TYPE))
+                    path = self._exchange.check_payload(result.payload)
+                    piece = read_part(path, int(message["offset"]), int(message["bytes"]))
+                    return GetParametersRes(status=_OK, parameters=Parameters([piece], TENSOR_TYPE))
             except RecordError as exc:
                 log.warning("%s", exc)
         reason = f"rank {self._exchange.rank} no longer holds that result"
@@ -246,6 +244,20 @@ class Relay(Client):
         self._side.finish(run_id, outcome, reason)
         self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
 
+    def _take(self, message: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
+        """Take a piece of a state that is too large for one message."""
+        try:
+            digest, size = str(message.get("digest")), int(message["bytes"])
+            if self._incoming is None or (self._incoming.digest, self._incoming.size) != (digest, size):
+                self._incoming = Incoming(self._exchange.fetched_path, digest, size)
+            if parameters.tensors:
+                self._incoming.add(int(message["offset"]), parameters.tensors[0])
+            return {"have": self._incoming.have}
+        except FedSplitError as exc:
+            self._incoming = None
+            log.warning("rank %d: %s", self._exchange.rank, exc)
+            return {"error": {"type": type(exc).__name__, "message": str(exc)}}
+
     def _ask(self, message: dict[str, Any], parameters: Parameters) -> tuple[dict[str, Any], list[bytes]]:
         request = request_from_json(message, "the server's request")
         try:
@@ -263,12 +275,16 @@ class Relay(Client):
         def fetch(wanted: str) -> Source | None:
             if blobs:
                 return _checked(blobs[0], wanted)
+            incoming = self._incoming
+            if incoming and incoming.is_whole and incoming.digest == wanted:
+                return Source(digest=wanted, bytes=incoming.size, content=incoming.path)
             path = self._store.take(wanted, self._exchange.fetched_path) if self._store else None
             return Source(digest=wanted, bytes=int(message["bytes"]), content=path) if path else None
 
         try:
             version = self._side.offer(request, digest, fetch)
         finally:
+            self._incoming = None
             remove(self._exchange.fetched_path)
         if version is None:
             return {"status": "need"}, []
@@ -351,11 +367,7 @@ class Relay(Client):
                 return "store"
             except ExchangeError as exc:  # the server's disk is full, say: then a message is the way
                 log.warning("rank %d: %s; sending the result in a message", self._exchange.rank, exc)
-        if payload.bytes > self._engine.inline_bytes:
-            return "pull"
-        # It may take its time on the way, unlike the small answers that are never thought of.
-        self._natural_silence_s = payload.bytes / BYTES_PER_S if payload.bytes > LARGE_BYTES else 0.0
-        return "inline"
+        return "pull" if payload.bytes > self._engine.piece_bytes else "inline"
 
     def _announce(self, request: Request, version: int) -> None:
         what = (request.run_id, request.kind, request.server_round)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedsplit.errors import RecordError
 from fedsplit.files import Buffer
 from fedsplit.observer import Observer
-from fedsplit.payloads import PayloadStore, StoredPayload
+from fedsplit.payloads import Incoming, PayloadStore, StoredPayload
 from fedsplit.protocol import EMBEDDED, Engine, ask_record
 from fedsplit.records import Request
 from fedsplit.roster import Peer, PeerLostError, Roster
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedsplit")
 
-# How many clients are sent a large state at the same time: each holds a copy of it in a message.
-_SENDERS = 4
-_MESSAGE_OVERHEAD_BYTES = 100_000
+# How many pieces are under way to clients at the same time: of each there are several copies in memory.
+_SENDERS = 8
 _LOOK_S = 1.0
 
 
@@ -137,7 +136,7 @@ class Conversation:
         RecordError
             If the client cannot deliver it.
         """
-        digest = str(answer.digest)
+        digest, incoming = str(answer.digest), None
         while True:
             if answer.via == "store":
                 if self._terms.remote is None:
@@ -145,11 +144,14 @@ class Conversation:
                 # Checked on the way; large states wait for their merge in a file, not in memory.
                 self._terms.remote.download(digest, self._terms.store.path(digest))
                 return self._terms.store.map(digest, own=True)
-            blob = answer.blob if answer.via == "inline" else self._pull(answer)
-            if blob is not None:
-                if hashlib.sha256(blob).hexdigest() != digest:
+            if answer.blob is not None:
+                if hashlib.sha256(answer.blob).hexdigest() != digest:
                     raise RecordError(f"the result of rank {self._rank} does not have the digest that it announced")
-                return blob
+                return answer.blob
+            if incoming is None or incoming.digest != digest:
+                incoming = self._terms.store.receive(digest, answer.payload_bytes)
+            if self._pull(incoming):
+                return self._terms.store.adopt(incoming)
             # It went away or lost the file in between: its exchange directory tells what became of the task.
             answer = self.until_done()
             if answer.failure or not answer.digest:
@@ -165,7 +167,10 @@ class Conversation:
             cancel = self._is_late()
             hold_s = 0.0 if cancel else self._hold_s()
             send = self._state is not None and (force_send or not (peer.sees_store or peer.held == self._state.digest))
-            reply, blob = self._send(peer, hold_s, cancel) if send else peer.ask(self._record(hold_s, cancel), None)
+            if send and cancel:
+                # Without the state no trainer has begun.
+                return self._too_late()
+            reply, blob = peer.ask(self._record(hold_s, cancel), self._bring(peer) if send else None)
             status = reply.get("status")
             if status == "need":
                 peer.held, force_send = None, True
@@ -175,46 +180,52 @@ class Conversation:
             if status == "ok":
                 return self._read(reply, blob)
             if status == "cancelled":
-                return Answer(rank=self._rank, failure=f"not completed within {self._terms.deadline_s:g} s")
+                return self._too_late()
             if status != "working":
                 return self._failed(reply.get("error") or {})
             self._note(reply.get("waiting_for"), time.monotonic() - asked)
 
-    def _send(self, peer: Peer, hold_s: float, cancel: bool) -> tuple[dict[str, Any], bytes | None]:
-        """Ask with the state's bytes in the message."""
-        state = self._state
-        assert state is not None
-        largest = self._terms.engine.largest_bytes
-        if state.bytes + _MESSAGE_OVERHEAD_BYTES > largest:
-            raise RecordError(
-                f"the state has {state.bytes:,} bytes, a message of this engine holds {largest:,}; let the "
-                "client see the server's payload store (--payload-store), or use --engine superlink"
-            )
-        if state.bytes <= self._terms.engine.inline_bytes:
-            return peer.ask(self._record(hold_s, cancel), state.read())
-        with self._terms.sending:
-            # Not held: the bytes are let go before the training begins.
-            return peer.ask(self._record(0.0, cancel), state.read())
+    def _bring(self, peer: Peer) -> bytes | None:
+        """Bring the state to a client: returns a small one, to go along with the question, and sends a large one."""
+        assert self._state is not None
+        size, step = self._state.bytes, self._terms.engine.piece_bytes
+        if size <= step:
+            return self._state.read()
+        have = 0
+        while have < size:
+            if self._terms.stop.is_set():
+                raise StoppedError
+            if self._is_late():
+                return None
+            with self._terms.sending:
+                reply = peer.push(self._state.digest, size, have, self._state.read_part(have, step))
+            if error := reply.get("error"):
+                raise RecordError(f"the state could not be sent: {error.get('message')}")
+            have = int(reply["have"])
+        return None
 
     def _record(self, hold_s: float, cancel: bool) -> dict[str, Any]:
         digest, size = (self._state.digest, self._state.bytes) if self._state else (None, 0)
         return ask_record(self._request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel)
 
-    def _pull(self, answer: Answer) -> bytes | None:
+    def _pull(self, incoming: Incoming) -> bool:
+        """Fetch what is missing of a result; returns whether it is whole now."""
         peer, _ = self._find_peer()
         if peer is None:
             raise RecordError("the client went away with the result")
-        largest = self._terms.engine.largest_bytes
-        if answer.payload_bytes + _MESSAGE_OVERHEAD_BYTES > largest:
-            raise RecordError(
-                f"the result has {answer.payload_bytes:,} bytes, a message of this engine holds {largest:,}; "
-                "let the client see the server's payload store (--payload-store), or use --engine superlink"
-            )
         try:
-            return peer.pull(str(answer.digest), answer.payload_bytes)
+            while not incoming.is_whole:
+                if self._terms.stop.is_set():
+                    raise StoppedError
+                step = min(self._terms.engine.piece_bytes, incoming.size - incoming.have)
+                piece = peer.pull(incoming.digest, incoming.have, step)
+                if not piece:
+                    return False
+                incoming.add(incoming.have, piece)
         except PeerLostError:
             self._terms.roster.drop(peer)
-            return None
+            return False
+        return True
 
     def _find_peer(self) -> tuple[Peer | None, str]:
         began, said = time.monotonic(), False
@@ -250,6 +261,9 @@ class Conversation:
         kind, message = error.get("type", "an error"), error.get("message", "")
         return Answer(rank=self._rank, failure=f"{kind}: {message}", traceback=str(error.get("traceback", "")))
 
+    def _too_late(self) -> Answer:
+        return Answer(rank=self._rank, failure=f"not completed within {self._terms.deadline_s:g} s")
+
     def _is_late(self) -> bool:
         return self._terms.deadline is not None and time.monotonic() >= self._terms.deadline
 
@@ -276,10 +290,10 @@ class Turns:
         self._left = sorted(ranks)
         self._changed = threading.Condition()
 
-    def wait(self, rank: int) -> None:
-        """Wait until every lower rank is done."""
+    def wait(self, rank: int, *, ahead: int = 0) -> None:
+        """Wait until every lower rank is done but ``ahead`` of them."""
         with self._changed:
-            self._changed.wait_for(lambda: self._left[0] == rank)
+            self._changed.wait_for(lambda: rank in self._left[: ahead + 1])
 
     def done(self, rank: int) -> None:
         """Let the next rank pass; also called by a rank that failed before its turn."""

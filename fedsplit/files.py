@@ -104,6 +104,23 @@ def write_json(path: Path, record: dict[str, Any], *, durable: bool = False) -> 
     write_chunks(path, [json.dumps(record, indent=1).encode()], durable=durable)
 
 
+def write_at(path: Path, offset: int, chunk: Buffer) -> None:
+    """Write a piece of a file that nobody reads before it is whole; the piece at 0 begins the file anew.
+
+    Raises
+    ------
+    ExchangeError
+        If the disk is full or the directory cannot be written; names the path.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (0 if offset else os.O_TRUNC)
+    try:
+        with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+            file.seek(offset)
+            write_all(file, chunk)
+    except OSError as exc:
+        raise explain(exc, path) from exc
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line in a single write, so that a reader never sees two lines mixed."""
     with path.open("ab", buffering=0) as file:

@@ -20,11 +20,13 @@ from pathlib import Path
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError
 from fedsplit.files import (
     Buffer,
+    check_space,
     explain,
     link_or_copy,
     make_private_directory,
     open_regular,
     remove,
+    write_at,
     write_chunks,
     write_hashed,
 )  # fmt: skip
@@ -44,6 +46,65 @@ class StoredPayload:
     def read(self) -> builtins.bytes:
         """Return the content as bytes: what a message carries."""
         return self.path.read_bytes()
+
+    def read_part(self, offset: int, size: int) -> builtins.bytes:
+        """Return a piece of the content, a shorter one at its end."""
+        return read_part(self.path, offset, size)
+
+
+class Incoming:
+    """A payload that arrives in pieces: a file that grows, its digest taken on the way.
+
+    Parameters
+    ----------
+    path
+        Where it is written; read by nobody before it is whole.
+    digest
+        What its bytes must have in the end.
+    size
+        How many bytes there will be.
+
+    Attributes
+    ----------
+    have : int
+        How many bytes are there.
+    """
+
+    def __init__(self, path: Path, digest: str, size: int) -> None:
+        if not is_digest(digest) or size < 0:
+            raise RecordError(f"a payload of {size} bytes with digest {digest!r} was announced")
+        check_space(path.parent, size)
+        self.path = path
+        self.digest = digest
+        self.size = size
+        self.have = 0
+        self._hash = hashlib.sha256()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is there, with the right digest."""
+        return self.have == self.size
+
+    def add(self, offset: int, piece: Buffer) -> None:
+        """Take a piece; one that does not begin where the file ends changes nothing.
+
+        Raises
+        ------
+        RecordError
+            If there is more than was announced, or all of it has another digest.
+        ExchangeError
+            If it cannot be written.
+        """
+        if offset != self.have:
+            return
+        if self.have + len(piece) > self.size:
+            raise RecordError(f"a payload of {self.size:,} bytes was announced, more came")
+        write_at(self.path, offset, piece)
+        self._hash.update(piece)
+        self.have += len(piece)
+        if self.is_whole and (found := self._hash.hexdigest()) != self.digest:
+            remove(self.path)
+            raise RecordError(f"the bytes that came have digest {found[:12]}…, announced was {self.digest[:12]}…")
 
 
 class PayloadStore:
@@ -119,13 +180,26 @@ class PayloadStore:
         """
         path = self.path(digest)
         try:
-            with open_regular(path) as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            content = _map(path)
         except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
             raise RecordError(f"payload {digest[:12]}… is not in {self.root} ({exc})") from exc
         if not own and (found := hashlib.sha256(content).hexdigest()) != digest:
             raise RecordError(f"{path} has digest {found[:12]}…: it was changed after it was written")
         return content
+
+    def receive(self, digest: str, size: int) -> Incoming:
+        """Make room for a payload that comes in pieces, under a name of its own."""
+        return Incoming(self.root / f"writing-{secrets.token_hex(8)}", digest, size)
+
+    @staticmethod
+    def adopt(incoming: Incoming) -> mmap.mmap:
+        """Map a payload that has come whole, and take its name away: it takes its room as long as it is mapped."""
+        try:
+            return _map(incoming.path)
+        except (OSError, ValueError) as exc:
+            raise RecordError(f"{incoming.path} cannot be read again: {exc}") from exc
+        finally:
+            remove(incoming.path)
 
     def drop(self, digest: str) -> None:
         """Remove a payload; whoever mapped or linked it keeps it."""
@@ -143,6 +217,18 @@ class PayloadStore:
         name, content = secrets.token_hex(_NONCE_BYTES), secrets.token_hex(_NONCE_BYTES)
         write_chunks(self.path(name), [content.encode()])
         return name, content
+
+
+def read_part(path: Path, offset: int, size: int) -> bytes:
+    """Return a piece of a payload file, a shorter one at its end."""
+    with open_regular(path) as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open_regular(path) as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def read_nonce(root: Path, name: str) -> str | None:

@@ -22,13 +22,13 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def end(self, stage: str, **within: float) -> None:
-        """End a stage; what is known of where its seconds went is accounted for under names of its own."""
+        """End a stage, or one more part of it; of what is known where its seconds went stands under other names."""
         now = time.monotonic()
         left = now - self._last
         for name, seconds in within.items():
             self.seconds[name] = round(min(seconds, left), 6)
             left -= self.seconds[name]
-        self.seconds[stage] = round(left, 6)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + left, 6)
         self._last = now
 
     def total(self) -> float:

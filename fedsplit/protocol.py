@@ -12,17 +12,18 @@ operation     travels as            meaning
               ``initialize`` and    ``working``; asked again until it is done. So a dead link is noticed, the server
               ``train``,            can stop or cancel at any time, and an hour of training is no hour of silence
               ``evaluate``
-``pull``      ``get_parameters``    send the payload of a result, when the merge has come to it
+``push``      ``fit``               a piece of the state that the next ``ask`` names. Answered with how many bytes of it
+                                    are there: what was lost with a connection goes on from where it stopped
+``pull``      ``get_parameters``    send a piece of a result's payload, when the merge has come to it
 ``finish``    ``get_properties``    the run is over; tell the trainer
 ``refuse``    ``get_properties``    you cannot take part, and why
-``ping``      ``get_properties``    are you still there? Asked when there was nothing else to ask for a while, and
-                                    before a large state, with its ``bytes``: so a client knows how long a silence is
-                                    natural
+``ping``      ``get_properties``    are you still there? Asked when there was nothing else to ask for a while
 ============  ====================  ==============================================================================
 
 Each record stands as a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The
-bytes of a state travel in Flower's ``Parameters`` as one safetensors blob, and only when the other side does not hold
-them.
+bytes of a state travel in Flower's ``Parameters``, and only when the other side does not hold them: a small safetensors
+blob along with the question, a large one in pieces, so that neither its size nor Flower's many copies of a message are
+a limit.
 """
 
 from __future__ import annotations
@@ -40,9 +41,8 @@ TENSOR_TYPE = "safetensors"
 
 # Flower's default, and what gRPC can do at most.
 MAX_MESSAGE_BYTES = 2**31 - 1
-# The slowest link that is waited for, and the size above which the time that a message takes is thought of at all.
+# The slowest link that is waited for, beyond the half minute that every question has.
 BYTES_PER_S = 1_000_000.0
-LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +53,25 @@ class Engine:
     ----------
     hold_s : float
         Seconds that a client holds an unanswered question.
-    inline_bytes : int
-        Results and states up to this size go along with a question that is held; larger ones have a message of their
-        own.
-    largest_bytes : int
-        What a message can carry at most.
+    piece_bytes : int
+        States and results up to this size go along with a question; larger ones in pieces of this size before or after
+        it.
     ping_s : float or None
         Seconds of silence after which a client is asked whether it is still there; None if the engine sees to that.
     """
 
     name: str
     hold_s: float
-    inline_bytes: int
-    largest_bytes: int
+    piece_bytes: int
     ping_s: float | None
 
 
 # A second costs nothing, since a question takes a millisecond; and a run that is stopped stops at once.
-EMBEDDED = Engine(name="embedded", hold_s=1.0, inline_bytes=1 << 20, largest_bytes=MAX_MESSAGE_BYTES, ping_s=10.0)
+# Of a piece there are half a dozen copies on its way through Flower; smaller ones would spend their time on the way.
+EMBEDDED = Engine(name="embedded", hold_s=1.0, piece_bytes=1 << 22, ping_s=10.0)
 # A question starts a process and is found by polls of seconds: most tasks should take one. Not for ever, or nobody
-# could tell a trainer in the middle of a task that the run was stopped.
-SUPERLINK = Engine(name="superlink", hold_s=20.0, inline_bytes=1 << 62, largest_bytes=1 << 62, ping_s=None)
+# could tell a trainer in the middle of a task that the run was stopped. Flower cuts its messages into pieces itself.
+SUPERLINK = Engine(name="superlink", hold_s=20.0, piece_bytes=1 << 62, ping_s=None)
 
 
 def pack(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from flwr.server.criterion import Criterion
 from fedsplit.errors import RecordError
 from fedsplit.join import Transcript, is_nonce, new_nonce
 from fedsplit.payloads import PayloadStore
-from fedsplit.protocol import BYTES_PER_S, LARGE_BYTES, TENSOR_TYPE, pack, unpack
+from fedsplit.protocol import BYTES_PER_S, TENSOR_TYPE, pack, unpack
 
 if TYPE_CHECKING:
     from fedsplit.remote_store import RemoteStore
@@ -72,15 +72,12 @@ class Peer:
         Whether payloads travel by reference.
     """
 
-    def __init__(
-        self, proxy: ClientProxy, hello: dict[str, Any], *, sees_store: bool, listens_to_silence: bool = True
-    ) -> None:
+    def __init__(self, proxy: ClientProxy, hello: dict[str, Any], *, sees_store: bool) -> None:
         self.proxy = proxy
         self.rank = int(hello["rank"])
         self.exchange_id = str(hello["exchange_id"])
         self.held: str | None = hello.get("held")
         self.sees_store = sees_store
-        self._listens_to_silence = listens_to_silence
         self.last_heard = time.monotonic()
         # Flower's bridge takes one question at a time.
         self._lock = threading.Lock()
@@ -98,8 +95,6 @@ class Peer:
         """Ask for a task; returns the reply's record and the result's bytes if they came along."""
         parameters = Parameters([blob] if blob is not None else [], TENSOR_TYPE)
         timeout = record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S
-        if blob is not None and len(blob) > LARGE_BYTES and self._listens_to_silence:
-            self.control({"op": "ping", "bytes": len(blob)})
         if record["kind"] == "evaluate":
             evaluated = self._call(lambda: self.proxy.evaluate(EvaluateIns(parameters, pack(record)), timeout, None))
             return unpack(evaluated.metrics, f"the client of rank {self.rank}"), None
@@ -107,10 +102,18 @@ class Peer:
         blobs = fitted.parameters.tensors
         return unpack(fitted.metrics, f"the client of rank {self.rank}"), blobs[0] if blobs else None
 
-    def pull(self, digest: str, payload_bytes: int) -> bytes | None:
-        """Fetch the payload of a result; None if the client no longer has it."""
-        timeout = _GRACE_S + payload_bytes / BYTES_PER_S
-        ins = GetParametersIns(pack({"op": "pull", "digest": digest}))
+    def push(self, digest: str, total_bytes: int, offset: int, piece: bytes) -> dict[str, Any]:
+        """Send a piece of a state; returns the reply's record, with how many bytes the client ``have``."""
+        record = pack({"op": "push", "digest": digest, "bytes": total_bytes, "offset": offset})
+        ins = FitIns(Parameters([piece], TENSOR_TYPE), record)
+        timeout = _GRACE_S + len(piece) / BYTES_PER_S
+        reply = self._call(lambda: self.proxy.fit(ins, timeout, None))
+        return unpack(reply.metrics, f"the client of rank {self.rank}")
+
+    def pull(self, digest: str, offset: int, piece_bytes: int) -> bytes | None:
+        """Fetch a piece of the payload of a result; None if the client no longer has it."""
+        timeout = _GRACE_S + piece_bytes / BYTES_PER_S
+        ins = GetParametersIns(pack({"op": "pull", "digest": digest, "offset": offset, "bytes": piece_bytes}))
         reply = self._call(lambda: self.proxy.get_parameters(ins, timeout, None))
         return reply.parameters.tensors[0] if reply.status.code == Code.OK and reply.parameters.tensors else None
 
@@ -299,7 +302,7 @@ class Roster(ClientManager):
             log.warning("rank %s: the client turned this server down: %s", hello.get("rank"), hello["leaving"])
             raise _TurnedAwayError(str(hello["leaving"]))
         sees_store = bool(nonce) and hello.get("nonce") == nonce
-        peer = Peer(proxy, hello, sees_store=sees_store, listens_to_silence=self._ping_s is not None)
+        peer = Peer(proxy, hello, sees_store=sees_store)
         if transcript is not None and (peer.rank, peer.exchange_id) != (transcript.rank, transcript.exchange_id):
             raise RecordError("it greets as another than the one that proved to know the join token")
         return peer

@@ -294,15 +294,14 @@ class Server(FlowerServer):
                 if not answer.failure:
                     self._observer.answered(rank, None)
                 update: Update | str = answer.failure or ""
-                # What lies in a file takes no memory: it is read and checked beside the others. What comes in messages
-                # is fetched when its turn has come, so that the server holds one at a time.
-                early = not answer.failure and answer.via == "store"
-                if early:
+                # What lies in the store is read and checked beside the others. What comes in messages takes room here:
+                # it is fetched when at most one other has to be merged before it.
+                turns.wait(rank, ahead=len(ranks) if answer.via == "store" else 1)
+                own.end("turn")
+                if not answer.failure:
                     update = self._fetch(conversation, answer, merge, own)
                 turns.wait(rank)
                 own.end("turn")
-                if not answer.failure and not early:
-                    update = self._fetch(conversation, answer, merge, own)
                 if isinstance(update, str):
                     self._refuse(phase, rank, "train", update, answer.traceback)
                 else:
