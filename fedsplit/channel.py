@@ -100,6 +100,8 @@ class ExchangeChannel:
         self._side = TrainerSide(exchange)
         self._client_wait_s = client_wait_s
         self._looked: tuple[int, float] = (0, 0.0)
+        self._client_checked = 0.0
+        self._missing_since: float | None = None
 
     def hold(self) -> AbstractContextManager[None]:
         """Hold the trainer's role; raises RoleTakenError if a live trainer of this rank uses the directory."""
@@ -107,19 +109,20 @@ class ExchangeChannel:
 
     def next(self) -> TaskRecord | FinishedRecord:
         """Wait for the next task or the end of the run; raises PeerMissingError if no client came in time."""
-        poll, began = Poll(), time.monotonic()
-        reminded, checked = began, 0.0
+        poll, began = Poll(self._exchange.task_path, self._exchange.finished_path), time.monotonic()
+        reminded = began
         bad_since: float | None = None
-        missing_since: float | None = None
         while True:
             now = time.monotonic()
+            found: TaskRecord | FinishedRecord | None = None
             try:
-                found = self._side.next()
-                bad_since = None
+                if poll.has_changed():
+                    found = self._side.next()
+                    bad_since = None
             except SchemaError:
                 raise
             except RecordError as exc:
-                found, bad_since = None, bad_since or now
+                bad_since = bad_since or now
                 if now - bad_since > _BAD_RECORD_S:
                     log.warning("%s; waiting for the client to write it anew", exc)
                     bad_since = now + _REMIND_S
@@ -127,12 +130,12 @@ class ExchangeChannel:
                 self._side.leave(found)
             if found:
                 return found
-            if now - checked > _CLIENT_CHECK_S:
-                checked, was_missing = now, missing_since
-                missing_since = self._check_client(missing_since, now)
-                if now - reminded > _REMIND_S or (missing_since is None) != (was_missing is None):
+            if now - self._client_checked > _CLIENT_CHECK_S:
+                self._client_checked, was_missing = now, self._missing_since
+                self._missing_since = self._check_client(was_missing, now)
+                if now - reminded > _REMIND_S or (self._missing_since is None) != (was_missing is None):
                     reminded = now
-                    self._remind(missing_since is not None, now - began)
+                    self._remind(self._missing_since is not None, now - began)
             poll.sleep()
 
     def read_state(self, record: TaskRecord) -> StateDict:

@@ -107,6 +107,7 @@ class Relay(Client):
         self._busy = False
         self._incoming: Incoming | None = None
         self.missing_since: float | None = None
+        self._trainer_checked = 0.0
         self._announced: tuple[str, str, int] | None = None
 
     # -- the connection --------------------------------------------------------------------------------------------
@@ -306,19 +307,19 @@ class Relay(Client):
     def _await(self, version: int, hold_s: float) -> ResultRecord | None:
         """Wait for the answer to a version; None if it does not come within ``hold_s``."""
         began = time.monotonic()
-        poll, checked, bad_since = Poll(), 0.0, None
+        poll, bad_since = Poll(self._exchange.result_path), None
         while True:
             now = time.monotonic()
             try:
-                if result := self._side.result(version):
+                if poll.has_changed() and (result := self._side.result(version)):
                     self.missing_since = None
                     return result
             except RecordError as exc:
                 bad_since = bad_since or now
                 if now - bad_since > min(hold_s, _BAD_RESULT_S):
                     raise RecordError(f"the trainer's answer cannot be read: {exc}") from exc
-            if now - checked >= _TRAINER_CHECK_S:
-                checked = now
+            if now - self._trainer_checked >= _TRAINER_CHECK_S:
+                self._trainer_checked = now
                 self._check_trainer(now)
             if now - began >= hold_s:
                 return None

@@ -75,10 +75,10 @@ class ClientSide:
         version
             The version to wait for; None if the state is nowhere to be had.
         """
-        with self.exchange.handoff():
-            task, result = _forgiving(self.exchange.read_task), _forgiving(self.exchange.read_result)
-            finished = self._read_finished()
-            version = self._next_version(task, result, finished)
+        # Without the lock: this side alone counts up, and an answer that comes meanwhile has no higher version.
+        task, result = _forgiving(self.exchange.read_task), _forgiving(self.exchange.read_result)
+        finished = self._read_finished()
+        version = self._next_version(task, result, finished)
         if task and _asks(task, request, digest) and self._is_whole(task):
             if result is None or result.version < task.version:
                 # A trainer never begins what is older than the end of a run, also if that run was resumed since.
