@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Protocol
 
 from fedsplit.errors import PeerMissingError, RecordError, SchemaError
-from fedsplit.exchange import Exchange, Poll
+from fedsplit.exchange import Exchange
 from fedsplit.handoff import TrainerSide
 from fedsplit.records import FinishedRecord, Scalar, TaskRecord
 from fedsplit.state_dict import StateDict, encode, map_file
+from fedsplit.waiting import Watch
 
 log = logging.getLogger("fedsplit")
 
@@ -99,6 +100,7 @@ class ExchangeChannel:
         self._exchange = exchange
         self._side = TrainerSide(exchange)
         self._client_wait_s = client_wait_s
+        self._watch = Watch(exchange.task_path, exchange.finished_path)
         self._looked: tuple[int, float] = (0, 0.0)
         self._client_checked = 0.0
         self._missing_since: float | None = None
@@ -109,14 +111,15 @@ class ExchangeChannel:
 
     def next(self) -> TaskRecord | FinishedRecord:
         """Wait for the next task or the end of the run; raises PeerMissingError if no client came in time."""
-        poll, began = Poll(self._exchange.task_path, self._exchange.finished_path), time.monotonic()
+        began = time.monotonic()
+        self._watch.begin()
         reminded = began
         bad_since: float | None = None
         while True:
             now = time.monotonic()
             found: TaskRecord | FinishedRecord | None = None
             try:
-                if poll.has_changed():
+                if self._watch.has_changed():
                     found = self._side.next()
                     bad_since = None
             except SchemaError:
@@ -136,7 +139,7 @@ class ExchangeChannel:
                 if now - reminded > _REMIND_S or (self._missing_since is None) != (was_missing is None):
                     reminded = now
                     self._remind(self._missing_since is not None, now - began)
-            poll.sleep()
+            self._watch.sleep()
 
     def read_state(self, record: TaskRecord) -> StateDict:
         """Map the task's payload."""

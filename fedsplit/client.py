@@ -34,13 +34,14 @@ from flwr.common import (
 )  # fmt: skip
 
 from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RefusedError
-from fedsplit.exchange import Exchange, Poll
+from fedsplit.exchange import Exchange
 from fedsplit.files import remove
 from fedsplit.handoff import ClientSide, Source
 from fedsplit.join import Transcript, is_nonce
 from fedsplit.payloads import Incoming, PayloadStore, read_nonce, read_part
 from fedsplit.protocol import EMBEDDED, TENSOR_TYPE, Engine, pack, unpack
 from fedsplit.records import FinishedRecord, PayloadRecord, Request, ResultRecord, request_from_json
+from fedsplit.waiting import Watch
 
 if TYPE_CHECKING:
     from fedsplit.remote_store import RemoteStore
@@ -107,6 +108,7 @@ class Relay(Client):
         self._busy = False
         self._incoming: Incoming | None = None
         self.missing_since: float | None = None
+        self._watch = Watch(exchange.result_path)
         self._trainer_checked = 0.0
         self._announced: tuple[str, str, int] | None = None
 
@@ -307,11 +309,12 @@ class Relay(Client):
     def _await(self, version: int, hold_s: float) -> ResultRecord | None:
         """Wait for the answer to a version; None if it does not come within ``hold_s``."""
         began = time.monotonic()
-        poll, bad_since = Poll(self._exchange.result_path), None
+        bad_since = None
+        self._watch.begin()
         while True:
             now = time.monotonic()
             try:
-                if poll.has_changed() and (result := self._side.result(version)):
+                if self._watch.has_changed() and (result := self._side.result(version)):
                     self.missing_since = None
                     return result
             except RecordError as exc:
@@ -323,7 +326,7 @@ class Relay(Client):
                 self._check_trainer(now)
             if now - began >= hold_s:
                 return None
-            poll.sleep()
+            self._watch.sleep()
 
     def _check_trainer(self, now: float) -> None:
         rank = self._exchange.rank

@@ -43,9 +43,6 @@ from fedsplit.records import FinishedRecord, PayloadRecord, ResultRecord, TaskRe
 
 Role = Literal["client", "trainer"]
 
-FIRST_POLL_S = 0.00025
-LAST_POLL_S = 0.020
-_LOOK_S = 0.05
 _LOCK_POLL_S = 0.001
 _HANDOFF_TIMEOUT_S = 30.0
 _RECORD_BYTES = 4_000_000
@@ -227,47 +224,6 @@ class Exchange:
         if len(text) > _RECORD_BYTES:
             raise RecordError(f"{path} is over {_RECORD_BYTES:,} bytes; a record is small")
         return text
-
-
-class Poll:
-    """Waits for records to change: looks every 1/4 ms at first, less often the longer it was in vain, at most 20 ms.
-
-    A look is a `stat`: a record that is renamed into place is another file. Records are read anew every 50 ms even so,
-    as a file system may reuse a file's number within one tick of its clock, or show another machine an old one.
-
-    Parameters
-    ----------
-    paths
-        The records that are waited for.
-    """
-
-    def __init__(self, *paths: Path) -> None:
-        self._paths = [str(path) for path in paths]
-        self._began = time.monotonic()
-        self._seen: list[tuple[int, int] | None] = []
-        self._read_at = 0.0
-
-    def has_changed(self) -> bool:
-        """Tell whether it is time to read the records."""
-        now = time.monotonic()
-        found = [_identity(path) for path in self._paths]
-        if found == self._seen and now - self._read_at < _LOOK_S:
-            return False
-        self._seen, self._read_at = found, now
-        return True
-
-    def sleep(self) -> None:
-        """Sleep until the next look."""
-        waited = time.monotonic() - self._began
-        time.sleep(min(LAST_POLL_S, max(FIRST_POLL_S, waited / 25)))
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path, follow_symlinks=False)
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def _take(lock: FileLock, timeout_s: float) -> bool:

@@ -101,7 +101,7 @@ def write_hashed(path: Path, chunks: Iterable[Buffer]) -> tuple[str, int]:
 
 def write_json(path: Path, record: dict[str, Any], *, durable: bool = False) -> None:
     """Write a small JSON object, keys in the order given."""
-    write_chunks(path, [json.dumps(record, indent=1).encode()], durable=durable)
+    write_chunks(path, [json.dumps(record).encode()], durable=durable)
 
 
 def write_at(path: Path, offset: int, chunk: Buffer) -> None:

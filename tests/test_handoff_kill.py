@@ -69,10 +69,10 @@ with exchange.hold("client"):
 """
 
 WORKER = """
-import sys
+import sys, time
 from pathlib import Path
 from fedsplit.errors import RecordError
-from fedsplit.exchange import Exchange, Poll
+from fedsplit.exchange import Exchange
 from fedsplit.handoff import TrainerSide
 from fedsplit.records import FinishedRecord
 from tests.handoffs import blob, text_of
@@ -80,7 +80,7 @@ from tests.handoffs import blob, text_of
 directory, size = Path(sys.argv[1]), int(sys.argv[2])
 exchange = Exchange(directory, 1)
 with exchange.hold("trainer"):
-    trainer, poll = TrainerSide(exchange), Poll()
+    trainer = TrainerSide(exchange)
     print("ready", flush=True)
     while True:
         try:
@@ -91,9 +91,8 @@ with exchange.hold("trainer"):
             trainer.leave(task)
             break
         if task is None:
-            poll.sleep()
+            time.sleep(0.001)
             continue
-        poll = Poll()
         at, kind = task.request.server_round, task.request.kind
         state = text_of((exchange.directory / task.payload.file).read_bytes())
         assert state == f"state {at}", (state, at)
