@@ -79,6 +79,7 @@ class CheckpointStore:
             raise CheckpointError(f"at least 2 checkpoints must be kept, not {keep}: the newest may be the corrupt one")
         self.directory = directory
         self.keep = keep
+        self._is_checked = False
 
     def round_directory(self, server_round: int) -> Path:
         """Return the directory of a round."""
@@ -117,7 +118,9 @@ class CheckpointStore:
         target = self.round_directory(server_round)
         temporary = target.with_name(f".{target.name}.tmp")
         try:
-            make_private_directory(self.directory, CheckpointError)
+            if not self._is_checked or not self.directory.is_dir():
+                make_private_directory(self.directory, CheckpointError)
+                self._is_checked = True
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(mode=0o700)
             found = {

@@ -20,11 +20,11 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -42,6 +42,7 @@ from fedsplit.header import read_header
 from fedsplit.records import FinishedRecord, PayloadRecord, ResultRecord, TaskRecord, loads
 
 Role = Literal["client", "trainer"]
+Record = TypeVar("Record")
 
 _LOCK_POLL_S = 0.001
 _HANDOFF_TIMEOUT_S = 30.0
@@ -86,6 +87,7 @@ class Exchange:
         self.fetched_path = self.directory / "fetched.safetensors"
         self.exchange_id_path = self.directory / "exchange-id"
         self._handoff = self._lock_of("handoff")
+        self._parsed: dict[Path, tuple[bytes, Any]] = {}
 
     def payload_path(self, of: Literal["task", "result"], version: int) -> Path:
         """Return the path of the payload of a version."""
@@ -165,22 +167,19 @@ class Exchange:
 
     def read_task(self) -> TaskRecord | None:
         """Return the newest task, or None; raises RecordError if what is there is not one."""
-        text = self._read(self.task_path)
-        return None if text is None else TaskRecord.from_json(loads(text, str(self.task_path)), str(self.task_path))
+        return self._record(self.task_path, TaskRecord.from_json)
 
     def read_result(self) -> ResultRecord | None:
         """Return the newest result, or None; raises RecordError if what is there is not one."""
-        text = self._read(self.result_path)
-        where = str(self.result_path)
-        return None if text is None else ResultRecord.from_json(loads(text, where), where)
+        return self._record(self.result_path, ResultRecord.from_json)
 
     def read_finished(self) -> FinishedRecord | None:
         """Return the newest end of a run, or None; raises RecordError if what is there is not one."""
-        return self._read_finished(self.finished_path)
+        return self._record(self.finished_path, FinishedRecord.from_json)
 
     def read_left(self) -> FinishedRecord | None:
         """Return the end of a run that a trainer has seen and left for, or None."""
-        return self._read_finished(self.left_path)
+        return self._record(self.left_path, FinishedRecord.from_json)
 
     def read_exchange_id(self) -> str | None:
         """Return the name that this directory was given, or None if it has none."""
@@ -204,9 +203,16 @@ class Exchange:
             if version < below:
                 remove(self.payload_path(of, version))
 
-    def _read_finished(self, path: Path) -> FinishedRecord | None:
+    def _record(self, path: Path, parse: Callable[[dict[str, Any], str], Record]) -> Record | None:
         text = self._read(path)
-        return None if text is None else FinishedRecord.from_json(loads(text, str(path)), str(path))
+        if text is None:
+            return None
+        # The same text is the same record: each is read several times before the next one comes.
+        known = self._parsed.get(path)
+        if known is None or known[0] != text:
+            known = self._parsed[path] = (text, parse(loads(text, str(path)), str(path)))
+        record: Record = known[1]
+        return record
 
     def _lock_of(self, name: str) -> FileLock:
         # A soft lock, the library's fallback where flock is missing, would outlive its owner.

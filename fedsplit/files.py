@@ -81,6 +81,8 @@ def write_hashed(path: Path, chunks: Iterable[Buffer]) -> tuple[str, int]:
     """
     buffers = list(chunks)
     size = sum(memoryview(chunk).nbytes for chunk in buffers)
+    if size <= _HASH_BESIDE_BYTES:
+        buffers = [b"".join(buffers)]
     digest = hashlib.sha256()
 
     def update() -> None:

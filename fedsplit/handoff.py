@@ -267,7 +267,8 @@ class TrainerSide:
         seconds: float = 0.0,
     ) -> bool:
         """Answer a task; returns False if it was not wanted any more or has an answer, then nothing is offered."""
-        if not self._is_open(task):
+        # Looked at before a large payload is written, and again under the lock.
+        if chunks is not None and not self._is_open(task):
             return False
         payload = None if chunks is None else self._write(task.version, chunks)
         record = ResultRecord(

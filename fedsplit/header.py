@@ -13,7 +13,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedsplit.errors import RecordError
@@ -69,7 +71,7 @@ def build_header(sizes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byte
     return len(text).to_bytes(8, "little") + text, order
 
 
-def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> dict[str, Entry]:
+def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> Mapping[str, Entry]:
     """Read the entries of a payload.
 
     Parameters
@@ -90,20 +92,30 @@ def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> d
     if len(start) < data_begin:
         raise RecordError(f"{where}: the header claims {data_begin - 8} bytes, {len(start) - 8} are there")
     try:
+        return _entries(bytes(start[8:data_begin]), payload_bytes)
+    except RecordError as exc:
+        raise RecordError(f"{where}: {exc}") from exc.__cause__
+
+
+# The states of a run have the same header, round after round; it is looked at half a dozen times a round.
+@lru_cache(maxsize=4)
+def _entries(header: bytes, payload_bytes: int) -> Mapping[str, Entry]:
+    data_begin = 8 + len(header)
+    try:
         # Decoded here: given bytes, json would also take UTF-16 and lone surrogates.
-        record = json.loads(bytes(start[8:data_begin]).decode(), object_pairs_hook=_without_duplicates)
+        record = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
         found = {name: _entry(fields, data_begin) for name, fields in record.items() if name != "__metadata__"}
         "".join(found).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise RecordError(f"{where}: not a safetensors header ({type(exc).__name__}: {exc})") from exc
+        raise RecordError(f"not a safetensors header ({type(exc).__name__}: {exc})") from exc
     position = data_begin
     for name, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
-            raise RecordError(f"{where}: entry {name!r} begins at byte {entry.begin}, expected {position}")
+            raise RecordError(f"entry {name!r} begins at byte {entry.begin}, expected {position}")
         position = entry.end
     if position != payload_bytes:
-        raise RecordError(f"{where}: the entries end at byte {position}, the payload has {payload_bytes}")
-    return found
+        raise RecordError(f"the entries end at byte {position}, the payload has {payload_bytes}")
+    return MappingProxyType(found)
 
 
 def header_bytes(length_field: bytes | memoryview, payload_bytes: int, where: str) -> int:
@@ -118,7 +130,7 @@ def header_bytes(length_field: bytes | memoryview, payload_bytes: int, where: st
     return length
 
 
-def read_header(path: Path, expected_bytes: int | None = None) -> dict[str, Entry]:
+def read_header(path: Path, expected_bytes: int | None = None) -> Mapping[str, Entry]:
     """Read the entries of a payload file; a symbolic link is refused.
 
     Raises

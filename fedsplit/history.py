@@ -16,6 +16,9 @@ from fedsplit.files import append_line, write_chunks
 
 Line = dict[str, Any]
 
+# What makes a round the best, the first one that there is: 1 where more is better.
+_JUDGED_BY = {"accuracy": 1, "loss": -1}
+
 
 class History:
     """The lines of a run, in memory and in the file.
@@ -28,17 +31,20 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[Line] = read_history(path)
+        self.lines: list[Line] = []
+        self._best: dict[str, tuple[float, int]] = {}
+        self._take(read_history(path))
 
     def append(self, line: Line) -> None:
         """Add a round."""
         line = _finite(line)
-        self.lines.append(line)
+        self._take([line])
         append_line(self.path, json.dumps(line, allow_nan=False))
 
     def keep_up_to(self, server_round: int) -> None:
         """Drop the rounds after one: a resumed run does them again, and each appears once."""
-        self.lines = [line for line in self.lines if line["round"] <= server_round]
+        lines, self.lines, self._best = self.lines, [], {}
+        self._take(line for line in lines if line["round"] <= server_round)
         write_chunks(self.path, [(json.dumps(line) + "\n").encode() for line in self.lines])
 
     def last_round(self) -> int:
@@ -47,12 +53,20 @@ class History:
 
     def best_round(self) -> int | None:
         """Return the round with the highest accuracy, else the lowest evaluation loss; None before any evaluation."""
-        judged = [(line["round"], line["evaluate"]) for line in self.lines if line.get("evaluate")]
-        for name, sign in (("accuracy", 1), ("loss", -1)):
-            scored = [(sign * metrics[name], -number) for number, metrics in judged if _is_number(metrics.get(name))]
-            if scored:
-                return int(-max(scored)[1])
+        for name in _JUDGED_BY:
+            if name in self._best:
+                return -self._best[name][1]
         return None
+
+    def _take(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            self.lines.append(line)
+            for name, sign in _JUDGED_BY.items():
+                value: Any = (line.get("evaluate") or {}).get(name)
+                if _is_number(value):
+                    # Of equal rounds the first.
+                    score = (sign * value, -line["round"])
+                    self._best[name] = max(self._best.get(name, score), score)
 
 
 def read_history(path: Path) -> list[Line]:
