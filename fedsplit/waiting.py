@@ -3,7 +3,7 @@
 On a local disk of Linux, inotify wakes whoever waits within a fraction of a millisecond, however long it has waited.
 On a network file system nobody is told what another machine did, so whoever waits also looks by himself: every
 millisecond at first, less often the longer it was in vain, at most 20 ms apart. Once events of a record have been seen
-they are relied on, and only the slowest of these looks remains.
+they are relied on, and a look every 50 ms remains.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ except ImportError:  # not on Linux
 
 FIRST_POLL_S = 0.001
 LAST_POLL_S = 0.020
-_READ_S = 0.05
+_LOOK_S = 0.050
+_READ_S = 1.0
 
 
 class Watch:
     """Waits for any of a directory's records to change.
 
-    A look is a `stat`: a record that is renamed into place is another file. Records are read anew every 50 ms even so,
-    as a file system may reuse a file's number within one tick of its clock, or show another machine an old one.
+    A look is a `stat`: a record that is renamed into place is another file. Where there are no events, records are read
+    anew every 50 ms even so: a file system may reuse a file's number within one tick of its clock, or show another
+    machine an old one.
 
     Parameters
     ----------
@@ -52,7 +54,7 @@ class Watch:
         """Tell whether it is time to read the records."""
         now = time.monotonic()
         found = [_identity(path) for path in self._paths.values()]
-        if found == self._seen and now - self._read_at < _READ_S:
+        if found == self._seen and now - self._read_at < (_READ_S if self._tells else _LOOK_S):
             return False
         self._seen, self._read_at = found, now
         return True
@@ -60,13 +62,14 @@ class Watch:
     def sleep(self) -> None:
         """Sleep until the next look."""
         waited = time.monotonic() - self._began
-        pause = LAST_POLL_S if self._tells else min(LAST_POLL_S, max(FIRST_POLL_S, waited / 50))
+        pause = _LOOK_S if self._tells else min(LAST_POLL_S, max(FIRST_POLL_S, waited / 20))
         if not self._tried:
             self._listen()
         if self._events is None:
             time.sleep(pause)
         elif any(event.name in self._paths for event in self._events.read(timeout=1000 * pause)):
             self._tells = True
+            self._seen = []
 
     def _listen(self) -> None:
         self._tried = True
