@@ -82,7 +82,7 @@ def test_every_dtype_comes_back_with_the_same_bits_when_trainers_change_nothing(
         assert torch.equal(bits(found[name]), bits(tensor)), name
 
 
-def test_large_states_are_pulled_when_the_merge_wants_them(tmp_path: Path) -> None:
+def test_large_states_travel_in_pieces_and_arrive_bit_for_bit(tmp_path: Path) -> None:
     flags = ("--threads", "1", "--workload", "tests.unchanged:large")
     server_flags = ("--rounds", "2", "--payload-store", "none")
     with programs(tmp_path, model_flags=flags, server_flags=server_flags) as federation:
@@ -90,6 +90,8 @@ def test_large_states_are_pulled_when_the_merge_wants_them(tmp_path: Path) -> No
         federation.start_all()
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert [line["accepted"] for line in federation.history()] == [2, 2]
+        found = map_file(federation.final_state())
+        assert torch.equal(found["a"], torch.arange(5_000_000, dtype=torch.float32))
 
 
 def test_no_program_sees_the_others_library(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from fedsplit.errors import CheckpointError, ExchangeError, RecordError
 from fedsplit.files import link_or_copy
-from fedsplit.payloads import PayloadStore, read_nonce
+from fedsplit.payloads import Incoming, PayloadStore, read_nonce
 from tests.handoffs import ROOT, blob, digest_of, names_in
 
 CONTENT = blob("a state")
@@ -201,3 +201,43 @@ def test_a_store_whose_directory_vanished_is_an_error_that_names_it(store):
     store.root.rmdir()
     with pytest.raises(ExchangeError, match="cannot write"):
         store.put([CONTENT])
+
+
+def test_a_payload_that_comes_in_pieces_is_whole_with_the_last_one(store):
+    incoming = store.receive(digest_of(CONTENT), len(CONTENT))
+    incoming.add(0, CONTENT[:4])
+    assert not incoming.is_whole
+    incoming.add(4, CONTENT[4:])
+    assert incoming.is_whole
+    assert store.adopt(incoming)[:] == CONTENT
+    assert names_in(store.root) == set()
+
+
+def test_a_piece_that_does_not_begin_where_the_file_ends_changes_nothing(store):
+    incoming = store.receive(digest_of(CONTENT), len(CONTENT))
+    incoming.add(3, CONTENT[3:])
+    assert incoming.have == 0
+    incoming.add(0, CONTENT[:4])
+    incoming.add(0, CONTENT[:4])
+    assert incoming.have == 4
+
+
+def test_pieces_with_another_digest_are_refused_and_removed(store):
+    incoming = store.receive(digest_of(b"other"), len(CONTENT))
+    with pytest.raises(RecordError, match="have digest"):
+        incoming.add(0, CONTENT)
+    assert names_in(store.root) == set()
+
+
+def test_more_pieces_than_were_announced_are_refused(store):
+    incoming = store.receive(digest_of(CONTENT), len(CONTENT))
+    with pytest.raises(RecordError, match="more came"):
+        incoming.add(0, CONTENT + b"x")
+
+
+def test_the_first_piece_begins_a_file_anew_that_a_dead_process_left(tmp_path):
+    path = tmp_path / "fetched"
+    path.write_bytes(b"left behind, and longer than what comes now" * 9)
+    incoming = Incoming(path, digest_of(CONTENT), len(CONTENT))
+    incoming.add(0, CONTENT)
+    assert path.read_bytes() == CONTENT

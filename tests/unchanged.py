@@ -56,7 +56,8 @@ def unchanged(context: WorkloadContext) -> Unchanged:
 
 
 def large(context: WorkloadContext) -> Unchanged:
-    return Unchanged(Holder({"a": torch.arange(1_000_000, dtype=torch.float32)}))
+    """20 MB: five pieces."""
+    return Unchanged(Holder({"a": torch.arange(5_000_000, dtype=torch.float32)}))
 
 
 class Slow(Unchanged):

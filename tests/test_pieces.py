@@ -1,0 +1,86 @@
+"""A large state in messages: piece by piece to the client, and from where it stopped on the next connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flwr.common import FitIns, GetParametersIns, Parameters
+
+from fedsplit.client import Relay
+from fedsplit.exchange import Exchange
+from fedsplit.handoff import TrainerSide
+from fedsplit.protocol import TENSOR_TYPE, ask_record, pack, unpack
+from tests.handoffs import blob, digest_of, request
+
+STATE = blob("a state", 100_000)
+DIGEST = digest_of(STATE)
+STEP = 40_000
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[Relay]:
+    exchange = Exchange(tmp_path, 1)
+    with exchange.hold("client"):
+        relay = Relay(exchange, trainer_wait_s=60.0)
+        relay.begin_connection()
+        yield relay
+
+
+def push(relay: Relay, offset: int, content: bytes = STATE, digest: str = DIGEST) -> dict:
+    record = pack({"op": "push", "digest": digest, "bytes": len(content), "offset": offset})
+    piece = content[offset : offset + STEP]
+    return unpack(relay.fit(FitIns(Parameters([piece], TENSOR_TYPE), record)).metrics, "the relay")
+
+
+def ask(relay: Relay) -> dict:
+    record = ask_record(request(), digest=DIGEST, payload_bytes=len(STATE), hold_s=0.0, cancel=False)
+    return unpack(relay.fit(FitIns(Parameters([], TENSOR_TYPE), pack(record))).metrics, "the relay")
+
+
+def test_a_state_that_came_in_pieces_is_what_the_trainer_gets(relay, tmp_path):
+    have = 0
+    while have < len(STATE):
+        have = push(relay, have)["have"]
+    assert ask(relay)["status"] == "working"
+    task = TrainerSide(Exchange(tmp_path, 1)).next()
+    assert (tmp_path / "rank-1" / task.payload.file).read_bytes() == STATE
+
+
+def test_a_new_connection_goes_on_where_the_old_one_broke(relay):
+    push(relay, 0)
+    push(relay, STEP)
+    relay.begin_connection()
+    assert push(relay, 0)["have"] == 2 * STEP
+    assert push(relay, 2 * STEP)["have"] == len(STATE)
+    assert ask(relay)["status"] == "working"
+
+
+def test_half_a_state_is_none(relay):
+    push(relay, 0)
+    assert ask(relay)["status"] == "need"
+
+
+def test_a_state_with_another_digest_is_refused_and_can_be_sent_again(relay):
+    wrong = b"x" * STEP
+    assert "digest" in push(relay, 0, wrong)["error"]["message"]
+    for offset in range(0, len(STATE), STEP):
+        push(relay, offset)
+    assert ask(relay)["status"] == "working"
+
+
+def test_a_result_is_pulled_piece_by_piece(relay, tmp_path):
+    for offset in range(0, len(STATE), STEP):
+        push(relay, offset)
+    ask(relay)
+    exchange, result = Exchange(tmp_path, 1), blob("a result", 100_000)
+    with exchange.hold("trainer"):
+        side = TrainerSide(exchange)
+        side.answer(side.next(), [result], num_examples=1)
+        assert ask(relay)["payload"]["digest"] == digest_of(result)
+    found = b""
+    while len(found) < len(result):
+        record = {"op": "pull", "digest": digest_of(result), "offset": len(found), "bytes": STEP}
+        found += relay.get_parameters(GetParametersIns(pack(record))).parameters.tensors[0]
+    assert found == result
