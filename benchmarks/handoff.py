@@ -6,8 +6,8 @@ The real relay and the real trainer in two processes, a task without a payload. 
 relay begins to publish (so writing the record is included) and stops in the trainer's loop; upwards it starts when the
 trainer begins to reply and stops when the relay has its answer.
 
-The poll interval reaches its ceiling of 20 ms after one second in vain, so what was waiting for three seconds wakes as
-what was waiting for an hour does; the hour is not sat out.
+Where there is no inotify, looks are at most 20 ms apart after half a second in vain; so what was waiting for three
+seconds wakes as what was waiting for an hour does; the hour is not sat out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Models that do not fit into one message: only with ``--large``, as it takes memory and minutes.
+"""Large models: only with ``--large``, as it takes memory and minutes.
 
-1.5 GB with the bytes in messages, below Flower's limit of 2 GB, and 4 GB by reference, on the embedded engine.
+1.5 GB with the bytes in messages, and 4 GB by reference, on the embedded engine.
 One client, as two would need twice the memory. Everything is on the RAM disk: about 12 GB free are needed.
 """
 
