@@ -186,9 +186,9 @@ class Relay(Client):
                 result = self._exchange.read_result()
                 if result and result.payload and result.payload.digest == message.get("digest"):
                     path = self._exchange.check_payload(result.payload)
-                    piece = read_part(path, int(message["offset"]), int(message["bytes"]))
+                    piece = read_part(path, _number(message, "offset"), _number(message, "bytes"))
                     return GetParametersRes(status=_OK, parameters=Parameters([piece], TENSOR_TYPE))
-            except RecordError as exc:
+            except (RecordError, OSError) as exc:
                 log.warning("%s", exc)
         reason = f"rank {self._exchange.rank} no longer holds that result"
         status = Status(code=Code.GET_PARAMETERS_NOT_IMPLEMENTED, message=reason)
@@ -250,11 +250,11 @@ class Relay(Client):
     def _take(self, message: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
         """Take a piece of a state that is too large for one message."""
         try:
-            digest, size = str(message.get("digest")), int(message["bytes"])
+            digest, size, offset = str(message.get("digest")), _number(message, "bytes"), _number(message, "offset")
             if self._incoming is None or (self._incoming.digest, self._incoming.size) != (digest, size):
                 self._incoming = Incoming(self._exchange.fetched_path, digest, size)
             if parameters.tensors:
-                self._incoming.add(int(message["offset"]), parameters.tensors[0])
+                self._incoming.add(offset, parameters.tensors[0])
             return {"have": self._incoming.have}
         except FedSplitError as exc:
             self._incoming = None
@@ -381,6 +381,13 @@ class Relay(Client):
                 "rank %d: %s, round %d of %d (version %d)",
                 self._exchange.rank, request.kind, request.server_round, request.total_rounds, version,
             )  # fmt: skip
+
+
+def _number(message: dict[str, Any], key: str) -> int:
+    value = message.get(key)
+    if type(value) is not int or value < 0:
+        raise RecordError(f"the server's message has {value!r} for {key!r}, expected a number of bytes")
+    return value
 
 
 def _checked(blob: bytes, digest: str) -> Source:

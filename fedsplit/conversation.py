@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.errors import RecordError
+from fedsplit.errors import ExchangeError, RecordError
 from fedsplit.files import Buffer
 from fedsplit.observer import Observer
-from fedsplit.payloads import Incoming, PayloadStore, StoredPayload
+from fedsplit.payloads import PayloadStore, StoredPayload
 from fedsplit.protocol import EMBEDDED, Engine, ask_record
 from fedsplit.records import Request
 from fedsplit.roster import Peer, PeerLostError, Roster
@@ -136,8 +136,8 @@ class Conversation:
         RecordError
             If the client cannot deliver it.
         """
-        digest, incoming = str(answer.digest), None
         while True:
+            digest = str(answer.digest)
             if answer.via == "store":
                 if self._terms.remote is None:
                     return self._terms.store.map(digest)
@@ -148,15 +148,12 @@ class Conversation:
                 if hashlib.sha256(answer.blob).hexdigest() != digest:
                     raise RecordError(f"the result of rank {self._rank} does not have the digest that it announced")
                 return answer.blob
-            if incoming is None or incoming.digest != digest:
-                incoming = self._terms.store.receive(digest, answer.payload_bytes)
-            if self._pull(incoming):
-                return self._terms.store.adopt(incoming)
-            # It went away or lost the file in between: its exchange directory tells what became of the task.
+            if (content := self._receive(digest, answer.payload_bytes)) is not None:
+                return content
+            # It lost the file in between: its exchange directory tells what became of the task.
             answer = self.until_done()
             if answer.failure or not answer.digest:
                 raise RecordError(answer.failure or "no payload")
-            digest = answer.digest
 
     def _ask(self, peer: Peer) -> Answer:
         force_send = False
@@ -201,31 +198,41 @@ class Conversation:
                 reply = peer.push(self._state.digest, size, have, self._state.read_part(have, step))
             if error := reply.get("error"):
                 raise RecordError(f"the state could not be sent: {error.get('message')}")
-            have = int(reply["have"])
+            before, have = have, int(reply.get("have", 0))
+            if have <= before:
+                raise RecordError(f"the state could not be sent: the client of rank {self._rank} takes no more of it")
         return None
 
     def _record(self, hold_s: float, cancel: bool) -> dict[str, Any]:
         digest, size = (self._state.digest, self._state.bytes) if self._state else (None, 0)
         return ask_record(self._request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel)
 
-    def _pull(self, incoming: Incoming) -> bool:
-        """Fetch what is missing of a result; returns whether it is whole now."""
-        peer, _ = self._find_peer()
-        if peer is None:
-            raise RecordError("the client went away with the result")
+    def _receive(self, digest: str, size: int) -> Any:
+        """Fetch a result piece by piece, over as many connections as it takes; None if the client has lost it."""
+        try:
+            incoming = self._terms.store.receive(digest, size)
+        except ExchangeError as exc:
+            # What a client says of its size is no reason to end everybody's run.
+            raise RecordError(str(exc)) from exc
         try:
             while not incoming.is_whole:
                 if self._terms.stop.is_set():
                     raise StoppedError
-                step = min(self._terms.engine.piece_bytes, incoming.size - incoming.have)
-                piece = peer.pull(incoming.digest, incoming.have, step)
+                peer, failure = self._find_peer()
+                if peer is None:
+                    raise RecordError(failure)
+                step = min(self._terms.engine.piece_bytes, size - incoming.have)
+                try:
+                    piece = peer.pull(digest, incoming.have, step)
+                except PeerLostError:
+                    self._terms.roster.drop(peer)
+                    continue
                 if not piece:
-                    return False
+                    return None
                 incoming.add(incoming.have, piece)
-        except PeerLostError:
-            self._terms.roster.drop(peer)
-            return False
-        return True
+            return incoming.map()
+        finally:
+            incoming.discard()
 
     def _find_peer(self) -> tuple[Peer | None, str]:
         began, said = time.monotonic(), False

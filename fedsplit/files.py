@@ -114,7 +114,8 @@ def write_at(path: Path, offset: int, chunk: Buffer) -> None:
     ExchangeError
         If the disk is full or the directory cannot be written; names the path.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (0 if offset else os.O_TRUNC)
+    # Only then: a later piece of a file that vanished would leave a hole where the earlier ones were.
+    flags = os.O_WRONLY | os.O_NOFOLLOW | (0 if offset else os.O_CREAT | os.O_TRUNC)
     try:
         with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
             file.seek(offset)

@@ -103,8 +103,19 @@ class Incoming:
         self._hash.update(piece)
         self.have += len(piece)
         if self.is_whole and (found := self._hash.hexdigest()) != self.digest:
-            remove(self.path)
+            self.discard()
             raise RecordError(f"the bytes that came have digest {found[:12]}…, announced was {self.digest[:12]}…")
+
+    def map(self) -> mmap.mmap:
+        """Map all of it; raises RecordError if it is no longer there."""
+        try:
+            return _map(self.path)
+        except (OSError, ValueError) as exc:
+            raise RecordError(f"{self.path} cannot be read again: {exc}") from exc
+
+    def discard(self) -> None:
+        """Take its name away; whoever mapped it keeps it."""
+        remove(self.path)
 
 
 class PayloadStore:
@@ -190,16 +201,6 @@ class PayloadStore:
     def receive(self, digest: str, size: int) -> Incoming:
         """Make room for a payload that comes in pieces, under a name of its own."""
         return Incoming(self.root / f"writing-{secrets.token_hex(8)}", digest, size)
-
-    @staticmethod
-    def adopt(incoming: Incoming) -> mmap.mmap:
-        """Map a payload that has come whole, and take its name away: it takes its room as long as it is mapped."""
-        try:
-            return _map(incoming.path)
-        except (OSError, ValueError) as exc:
-            raise RecordError(f"{incoming.path} cannot be read again: {exc}") from exc
-        finally:
-            remove(incoming.path)
 
     def drop(self, digest: str) -> None:
         """Remove a payload; whoever mapped or linked it keeps it."""

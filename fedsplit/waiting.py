@@ -17,9 +17,9 @@ try:
 except ImportError:  # not on Linux
     INotify = None
 
-FIRST_POLL_S = 0.001
-LAST_POLL_S = 0.020
-_LOOK_S = 0.050
+_FIRST_LOOK_S = 0.001
+_LAST_LOOK_S = 0.020
+_RELIED_LOOK_S = 0.050
 _READ_S = 1.0
 
 
@@ -54,7 +54,7 @@ class Watch:
         """Tell whether it is time to read the records."""
         now = time.monotonic()
         found = [_identity(path) for path in self._paths.values()]
-        if found == self._seen and now - self._read_at < (_READ_S if self._tells else _LOOK_S):
+        if found == self._seen and now - self._read_at < (_READ_S if self._tells else _RELIED_LOOK_S):
             return False
         self._seen, self._read_at = found, now
         return True
@@ -62,7 +62,7 @@ class Watch:
     def sleep(self) -> None:
         """Sleep until the next look."""
         waited = time.monotonic() - self._began
-        pause = _LOOK_S if self._tells else min(LAST_POLL_S, max(FIRST_POLL_S, waited / 20))
+        pause = _RELIED_LOOK_S if self._tells else min(_LAST_LOOK_S, max(_FIRST_LOOK_S, waited / 20))
         if not self._tried:
             self._listen()
         if self._events is None:

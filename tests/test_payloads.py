@@ -209,8 +209,10 @@ def test_a_payload_that_comes_in_pieces_is_whole_with_the_last_one(store):
     assert not incoming.is_whole
     incoming.add(4, CONTENT[4:])
     assert incoming.is_whole
-    assert store.adopt(incoming)[:] == CONTENT
+    content = incoming.map()
+    incoming.discard()
     assert names_in(store.root) == set()
+    assert content[:] == CONTENT
 
 
 def test_a_piece_that_does_not_begin_where_the_file_ends_changes_nothing(store):
@@ -227,6 +229,14 @@ def test_pieces_with_another_digest_are_refused_and_removed(store):
     with pytest.raises(RecordError, match="have digest"):
         incoming.add(0, CONTENT)
     assert names_in(store.root) == set()
+
+
+def test_a_file_that_vanished_between_two_pieces_is_not_made_anew_with_a_hole(store):
+    incoming = store.receive(digest_of(CONTENT), len(CONTENT))
+    incoming.add(0, CONTENT[:4])
+    incoming.discard()
+    with pytest.raises(ExchangeError, match="cannot write"):
+        incoming.add(4, CONTENT[4:])
 
 
 def test_more_pieces_than_were_announced_are_refused(store):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 from flwr.common import FitIns, GetParametersIns, Parameters
 
 from fedsplit.client import Relay
+from fedsplit.conversation import Answer, Conversation, Terms
+from fedsplit.errors import RecordError
 from fedsplit.exchange import Exchange
 from fedsplit.handoff import TrainerSide
+from fedsplit.payloads import PayloadStore
 from fedsplit.protocol import TENSOR_TYPE, ask_record, pack, unpack
-from tests.handoffs import blob, digest_of, request
+from fedsplit.roster import PeerLostError
+from tests.handoffs import blob, digest_of, names_in, request
 
 STATE = blob("a state", 100_000)
 DIGEST = digest_of(STATE)
@@ -84,3 +89,54 @@ def test_a_result_is_pulled_piece_by_piece(relay, tmp_path):
         record = {"op": "pull", "digest": digest_of(result), "offset": len(found), "bytes": STEP}
         found += relay.get_parameters(GetParametersIns(pack(record))).parameters.tensors[0]
     assert found == result
+
+
+class Pulled:
+    """A connected client that delivers pieces of a result; a number of them is an error of the connection instead."""
+
+    def __init__(self, *pieces: bytes | None) -> None:
+        self._pieces = list(pieces)
+        self.offsets: list[int] = []
+
+    def pull(self, digest: str, offset: int, piece_bytes: int) -> bytes:
+        self.offsets.append(offset)
+        piece = self._pieces.pop(0)
+        if piece is None:
+            raise PeerLostError
+        return piece
+
+    def wait_for_rank(self, rank: int, timeout_s: float) -> Pulled:
+        return self
+
+    def drop(self, peer: Pulled) -> None:
+        """As the roster does: what comes next is another connection."""
+
+
+def fetch(tmp_path: Path, client: Pulled, size: int = len(STATE)) -> bytes:
+    store = PayloadStore(tmp_path / "payloads")
+    store.open()
+    terms = Terms(roster=client, store=store, remote=None, client_wait_s=1.0, deadline=None, deadline_s=None,
+                  stop=threading.Event())  # fmt: skip
+    try:
+        content = Conversation(terms, 1, request(), None).fetch(
+            Answer(rank=1, digest=DIGEST, payload_bytes=size, via="pull")
+        )
+        return bytes(content)
+    finally:
+        assert names_in(store.root) == set()
+
+
+def test_a_pull_goes_on_where_the_connection_broke(tmp_path):
+    client = Pulled(STATE[:STEP], None, STATE[STEP:])
+    assert fetch(tmp_path, client) == STATE
+    assert client.offsets == [0, STEP, STEP]
+
+
+def test_a_result_with_another_digest_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RecordError, match="have digest"):
+        fetch(tmp_path, Pulled(STATE[:STEP], b"x" * (len(STATE) - STEP)))
+
+
+def test_a_size_that_nothing_could_hold_is_a_fault_of_that_rank_alone(tmp_path):
+    with pytest.raises(RecordError, match="too little space"):
+        fetch(tmp_path, Pulled(), size=10**18)
