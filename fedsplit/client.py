@@ -164,7 +164,7 @@ class Relay(Client):
             if message.get("op") == "push":
                 reply, blobs = self._take(message, ins.parameters), list[bytes]()
             else:
-                reply, blobs = self._ask(message, ins.parameters)
+                reply, blobs = self._ask(message, ins.parameters.tensors)
         return FitRes(
             status=_OK, parameters=Parameters(blobs, TENSOR_TYPE),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
@@ -173,7 +173,7 @@ class Relay(Client):
     def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
         """Answer ``ask`` for ``evaluate``."""
         with self._question(ins.config) as message:
-            reply, _ = self._ask(message, ins.parameters)
+            reply, _ = self._ask(message, ins.parameters.tensors)
         return EvaluateRes(
             status=_OK, loss=float(reply.get("loss") or 0.0),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
@@ -261,14 +261,21 @@ class Relay(Client):
             log.warning("rank %d: %s", self._exchange.rank, exc)
             return {"error": {"type": type(exc).__name__, "message": str(exc)}}
 
-    def _ask(self, message: dict[str, Any], parameters: Parameters) -> tuple[dict[str, Any], list[bytes]]:
+    def _ask(self, message: dict[str, Any], blobs: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
         request = request_from_json(message, "the server's request")
+        began = time.monotonic()
         try:
-            return self._relay(request, message, parameters.tensors)
+            reply, results = self._relay(request, message, blobs)
         except FedSplitError as exc:
             # An exception would end the client process and with it the rank; the server decides what a failure means.
             log.warning("rank %d: %s", self._exchange.rank, exc)
             return {"status": "error", "error": {"type": type(exc).__name__, "message": str(exc)}}, []
+        if reply["status"] == "ok" and isinstance(then := message.pop("then", None), dict):
+            asked = time.monotonic()
+            left_s = max(0.0, float(message.get("hold_s", 0.0)) - (asked - began))
+            reply["then"], results = self._ask({**message, **then, "hold_s": left_s}, [])
+            reply["then"]["held_s"] = time.monotonic() - asked
+        return reply, results
 
     def _relay(
         self, request: Request, message: dict[str, Any], blobs: list[bytes]

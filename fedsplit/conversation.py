@@ -100,19 +100,30 @@ class Conversation:
         What is asked.
     state
         The state it starts from; None for ``initialize``.
+    then
+        What to begin next, from the same state.
 
     Attributes
     ----------
+    ahead : Answer or None
+        How what was to be begun next ended, if it did before the answer had to be sent.
+    ahead_s : float
+        Seconds in which the answer waited for that.
     waited_s : float
         Seconds in which there was no client, or no trainer, to do it.
     """
 
-    def __init__(self, terms: Terms, rank: int, request: Request, state: StoredPayload | None) -> None:
+    def __init__(
+        self, terms: Terms, rank: int, request: Request, state: StoredPayload | None, then: Request | None = None
+    ) -> None:
         self._terms = terms
         self._rank = rank
         self._request = request
         self._state = state
+        self._then = then
         self._waiting_for: str | None = None
+        self.ahead: Answer | None = None
+        self.ahead_s = 0.0
         self.waited_s = 0.0
 
     def until_done(self) -> Answer:
@@ -175,7 +186,10 @@ class Conversation:
             if self._state is not None:
                 peer.held, force_send = self._state.digest, False
             if status == "ok":
-                return self._read(reply, blob)
+                if then := reply.get("then"):
+                    self.ahead_s = float(then.get("held_s", 0.0))
+                    self.ahead = self._ended(then, blob)
+                return self._read(reply, None if then else blob)
             if status == "cancelled":
                 return self._too_late()
             if status != "working":
@@ -205,7 +219,9 @@ class Conversation:
 
     def _record(self, hold_s: float, cancel: bool) -> dict[str, Any]:
         digest, size = (self._state.digest, self._state.bytes) if self._state else (None, 0)
-        return ask_record(self._request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel)
+        return ask_record(
+            self._request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=self._then
+        )
 
     def _receive(self, digest: str, size: int) -> Any:
         """Fetch a result piece by piece, over as many connections as it takes; None if the client has lost it."""
@@ -263,6 +279,12 @@ class Conversation:
             answer, digest=payload.get("digest"), payload_bytes=int(payload.get("bytes", 0)),
             via=str(payload.get("via")), blob=blob,
         )  # fmt: skip
+
+    def _ended(self, reply: dict[str, Any], blob: bytes | None) -> Answer | None:
+        """Read how a task ended; None if it has not."""
+        if reply.get("status") == "error":
+            return self._failed(reply.get("error") or {})
+        return self._read(reply, blob) if reply.get("status") == "ok" else None
 
     def _failed(self, error: dict[str, Any]) -> Answer:
         kind, message = error.get("type", "an error"), error.get("message", "")

@@ -10,8 +10,9 @@ operation     travels as            meaning
                                     whether the server's payload store can be seen (proved by reading back a nonce)
 ``ask``       ``fit`` for           do this task. Answered within ``hold_s`` seconds, with the result or with
               ``initialize`` and    ``working``; asked again until it is done. So a dead link is noticed, the server
-              ``train``,            can stop or cancel at any time, and an hour of training is no hour of silence
-              ``evaluate``
+              ``train``,            can stop or cancel at any time, and an hour of training is no hour of silence.
+              ``evaluate``          With ``then``, another task of the same state is begun once it is done, and as
+                                    much of it answered along with it as there is (through ``fit``)
 ``push``      ``fit``               a piece of the state that the next ``ask`` names. Answered with how many bytes of it
                                     are there: what was lost with a connection goes on from where it stopped
 ``pull``      ``get_parameters``    send a piece of a result's payload, when the merge has come to it
@@ -56,6 +57,8 @@ class Engine:
     piece_bytes : int
         States and results up to this size go along with a question; larger ones in pieces of this size before or after
         it.
+    asks_ahead : bool
+        Whether the training of the next round is asked for along with an evaluation, because a question is dear.
     ping_s : float or None
         Seconds of silence after which a client is asked whether it is still there; None if the engine sees to that.
     """
@@ -63,15 +66,16 @@ class Engine:
     name: str
     hold_s: float
     piece_bytes: int
+    asks_ahead: bool
     ping_s: float | None
 
 
 # A second costs nothing, since a question takes a millisecond; and a run that is stopped stops at once.
 # Of a piece there are half a dozen copies on its way through Flower; smaller ones would spend their time on the way.
-EMBEDDED = Engine(name="embedded", hold_s=1.0, piece_bytes=1 << 22, ping_s=10.0)
+EMBEDDED = Engine(name="embedded", hold_s=1.0, piece_bytes=1 << 22, asks_ahead=False, ping_s=10.0)
 # A question starts a process and is found by polls of seconds: most tasks should take one. Not for ever, or nobody
 # could tell a trainer in the middle of a task that the run was stopped. Flower cuts its messages into pieces itself.
-SUPERLINK = Engine(name="superlink", hold_s=20.0, piece_bytes=1 << 62, ping_s=None)
+SUPERLINK = Engine(name="superlink", hold_s=20.0, piece_bytes=1 << 62, asks_ahead=True, ping_s=None)
 
 
 def pack(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,10 +98,16 @@ def unpack(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def ask_record(
-    request: Request, *, digest: str | None, payload_bytes: int, hold_s: float, cancel: bool
+    request: Request,
+    *,
+    digest: str | None,
+    payload_bytes: int,
+    hold_s: float,
+    cancel: bool,
+    then: Request | None = None,
 ) -> dict[str, Any]:
-    """Return the record that asks for a task."""
-    return {
+    """Return the record that asks for a task, and for another one that starts from the same state once it is done."""
+    record = {
         "op": "ask",
         **asdict(request),
         "digest": digest,
@@ -105,3 +115,4 @@ def ask_record(
         "hold_s": hold_s,
         "cancel": cancel,
     }
+    return record if then is None else {**record, "then": asdict(then)}

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,7 @@ class Server(FlowerServer):
         self._stop = threading.Event()
         self._merging: Strategy | None = None
         self._state: StoredPayload | None = None
+        self._ahead: dict[int, Answer] = {}
         self._told = False
         self.failure: FedSplitError | None = None
 
@@ -274,8 +276,8 @@ class Server(FlowerServer):
             self._save(server_round, line)
             stages.end("wait for the last checkpoint")
         if settings.is_evaluated(server_round):
-            self._evaluate(strategy, server_round, self._roster.ranks(), self._terms(deadline), line)
-            stages.end("evaluate")
+            ahead_s = self._evaluate(strategy, server_round, self._roster.ranks(), self._terms(deadline), line)
+            stages.end("evaluate", **({"train ahead": ahead_s} if ahead_s else {}))
         line = {"round": server_round, "seconds": stages.total(), **line, "stages": stages.seconds}
         self._run.history.append(line)
         log.info("%s", describe_round(line, self._rounds), extra=event("round", total_rounds=self._rounds, **line))
@@ -289,7 +291,7 @@ class Server(FlowerServer):
             conversation = self._converse(terms, rank, "train", server_round, strategy, self._state)
             own = phase.stages[rank] = Stages()
             try:
-                answer = phase.answers[rank] = conversation.until_done()
+                answer = phase.answers[rank] = self._ahead.get(rank) or conversation.until_done()
                 own.end("hand-off", waiting=conversation.waited_s, training=answer.seconds)
                 if not answer.failure:
                     self._observer.answered(rank, None)
@@ -311,6 +313,7 @@ class Server(FlowerServer):
                 turns.done(rank)
 
         in_parallel(train, ranks, self._stop)
+        self._ahead.clear()
         stages.end("train")
         chunks = merge.finish()
         # Only now: ranks with the same result share one payload.
@@ -352,13 +355,20 @@ class Server(FlowerServer):
         finally:
             stages.end("checking")
 
-    def _evaluate(self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line) -> None:
-        phase = Phase()
+    def _evaluate(self, strategy: Strategy, server_round: int, ranks: Sequence[int], terms: Terms, line: Line) -> float:
+        """Let ranks evaluate the state; returns the seconds in which that waited for training that was asked ahead."""
+        phase, ahead_s = Phase(), [0.0]
+        asks_ahead = self._asks_ahead(server_round, strategy)
         self._observer.asked("evaluate", server_round, self._rounds, ranks)
 
         def evaluate(rank: int) -> None:
-            answer = self._converse(terms, rank, "evaluate", server_round, strategy, self._state).until_done()
-            phase.answers[rank] = answer
+            conversation = self._converse(
+                terms, rank, "evaluate", server_round, strategy, self._state, then_trains=asks_ahead
+            )
+            answer = phase.answers[rank] = conversation.until_done()
+            ahead_s.append(conversation.ahead_s)
+            if conversation.ahead:
+                self._ahead[rank] = conversation.ahead
             reason = answer.failure or (None if answer.num_examples > 0 else "it evaluated no examples")
             if reason:
                 self._refuse(phase, rank, "evaluate", reason, answer.traceback)
@@ -373,15 +383,33 @@ class Server(FlowerServer):
             }  # fmt: skip
         for rank, reason in phase.refused.items():
             line["refused"].setdefault(str(rank), f"evaluate: {reason}")
+        return max(ahead_s)
+
+    def _asks_ahead(self, server_round: int, strategy: Strategy) -> bool:
+        """Tell whether to ask for the next round's training along with this one's evaluation, of the same state.
+
+        Only where it is certain that all will be asked for it, and that no deadline has to be measured from its start.
+        """
+        every_rank = strategy.settings.fraction_train == 1.0 and self._round_timeout_s is None
+        return self._engine.asks_ahead and every_rank and server_round < self._rounds
 
     def _converse(
-        self, terms: Terms, rank: int, kind: str, server_round: int, strategy: Strategy, state: StoredPayload | None
+        self,
+        terms: Terms,
+        rank: int,
+        kind: str,
+        server_round: int,
+        strategy: Strategy,
+        state: StoredPayload | None,
+        *,
+        then_trains: bool = False,
     ) -> Conversation:
         request = Request(
             run_id=self._run.run_id, kind=kind, server_round=server_round, total_rounds=self._rounds,
             config=strategy.settings.train_config, split=strategy.settings.local_patterns,
         )  # fmt: skip
-        return Conversation(terms, rank, request, state)
+        then = replace(request, kind="train", server_round=server_round + 1) if then_trains else None
+        return Conversation(terms, rank, request, state, then)
 
     def _terms(self, deadline: float | None) -> Terms:
         return Terms(

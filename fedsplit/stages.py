@@ -34,10 +34,11 @@ def account(line: Mapping[str, Any]) -> dict[str, float]:
         return _account_reported(line)
     seconds = dict.fromkeys(STAGES, 0.0)
     _account_training(seconds, server.get("train", 0.0), [stages for stages in ranks if stages])
+    seconds["training"] += server.get("train ahead", 0.0)
     seconds["merging"] += server.get("merge", 0.0)
     seconds["evaluation"] = server.get("evaluate", 0.0)
     # What the server waited for by name, and whatever stage a later version adds.
-    known = sum(server.get(name, 0.0) for name in ("train", "merge", "evaluate"))
+    known = sum(server.get(name, 0.0) for name in ("train", "train ahead", "merge", "evaluate"))
     seconds["waiting"] += max(0.0, _number(line, "seconds") - known)
     return seconds
 

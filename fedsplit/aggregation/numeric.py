@@ -6,6 +6,7 @@ they went in, it works in place, and it needs one pass. ``sum(weight * x)`` prom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -171,4 +172,4 @@ def surely_finite(tensor: Tensor) -> bool:
     if not is_floating(tensor):
         return True
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else widened(tensor)
-    return bool(real.sum().isfinite())
+    return math.isfinite(real.sum().item())
