@@ -313,19 +313,29 @@ class Conversation:
 
 
 class Turns:
-    """Lets ranks pass one at a time, in rank order, each as early as that order allows."""
+    """Lets ranks pass one at a time, in rank order, each as early as that order allows.
+
+    Whoever waits is woken when it may pass and not before: waking all at each turn would be quadratic in their number.
+    """
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self._left = sorted(ranks)
-        self._changed = threading.Condition()
+        self._waiting: dict[int, tuple[int, threading.Event]] = {}
+        self._lock = threading.Lock()
 
     def wait(self, rank: int, *, ahead: int = 0) -> None:
         """Wait until every lower rank is done but ``ahead`` of them."""
-        with self._changed:
-            self._changed.wait_for(lambda: rank in self._left[: ahead + 1])
+        with self._lock:
+            if rank in self._left[: ahead + 1]:
+                return
+            may_pass = threading.Event()
+            self._waiting[rank] = (ahead, may_pass)
+        may_pass.wait()
 
     def done(self, rank: int) -> None:
         """Let the next rank pass; also called by a rank that failed before its turn."""
-        with self._changed:
+        with self._lock:
             self._left.remove(rank)
-            self._changed.notify_all()
+            for place, other in enumerate(self._left):
+                if other in self._waiting and place <= self._waiting[other][0]:
+                    self._waiting.pop(other)[1].set()

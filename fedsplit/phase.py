@@ -28,7 +28,7 @@ class Stages:
         for name, seconds in within.items():
             self.seconds[name] = round(min(seconds, left), 6)
             left -= self.seconds[name]
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + left, 6)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + max(0.0, left), 6)
         self._last = now
 
     def total(self) -> float:

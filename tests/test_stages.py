@@ -36,6 +36,11 @@ def test_checking_an_update_is_part_of_merging_it() -> None:
     assert account(line([{"training": 3.0, "checking": 0.5, "merging": 0.5}]))["merging"] == 1.0 + SERVER["merge"]
 
 
+def test_training_that_was_asked_for_along_with_an_evaluation_is_training() -> None:
+    found = account(line([{"training": 0.0}], {"train": 0.0, "train ahead": 3.0, "evaluate": 1.0}))
+    assert (found["training"], found["evaluation"], found["waiting"]) == (3.0, 1.0, 0.0)
+
+
 def test_a_rank_that_waited_for_its_client_makes_the_round_wait() -> None:
     assert account(line([{"waiting": 3.5, "training": 0.5}]))["waiting"] == 4.0
 

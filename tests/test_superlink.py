@@ -57,6 +57,8 @@ def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engin
     assert reports.ended and reports.error is None
     lines = read_history(checkpoints / "server" / "history.jsonl")
     assert [(line["round"], line["accepted"], line["refused"]) for line in lines] == [(n, 2, {}) for n in (1, 2, 3)]
+    # One message a round: the next training came along with the evaluation.
+    assert ["train ahead" in line["stages"] for line in lines] == [True, True, False]  # type: ignore[operator]
     assert set().union(*(line["clients"] for line in lines)) == {"1", "2"}  # type: ignore[call-overload]
     assert max((checkpoints / "server").glob("round-*/state.safetensors")).read_bytes() == expected
 
