@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedsplit")
 
-_TRAINER_CHECK_S = 0.05
+_TRAINER_CHECK_S = 0.08
 _BAD_RESULT_S = 5.0
 # Also for a task that failed: with another code Flower drops the metrics, and with them the reason.
 _OK = Status(code=Code.OK, message="")

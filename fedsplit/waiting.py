@@ -3,7 +3,7 @@
 On a local disk of Linux, inotify wakes whoever waits within a fraction of a millisecond, however long it has waited.
 On a network file system nobody is told what another machine did, so whoever waits also looks by himself: every
 millisecond at first, less often the longer it was in vain, at most 20 ms apart. Once events of a record have been seen
-they are relied on, and a look every 50 ms remains.
+they are relied on, and a look every 80 ms remains.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ except ImportError:  # not on Linux
 
 _FIRST_LOOK_S = 0.001
 _LAST_LOOK_S = 0.020
-_RELIED_LOOK_S = 0.050
+_RELIED_LOOK_S = 0.080
 _READ_S = 1.0
 
 
@@ -27,7 +27,7 @@ class Watch:
     """Waits for any of a directory's records to change.
 
     A look is a `stat`: a record that is renamed into place is another file. Where there are no events, records are read
-    anew every 50 ms even so: a file system may reuse a file's number within one tick of its clock, or show another
+    anew every 80 ms even so: a file system may reuse a file's number within one tick of its clock, or show another
     machine an old one.
 
     Parameters
