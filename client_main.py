@@ -41,9 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--trainer-wait",
         type=cli.seconds,
-        default=300.0,
+        default="300",
         metavar="S",
-        help="seconds to wait for a trainer before a task is reported as failed",
+        help="seconds to wait for this rank's trainer before a task is reported as failed",
     )
     add(
         "--payload-store",
@@ -57,7 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--join-token-file",
         type=Path,
         metavar="FILE",
-        help="proves to the server, and lets it prove, that both know the token in this file (mode 0600)",
+        help="prove to the server, and let it prove, that both know the token in this file (mode 0600; over TLS or on "
+        "loopback)",
     )
     add(
         "--supernode-private-key",
@@ -65,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="with --engine superlink: this SuperNode's key, where the server asks for one",
     )
-    cli.add_logging(parser)
+    cli.add_logging(parser, flower=True)
     return parser
 
 

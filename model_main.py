@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("exchange"),
         metavar="DIR",
-        help="holds rank-K/, shared with the client",
+        help="holds rank-K/, shared with the client; a RAM disk such as /dev/shm is fastest",
     )
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="where rank-K/ is kept")
     add(
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=cli.key_value,
         default=[],
         metavar="KEY=VALUE",
-        help="reaches the workload, for example partition=dirichlet; repeatable",
+        help="tell the workload, for example partition=dirichlet; repeatable",
     )
     add(
         "--num-partitions",
@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=cli.natural,
         default=0,
         metavar="N",
-        help="of the initial model and the partitioning; the same for every rank",
+        help="seed for the initial model and the partitioning; the same for every rank",
     )
     add("--device", default="auto", metavar="auto|cpu|cuda|…", help="where to train; auto takes a GPU if there is one")
     add(
@@ -77,7 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="keep",
         help="keep: optimizer and generators go on from round to round; reset: each round starts fresh",
     )
-    add("--client-wait", type=cli.seconds, metavar="S", help="seconds to wait for a client (default: for ever)")
+    add(
+        "--client-wait",
+        type=cli.seconds,
+        metavar="S",
+        help="seconds to wait for this rank's client (default: for ever)",
+    )
     cli.add_logging(parser)
     return parser
 
@@ -115,8 +120,8 @@ def run(arguments: argparse.Namespace, device: str) -> None:
     )
     workload = create_workload(arguments.workload, context)
 
+    from fedsplit.progress import Progress
     from fedsplit.trainer import Trainer
-    from fedsplit.workloads.progress import Progress
     from fedsplit.workloads.runner import run_workload
 
     trainer = Trainer(

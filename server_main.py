@@ -90,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--client-wait",
         type=cli.seconds,
-        default=300.0,
+        default="300",
         metavar="S",
         help="seconds that a round waits for a client that went away",
     )
@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=cli.key_value,
         default=[],
         metavar="KEY=VALUE",
-        help="reaches every trainer as task.config; repeatable",
+        help="tell every trainer, as task.config; repeatable",
     )
     add(
         "--payload-store",
@@ -110,16 +110,16 @@ def make_parser() -> argparse.ArgumentParser:
         "URL: by way of a place that fsspec knows, such as s3://bucket/prefix, for clients given the same",
     )
     add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
-    add("--seed", type=cli.natural, default=0, metavar="N", help="of the sampling of clients and of rules that draw")
+    add("--seed", type=cli.natural, default=0, metavar="N", help="seed for sampling clients and for rules that draw")
     add("--ssl-ca-certfile", type=Path, metavar="FILE", help="CA certificate, PEM; with the two below it turns TLS on")
     add("--ssl-certfile", type=Path, metavar="FILE", help="this server's certificate, PEM")
     add("--ssl-keyfile", type=Path, metavar="FILE", help="this server's private key, PEM")
-    add("--insecure", action="store_true", help="listen without TLS on a network that is private; else that is refused")
+    add("--insecure", action="store_true", help="listen beyond loopback without TLS; refused without this")
     add(
         "--join-token-file",
         type=Path,
         metavar="FILE",
-        help="lets only clients in that prove to know the token in this file (mode 0600; over TLS or on loopback)",
+        help="let in only clients that prove they know the token in this file (mode 0600; over TLS or on loopback)",
     )
     add(
         "--supernode-public-key",
@@ -127,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="with --engine superlink: lets only SuperNodes in that have one of these keys; repeatable",
+        help="with --engine superlink: let in only SuperNodes that hold one of these keys; repeatable",
     )
     add(
         "--tracker",
@@ -137,7 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="also write metrics to tensorboard or mlflow; PLACE is a directory or a tracking URI (default: in "
         "--checkpoint-dir); repeatable",
     )
-    cli.add_logging(parser)
+    cli.add_logging(parser, flower=True)
     return parser
 
 

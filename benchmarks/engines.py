@@ -74,10 +74,13 @@ def measure(
             if codes != {0}:
                 raise SystemExit(federation.tails())
             lines = federation.history()
+            evaluated = lines[-1]["evaluate"]
+            if "first" in evaluated and {evaluated["first"], evaluated["last"]} != {float(rounds)}:
+                raise SystemExit(f"the state came back with other numbers: {evaluated}, expected {rounds}")
             seconds = [float(str(line["seconds"])) for line in lines][1 if rounds > 1 else 0 :]
             return {
                 "engine": engine, "seconds a round": statistics.median(seconds), "most processes": processes,
-                "most memory, MB": memory / 1e6, "evaluate": lines[-1]["evaluate"],
+                "most memory, MB": memory / 1e6, "evaluate": evaluated,
             }  # fmt: skip
 
 

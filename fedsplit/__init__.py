@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsplit.aggregation.base import AggregationContext, Update
     from fedsplit.errors import FedSplitError
+    from fedsplit.progress import Progress
     from fedsplit.trainer import Task, Trainer
     from fedsplit.workloads.base import EvaluateResult, TrainResult, WorkloadContext
 
@@ -19,6 +20,7 @@ __all__ = [
     "AggregationContext",
     "EvaluateResult",
     "FedSplitError",
+    "Progress",
     "Task",
     "TrainResult",
     "Trainer",
@@ -30,6 +32,7 @@ _HOMES = {
     "AggregationContext": "fedsplit.aggregation.base",
     "EvaluateResult": "fedsplit.workloads.base",
     "FedSplitError": "fedsplit.errors",
+    "Progress": "fedsplit.progress",
     "Task": "fedsplit.trainer",
     "TrainResult": "fedsplit.workloads.base",
     "Trainer": "fedsplit.trainer",

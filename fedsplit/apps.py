@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -75,7 +76,8 @@ def run_server(grid: Grid, context: Context) -> None:
     reporter = _begin("server", context.run_config)
     try:
         options = ServerOptions.from_run_config(context.run_config)
-        with options.server(SUPERLINK) as server:
+        command = shlex.split(str(context.run_config.get("script-command", "")))
+        with options.server(SUPERLINK, command=command) as server:
             roster = server.client_manager()
             assert isinstance(roster, Roster)  # for the type checker: it makes no other
             nodes = _Nodes(_PromptGrid(grid), roster)

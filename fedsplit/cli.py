@@ -76,14 +76,15 @@ def check_output(output: Path, *, endings: Sequence[str]) -> None:
         raise UsageError(f"--output {output}: there is no directory {output.parent}")
 
 
-def add_verbose(parser: argparse.ArgumentParser) -> None:
-    """Add ``-v/--verbose``."""
-    parser.add_argument("-v", "--verbose", action="store_true", help="also show debug lines, and what Flower logs")
+def add_verbose(parser: argparse.ArgumentParser, *, flower: bool = False) -> None:
+    """Add ``-v/--verbose``, to a program with Flower in it or to another."""
+    shown = "show debug lines too, and as text what Flower logs" if flower else "show debug lines too"
+    parser.add_argument("-v", "--verbose", action="store_true", help=shown)
 
 
-def add_logging(parser: argparse.ArgumentParser) -> None:
+def add_logging(parser: argparse.ArgumentParser, *, flower: bool = False) -> None:
     """Add ``-v/--verbose`` and ``--log-format``."""
-    add_verbose(parser)
+    add_verbose(parser, flower=flower)
     parser.add_argument(
         "--log-format", choices=("text", "json"), default="text",
         help="text: for people; json: for machines, one object a line on stderr",

@@ -1,8 +1,8 @@
 """The Flower client: a relay between the server and the exchange directory.
 
 It decodes no tensor and imports no torch: the bytes it receives go to a file, the bytes of a file go to the server,
-and where both sides see the same disk only a digest travels. It answers every question within a second, so it always
-knows what the server wants; how long a training takes is none of its business.
+and where both sides see the same disk only a digest travels. It answers every question within the engine's hold, a
+second or twenty, so it always knows what the server wants; how long a training takes is none of its business.
 """
 
 from __future__ import annotations

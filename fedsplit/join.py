@@ -54,7 +54,7 @@ def read_token(path: Path | None) -> bytes | None:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"{where} is not a regular file")
-            if status.st_mode & 0o077:
+            if status.st_mode & _foreign_bits(path):
                 mode = stat.S_IMODE(status.st_mode)
                 raise UsageError(f"{where} can be opened by others (mode {mode:04o}); chmod 600 {path}")
             if status.st_uid not in (os.geteuid(), 0):
@@ -68,6 +68,16 @@ def read_token(path: Path | None) -> bytes | None:
             f"(umask 077; openssl rand -hex 32 > {path})"
         )
     return hmac.digest(token, _PURPOSE, hashlib.sha256)
+
+
+def _foreign_bits(path: Path) -> int:
+    """Return the bits of a mode that let others in.
+
+    systemd hands credentials over with an access list for the service's user, whose mask stands where the group's bits
+    do: 0440 there means this user alone.
+    """
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    return 0o037 if credentials and path.parent == Path(credentials) else 0o077
 
 
 @dataclass(frozen=True, kw_only=True)

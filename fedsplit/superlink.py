@@ -15,8 +15,10 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -126,6 +128,7 @@ def serve(
             "report-file": str(reports.path),
             "verbose": verbose,
             "script-pid": os.getpid(),
+            "script-command": shlex.join(["python", *sys.argv]),
         }
         _write_app(home, {**options.to_run_config(), **script})
         _flwr(environment, "run", str(home / "fedsplit-app"), _NAME)

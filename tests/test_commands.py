@@ -22,7 +22,7 @@ from fedsplit.handoff import ClientSide, TrainerSide
 from fedsplit.records import Request, TaskRecord
 from fedsplit.state_dict import encode
 
-COMMANDS = ("demo", "status", "checkpoints", "export", "plot")
+COMMANDS = ("demo", "status", "checkpoints", "export", "plot", "report", "new")
 STATE = {
     "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
     "half": torch.tensor([1.5, -0.0], dtype=torch.bfloat16),

@@ -24,7 +24,9 @@ from fedsplit.console import LiveConsole, cells, headings_of, metric_columns, ro
 from fedsplit.events import JsonFormatter, event, format_bytes
 from fedsplit.history import Line
 from fedsplit.observer import Observer, Observers, PartRow
-from tests.programs import Programs
+from fedsplit.stages import account
+from tests.programs import Programs, programs
+from tests.slow_digits import PAUSE_S
 
 LINE: Line = {
     "round": 1, "seconds": 1.5, "asked": 2, "accepted": 2, "refused": {},
@@ -196,6 +198,33 @@ def test_a_server_on_a_terminal_shows_the_split_the_rounds_and_leaves_a_plot(tmp
     assert re.search(r"round [12] of 2: (training|evaluating), waiting for rank", text)
     assert "round 1/2 |" not in text, "the plain line is in the table"
     assert (tmp_path / "checkpoints/server/plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("flags", [("-v",), ()])
+def test_what_flower_logs_is_shown_with_verbose_only(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    with programs(tmp_path, server_flags=("--rounds", "1", *flags), client_flags=flags) as federation:
+        federation.start_all()
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert ("Starting Flower server" in federation.log("server")) == bool(flags)
+        assert ("Received:" in federation.log("client-1")) == bool(flags)
+
+
+@pytest.mark.processes
+def test_the_stages_of_a_real_round_are_where_the_seconds_went(tmp_path: Path) -> None:
+    (tmp_path / "tests").symlink_to(Path(__file__).parent)
+    flags = ("--threads", "1", "--workload", "tests.slow_digits:slow_digits")
+    with programs(tmp_path, server_flags=("--rounds", "2"), model_flags=flags) as federation:
+        federation.start_all()
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        lines: list[Any] = federation.history()
+    for line in lines:
+        assert sum(line["stages"].values()) == pytest.approx(line["seconds"], abs=0.001)
+        for row in line["clients"].values():
+            assert row["stages"]["training"] == pytest.approx(row["seconds"], abs=0.001)
+            assert PAUSE_S < row["seconds"] <= sum(row["stages"].values()) <= line["stages"]["train"] + 0.05
+        # Not in waiting, where whatever nobody accounts for ends up.
+        assert account(line)["training"] > PAUSE_S > account(line)["waiting"]
 
 
 @pytest.mark.processes

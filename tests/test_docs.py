@@ -36,7 +36,7 @@ def blocks(page: Path) -> Iterator[re.Match[str]]:
 def commands(page: Path) -> Iterator[list[str]]:
     """Return every command of our programs that a page shows, in words."""
     for block in blocks(page):
-        if block["language"] not in ("", "sh"):
+        if block["language"] not in ("", "sh", "bash"):
             continue
         text = block["text"].replace("\\\n", " ")
         for line in text.splitlines():
@@ -45,7 +45,11 @@ def commands(page: Path) -> Iterator[list[str]]:
             # Two commands side by side are two terminals.
             for part in re.split(r" {3,}(?=python )| [|&]+ *| && ", line):
                 if re.match(r"python (-m fedsplit|\w+_main\.py)\b", part):
-                    yield [word for word in shlex.split(part.removesuffix("&"), comments=True) if word != "python"]
+                    yield [
+                        word
+                        for word in shlex.split(part.removesuffix("&"), comments=True)
+                        if word not in ("python", "…")
+                    ]
 
 
 def parser_of(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
@@ -63,6 +67,8 @@ def parser_of(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
 
 def test_every_command_on_every_page_is_one_that_its_program_takes(capsys: pytest.CaptureFixture[str]) -> None:
     from fedsplit.aggregation.spec import parse_rules
+    from fedsplit.commands.new import check_name
+    from fedsplit.errors import UsageError
 
     refused, count = [], 0
     for page in PAGES:
@@ -73,7 +79,9 @@ def test_every_command_on_every_page_is_one_that_its_program_takes(capsys: pytes
                 parsed = parser.parse_args(arguments)
                 if not any(rule.startswith("@") for rule in getattr(parsed, "aggregate", [])):
                     parse_rules(getattr(parsed, "aggregate", []))
-            except (SystemExit, ValueError) as exc:
+                if getattr(parsed, "command", "") == "new":
+                    check_name(parsed.project.name)
+            except (SystemExit, ValueError, UsageError) as exc:
                 refused.append(f"{page.name}: {shlex.join(words)}: {exc} {capsys.readouterr().err.splitlines()[-1:]}")
     assert refused == []
     assert count > 30, "the pages have commands"

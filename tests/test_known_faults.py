@@ -20,9 +20,9 @@ from fedsplit.errors import PeerMissingError, RecordError, StateMismatchError
 from fedsplit.exchange import Exchange
 from fedsplit.handoff import ClientSide, Source
 from fedsplit.history import weighted_mean
+from fedsplit.progress import Progress
 from fedsplit.records import Request
 from fedsplit.state_dict import decode, encode, load_into
-from fedsplit.workloads.progress import Progress
 from fedsplit.workloads.runner import run_workload
 from tests.programs import ROOT
 

@@ -49,6 +49,19 @@ def test_a_token_that_others_can_open_is_refused(tmp_path: Path, mode: int) -> N
     assert TOKEN not in str(raised.value)
 
 
+def test_a_credential_of_systemd_is_this_users_alone_although_its_mode_shows_a_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = token_file(tmp_path / "token", mode=0o440)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert read_token(token)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path, mode in ((tmp_path / "all", 0o444), (elsewhere / "token", 0o440)):
+        with pytest.raises(UsageError, match="can be opened by others"):
+            read_token(token_file(path, mode=mode))
+
+
 def test_a_token_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_token(tmp_path / "missing")

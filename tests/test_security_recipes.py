@@ -60,6 +60,17 @@ def test_client_and_trainer_of_a_pair_share_a_volume_and_a_user() -> None:
     assert "secrets" not in mounts[1]
 
 
+def test_what_is_mounted_into_containers_was_given_to_their_user_and_the_key_of_the_ca_to_none() -> None:
+    text = (RECIPES / "docker" / "compose.yaml").read_text()
+    compose: dict[str, Any] = yaml.safe_load(text)
+    mounts = {mount.split(":")[0] for service in compose["services"].values() for mount in service["volumes"]}
+    secrets = {mount.removeprefix("./") for mount in mounts if mount.startswith("./secrets")}
+    (given,) = re.findall(r"chown 10001 (.*)", text)
+    # make_certificates.py and `umask 077` make each file for its own user alone.
+    assert secrets == set(given.split())
+    assert not any("ca-key" in mount or mount == "./secrets" for mount in mounts)
+
+
 @pytest.mark.processes
 @pytest.mark.timeout(180)
 def test_the_slurm_job_runs_a_pair_to_the_end_and_leaves_nothing(tmp_path: Path) -> None:

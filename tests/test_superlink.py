@@ -199,6 +199,7 @@ def test_the_project_offers_every_option_as_run_config() -> None:
     defaults = ServerOptions().to_run_config() | {
         "checkpoint-dir": "checkpoints",
         "report-file": "",
+        "script-command": "",
         "script-pid": 0,
         "verbose": False,
     }

@@ -245,7 +245,7 @@ def test_evaluation_changes_neither_model_nor_local_state() -> None:
 def test_every_batch_is_announced() -> None:
     calls: list[tuple[int, int, float]] = []
     workload = digits(epochs=2)
-    workload.on_batch = lambda done, total, loss: calls.append((done, total, loss))
+    workload.on_batch = lambda done, total, loss, epochs: calls.append((done, total, loss))
     result = workload.train(StubTask())
     assert [call[:2] for call in calls] == [(n, 46) for n in range(1, 47)]
     sizes = [32] * 22 + [15]

@@ -2,8 +2,8 @@
 
     python -m fedsplit demo --rounds 5
 
-The programs are those that are otherwise started by hand, each with a log of its own in DIR/logs. Ctrl-C ends
-all of them. Ends with exit code 15 if one of them fails, and says which and why.
+The programs are those that are otherwise started by hand, each with a log of its own in CHECKPOINT_DIR/logs.
+Ctrl-C ends all of them. Ends with exit code 15 if one of them fails, and says which and why.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def add_to(commands: cli.Commands) -> None:
     """Add the command's parser."""
     parser = cli.add_command(commands, "demo", __doc__, run)
     add = parser.add_argument
-    add("-r", "--rounds", type=cli.positive_int, default=5, metavar="N", help="rounds to run")
+    add("-r", "--rounds", type=cli.positive_int, default=5, metavar="N", help="rounds to run in all")
     add(
         "--clients",
         type=cli.positive_int,
@@ -77,7 +77,7 @@ def add_to(commands: cli.Commands) -> None:
         type=cli.key_value,
         default=[],
         metavar="KEY=VALUE",
-        help="reaches the workload, for example partition=dirichlet; repeatable",
+        help="tell the workload, for example partition=dirichlet; repeatable",
     )
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
     add(
@@ -85,7 +85,7 @@ def add_to(commands: cli.Commands) -> None:
         type=cli.natural,
         default=0,
         metavar="N",
-        help="of the initial model, the partitioning and the server",
+        help="seed for the initial model, the partitioning and the server",
     )
 
 

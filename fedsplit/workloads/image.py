@@ -88,7 +88,7 @@ class ImageWorkload:
     ----------
     model : Module
         What is trained.
-    on_batch : function of (done, total, loss) or None
+    on_batch : function of (done, total, loss, epochs) or None
         Called after every batch of a task: batches done, batches in all, the loss of this one.
     """
 
@@ -103,7 +103,7 @@ class ImageWorkload:
     ) -> None:
         self.device = torch.device(context.device)
         self.settings = settings
-        self.on_batch: Callable[[int, int, float], None] | None = None
+        self.on_batch: Callable[[int, int, float, int], None] | None = None
         self._data = data
         self._mean = torch.tensor(data.mean, device=self.device).view(-1, 1, 1)
         self._std = torch.tensor(data.std, device=self.device).view(-1, 1, 1)
@@ -130,7 +130,7 @@ class ImageWorkload:
         for group in self._optimizer.param_groups:
             group.update(lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.model.train()
-        tally = Tally(settings.epochs * -(-len(self._train_indices) // settings.batch_size), self.on_batch)
+        tally = Tally(-(-len(self._train_indices) // settings.batch_size), self.on_batch, settings.epochs)
         for batch in self._epochs(settings):
             if task.should_stop():
                 break

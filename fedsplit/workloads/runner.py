@@ -8,9 +8,9 @@ import traceback
 from typing import Any
 
 from fedsplit.errors import RunFailedError, RunStoppedError, StateMismatchError
+from fedsplit.progress import Progress
 from fedsplit.trainer import Task, Trainer
 from fedsplit.workloads.base import EvaluateResult, StatefulWorkload, TrainResult, Workload
-from fedsplit.workloads.progress import Progress
 
 log = logging.getLogger("fedsplit")
 

@@ -96,9 +96,9 @@ def proximal_term(model: nn.Module, global_parameters: Mapping[str, torch.Tensor
 class Tally:
     """Adds up the losses and hits of a task's batches."""
 
-    def __init__(self, total: int, on_batch: Callable[[int, int, float], None] | None) -> None:
+    def __init__(self, batches: int, on_batch: Callable[[int, int, float, int], None] | None, epochs: int = 1) -> None:
         self.examples = 0
-        self._done, self._total, self._on_batch = 0, total, on_batch
+        self._done, self._total, self._epochs, self._on_batch = 0, batches * epochs, epochs, on_batch
         self._loss, self._hits = 0.0, 0
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -108,7 +108,7 @@ class Tally:
         self._hits += int((logits.argmax(dim=1) == labels).sum())
         self._done += 1
         if self._on_batch is not None:
-            self._on_batch(self._done, self._total, mean_loss)
+            self._on_batch(self._done, self._total, mean_loss, self._epochs)
 
     def means(self) -> dict[str, float]:
         if not self.examples:

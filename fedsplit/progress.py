@@ -1,4 +1,15 @@
-"""A trainer's progress: a bar where there is a terminal, nothing where there is none (the log has a line a task)."""
+"""A trainer's progress: a bar where there is a terminal, nothing where there is none (the log has a line a task).
+
+::
+
+    progress = Progress(rank)
+    for task in trainer:
+        with progress.task(task):
+            for done, batch in enumerate(batches, start=1):
+                loss = step(batch)
+                progress.update(done, len(batches), loss)
+            task.reply(…)
+"""
 
 from __future__ import annotations
 
@@ -51,7 +62,18 @@ class Progress:
             yield
         self._bar = None
 
-    def update(self, done: int, total: int, loss: float) -> None:
-        """Take note of a batch."""
+    def update(self, done: int, total: int, loss: float, epochs: int = 1) -> None:
+        """Take note of a batch.
+
+        Parameters
+        ----------
+        done, total
+            Batches of the task, over all its epochs.
+        loss
+            Of this batch.
+        epochs
+            How many epochs the task has, of the same length each.
+        """
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=f"loss {loss:.4f}")
+            epoch = f"epoch {(done - 1) * epochs // total + 1}/{epochs}, " if epochs > 1 else ""
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=f"{epoch}loss {loss:.4f}")
