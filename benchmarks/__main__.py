@@ -21,10 +21,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import handoff, large, memory, merge, noticing, rounds, scaling, startup, superlink
+from benchmarks import handoff, large, limits, memory, merge, noticing, rounds, scaling, startup, superlink
 from benchmarks.common import ROOT, Figure, Options, machine, spread
 
-MODULES = (handoff, noticing, rounds, merge, startup, memory, scaling, superlink, large)
+MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, superlink, large)
 TOPICS = {module.TOPIC: module for module in MODULES}
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -162,9 +162,9 @@ def _commit() -> str:
 
 
 @contextmanager
-def ram_directory() -> Iterator[Path]:
-    """Make a directory on the RAM disk, and remove it; a disk's fsync is not what is measured here."""
-    base = Path("/dev/shm")
+def scratch_directory(base: Path | None = None) -> Iterator[Path]:
+    """Make a directory on the RAM disk, or elsewhere, and remove it; a disk's fsync is not what is measured here."""
+    base = base or Path("/dev/shm")
     directory = Path(tempfile.mkdtemp(prefix="fedsplit-bench-", dir=base if base.is_dir() else None))
     try:
         yield directory
@@ -408,6 +408,6 @@ def interleaved(repeats: int, sides: Mapping[str, Callable[[Path], Sequence[floa
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, measure in sides.items():
-            with ram_directory() as directory:
+            with scratch_directory() as directory:
                 samples[name] += measure(directory)
     return samples

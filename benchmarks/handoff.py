@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.common import Figure, Options, Programs, ram_directory
+from benchmarks.common import Figure, Options, Programs, scratch_directory
 
 TOPIC = "hand-off"
 LONG_S = 3.0
@@ -48,7 +48,7 @@ def _measure(number: int, *, pause_s: float, work_s: float) -> tuple[list[float]
 
     logging.getLogger("fedsplit").setLevel(logging.ERROR)  # the first task finds no trainer yet
     down, up = [], []
-    with ram_directory() as directory, Programs(directory) as programs:
+    with scratch_directory() as directory, Programs(directory) as programs:
         exchange = Exchange(directory / "exchange", 1)
         with exchange.hold("client"):
             relay = Relay(exchange, trainer_wait_s=60.0, use_store=False)

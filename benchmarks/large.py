@@ -6,7 +6,7 @@ One client, as two would need twice the memory. Everything is on the RAM disk: a
 
 from __future__ import annotations
 
-from benchmarks.common import Federation, Figure, Options, ram_directory
+from benchmarks.common import Federation, Figure, Options, scratch_directory
 
 TOPIC = "large"
 
@@ -20,7 +20,7 @@ def run(options: Options) -> list[Figure]:
         if not options.large:
             figures.append(Figure(topic=TOPIC, name=label, unit="s", missing="only with --large"))
             continue
-        with ram_directory() as directory:
+        with scratch_directory() as directory:
             flags = ("--keep-checkpoints", "2", "--evaluate-every", "1")
             federation = Federation(
                 directory=directory, rounds=3, model_bytes=size, ranks=1, store=store, server_flags=flags

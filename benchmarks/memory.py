@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.common import Federation, Figure, Options, StockFederation, ram_directory
+from benchmarks.common import Federation, Figure, Options, StockFederation, scratch_directory
 
 TOPIC = "memory"
 BASE_MB = 150.0
@@ -14,10 +14,10 @@ def run(options: Options) -> list[Figure]:
     size = options.pick(100_000_000, 100_000_000, 5_000_000)
     peaks = {}
     for store in ("auto", "none"):
-        with ram_directory() as directory:
+        with scratch_directory() as directory:
             _, programs = Federation(directory=directory, rounds=4, model_bytes=size, store=store).run()
             peaks[store] = {name: program.peak_bytes / 1e6 for name, program in programs.all.items()}
-    with ram_directory() as directory:
+    with scratch_directory() as directory:
         _, programs = StockFederation(directory=directory, rounds=3, model_bytes=size).run()
         stock = {name: program.peak_bytes / 1e6 for name, program in programs.all.items()}
     megabytes = size / 1e6

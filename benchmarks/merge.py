@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ENVIRONMENT, ROOT, BenchmarkError, Figure, Options, ram_directory
+from benchmarks.common import ENVIRONMENT, ROOT, BenchmarkError, Figure, Options, scratch_directory
 
 TOPIC = "merge"
 LAYERS = 10
@@ -34,7 +34,7 @@ def run(options: Options) -> list[Figure]:
     """Measure."""
     size = options.pick(100_000_000, 100_000_000, 2_000_000)
     updates, repeats = 10, options.pick(7, 3, 1)
-    with ram_directory() as directory:
+    with scratch_directory() as directory:
         samples = _in_turns(directory, size, updates, repeats, SIDES)
         many = _in_turns(directory, size // 4, 4 * updates, options.pick(3, 1, 1), ("files",))
     label = f"merge of {updates} x {size / 1e6:g} MB"
@@ -105,11 +105,14 @@ def files(size: int, updates: int, directory: Path) -> Callable[[], Any]:
 
 def _ours(size: int, updates: int, directory: Path, keep: Callable[[Path], Any]) -> Callable[[], Any]:
     from fedsplit.aggregation import parse_rules
+    from fedsplit.allocator import keep_freed_memory
     from fedsplit.files import write_chunks
     from fedsplit.settings import StrategySettings
     from fedsplit.state_dict import encode
     from fedsplit.strategy import Strategy
 
+    # As the server does when it begins.
+    keep_freed_memory()
     contents = []
     # After the server's modules, which set torch up.
     import torch

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.common import ROOT, Figure, Options, ram_directory
+from benchmarks.common import ROOT, Figure, Options, scratch_directory
 
 TOPIC = "noticing"
 
@@ -35,7 +35,7 @@ def run(options: Options) -> list[Figure]:
     """Measure."""
     logging.getLogger("fedsplit").setLevel(logging.ERROR)  # each death is a warning
     samples = []
-    with ram_directory() as directory:
+    with scratch_directory() as directory:
         for _ in range(options.pick(50, 50, 2)):
             samples.append(_one(directory / "exchange"))
     note = f"worst of {len(samples)}: {max(samples):.0f} ms"

@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-from benchmarks.common import BenchmarkError, Figure, Options, Programs, free_port, periods, ram_directory, stamp
+from benchmarks.common import BenchmarkError, Figure, Options, Programs, free_port, periods, scratch_directory, stamp
 
 TOPIC = "scaling"
 SIZE = 100_000
@@ -46,7 +46,7 @@ def run(options: Options) -> list[Figure]:
 
 def _measure(ranks: int, rounds: int) -> tuple[list[float], float]:
     """Return the milliseconds of each round, and those of processor time that a client costs the server in one."""
-    with ram_directory() as directory, Programs(directory) as programs:
+    with scratch_directory() as directory, Programs(directory) as programs:
         address = f"127.0.0.1:{free_port()}"
         programs.start("server", "server_main.py", "--address", address, "--rounds", str(rounds), "--min-clients",
                        str(ranks), "--checkpoint-dir", str(directory / "checkpoints"))  # fmt: skip
