@@ -35,8 +35,8 @@ def run(options: Options) -> list[Figure]:
     size = options.pick(100_000_000, 100_000_000, 2_000_000)
     updates, repeats = 10, options.pick(7, 3, 1)
     with scratch_directory() as directory:
-        samples = _in_turns(directory, size, updates, repeats, SIDES)
-        many = _in_turns(directory, size // 4, 4 * updates, options.pick(3, 1, 1), ("files",))
+        samples = in_turns(directory, size, updates, repeats, SIDES)
+        many = in_turns(directory, size // 4, 4 * updates, options.pick(3, 1, 1), ("files",))
     label = f"merge of {updates} x {size / 1e6:g} MB"
     seconds = {side: [1000 * sample["seconds"] for sample in taken] for side, taken in samples.items()}
     models = {side: [sample["extra_bytes"] / size for sample in taken] for side, taken in samples.items()}
@@ -54,9 +54,10 @@ def run(options: Options) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _in_turns(
+def in_turns(
     directory: Path, size: int, updates: int, repeats: int, sides: tuple[str, ...]
 ) -> dict[str, list[dict[str, float]]]:
+    """Let each side merge as often, in turns; returns seconds and extra bytes of each time."""
     children = {side: _start(side, directory, size, updates) for side in sides}
     try:
         for child in children.values():

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedsplit")
 
+# Many ranks hold a question longer: each is asked anew at the end, and all of them together must not be a load.
+_RANK_HOLD_S = 0.05
 _FAREWELL_S = 10.0
 _REMIND_S = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -420,7 +422,7 @@ class Server(FlowerServer):
             deadline=deadline,
             deadline_s=self._round_timeout_s,
             stop=self._stop,
-            engine=self._engine,
+            engine=replace(self._engine, hold_s=max(self._engine.hold_s, _RANK_HOLD_S * len(self._roster.ranks()))),
             observer=self._observer,
         )
 

@@ -1,0 +1,122 @@
+"""How far a round is from what the machine can do: its processor time, and that of the work that cannot be left out.
+
+By reference, a round of two clients hashes the state seven times (each writer and each reader: two results, one state,
+on either side, of which both trainers read the new one), writes it three times and copies it into a model four times.
+With a few cores and more processes than that, a round cannot be shorter than its processor time divided by the cores.
+
+The last line is why the exchange belongs on a RAM disk: the same round with everything on the disk of the system's
+temporary directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.common import Federation, Figure, Options, StockFederation, scratch_directory
+from benchmarks.merge import in_turns
+from benchmarks.rounds import LARGE, SMALL
+
+TOPIC = "limits"
+_CORES = len(os.sched_getaffinity(0))
+
+
+def run(options: Options) -> list[Figure]:
+    """Measure."""
+    size = LARGE if not options.tiny else 5_000_000
+    few, many = options.pick(6, 6, 3), options.pick(26, 16, 5)
+    floor = [_floor_ms(size) for _ in range(options.pick(7, 5, 2))]
+    large = _processor_ms(lambda directory, rounds: _detached(directory, rounds, size), few, many)
+    small_many = options.pick(410, 210, 12)
+    small = _processor_ms(lambda directory, rounds: _detached(directory, rounds, SMALL), 10, small_many)
+    stock = _processor_ms(_stock, 10, small_many)
+    note = f"processor time of all programs in a round / {_CORES} cores"
+    disk, ram = _round_ms(size, few, Path(tempfile.gettempdir())), _round_ms(size, few, None)
+    with scratch_directory() as directory:
+        merged = in_turns(directory, size, 10, options.pick(5, 3, 1), ("ours",))["ours"]
+    return [
+        Figure(topic=TOPIC, name="100 MB by reference", unit="ms", samples=[large], note=note,
+               peer="its hashing, writing and copying alone", peer_samples=floor, judged_by="ratio"),
+        Figure(topic=TOPIC, name="0.1 MB by reference", unit="ms", samples=[small], note=note,
+               peer="Flower in-process NumPyClient", peer_samples=[stock], judged_by="difference"),
+        Figure(topic=TOPIC, name="round of 100 MB by reference, on the disk", unit="ms", samples=disk,
+               peer="on the RAM disk", peer_samples=ram, judged_by="ratio"),
+        Figure(topic=TOPIC, name="merge of 10 x 100 MB", unit="ms", samples=[1000 * each["seconds"] for each in merged],
+               peer="its looking for NaN and averaging alone", peer_samples=[_merge_floor_ms(size)], judged_by="ratio"),
+    ]  # fmt: skip
+
+
+def _processor_ms(run: Callable[[Path, int], float], few: int, many: int) -> float:
+    """Return the processor time of one more round, in ms and divided by the cores: starting up cancels out."""
+    seconds = []
+    for rounds in (few, many):
+        with scratch_directory() as directory:
+            seconds.append(run(directory, rounds))
+    return 1000 * (seconds[1] - seconds[0]) / (many - few) / _CORES
+
+
+def _round_ms(size: int, rounds: int, base: Path | None) -> list[float]:
+    with scratch_directory(base) as directory:
+        return [1000 * seconds for seconds in Federation(directory=directory, rounds=rounds, model_bytes=size).run()[0]]
+
+
+def _detached(directory: Path, rounds: int, size: int) -> float:
+    _, programs = Federation(directory=directory, rounds=rounds, model_bytes=size).run()
+    return sum(program.cpu_s for program in programs.all.values())
+
+
+def _stock(directory: Path, rounds: int) -> float:
+    _, programs = StockFederation(directory=directory, rounds=rounds, model_bytes=SMALL).run()
+    return sum(program.cpu_s for program in programs.all.values())
+
+
+def _floor_ms(size: int) -> float:
+    """Return what a round's hashing, writing and copying take, one after the other, in ms and divided by the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+    content, model = bytearray(os.urandom(size)), torch.empty(size // 4)
+    with scratch_directory() as directory:
+        path = directory / "state"
+
+        def write() -> None:
+            path.unlink(missing_ok=True)
+            with path.open("wb", buffering=0) as file:
+                file.write(content)
+
+        def mapped() -> mmap.mmap:
+            with path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+        def copy() -> None:
+            model.copy_(torch.frombuffer(mapped(), dtype=torch.float32))
+
+        written = _milliseconds(write)
+        hashed = _milliseconds(lambda: hashlib.sha256(content).digest())
+        checked = _milliseconds(lambda: hashlib.sha256(mapped()).digest())
+        copied = _milliseconds(copy)
+    return (3 * written + 3 * hashed + 4 * checked + 4 * copied) / _CORES
+
+
+def _merge_floor_ms(size: int) -> float:
+    """Return what it takes to add up ten updates once each, and to average them into memory that is there."""
+    import torch
+
+    mean, update = torch.rand(size // 4), torch.rand(size // 4)
+    torch.set_num_threads(_CORES)
+    return 10 * (_milliseconds(update.sum) + _milliseconds(lambda: mean.lerp_(update, 0.5)))
+
+
+def _milliseconds(work: Callable[[], object]) -> float:
+    samples = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        samples.append(1000 * (time.perf_counter() - began))
+    return statistics.median(samples)
