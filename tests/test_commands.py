@@ -80,7 +80,7 @@ def test_help_shows_a_default_of_0_and_hides_an_empty_one(capsys: pytest.Capture
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "of the initial model, the partitioning and the server (default: 0)" in shown
+    assert "seed for the initial model, the partitioning and the server (default: 0)" in shown
     assert "(default: [])" not in shown
 
 
