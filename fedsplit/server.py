@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedsplit")
 
-# Many ranks hold a question longer: each is asked anew at the end, and all of them together must not be a load.
-_RANK_HOLD_S = 0.05
+# Many ranks hold a question longer: each is asked anew at the end, and all of them together must not be a load. A run
+# that is stopped waits no longer than that for them.
+_RANK_HOLD_S, _MANY_HOLD_S = 0.05, 5.0
 _FAREWELL_S = 10.0
 _REMIND_S = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -422,9 +423,12 @@ class Server(FlowerServer):
             deadline=deadline,
             deadline_s=self._round_timeout_s,
             stop=self._stop,
-            engine=replace(self._engine, hold_s=max(self._engine.hold_s, _RANK_HOLD_S * len(self._roster.ranks()))),
+            engine=replace(self._engine, hold_s=self._hold_s()),
             observer=self._observer,
         )
+
+    def _hold_s(self) -> float:
+        return max(self._engine.hold_s, min(_MANY_HOLD_S, _RANK_HOLD_S * len(self._roster.ranks())))
 
     def _refuse(self, phase: Phase, rank: int, kind: str, reason: str, trainer_traceback: str) -> None:
         phase.refused[rank] = reason
