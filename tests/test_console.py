@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 import json
 import logging
-import os
-import pty
 import re
-import struct
-import subprocess
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +20,13 @@ from fedsplit.observer import Observer, Observers, PartRow
 from fedsplit.stages import account
 from tests.programs import Programs, programs
 from tests.slow_digits import PAUSE_S
+from tests.terminal import ESCAPES, on_a_terminal
 
 LINE: Line = {
     "round": 1, "seconds": 1.5, "asked": 2, "accepted": 2, "refused": {},
     "train": {"loss": 1.25, "grad_norm": 3.0}, "evaluate": {"loss": 0.5, "f1": 0.25, "accuracy": 0.75},
     "clients": {"1": {"bytes": 1_000_000}, "2": {"bytes": 1_500_000}},
 }  # fmt: skip
-ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture
@@ -169,19 +162,7 @@ def run_on_a_terminal(programs: Programs) -> tuple[int, str]:
     """Run the server on a terminal of its own, the others without; returns its exit code and what it showed."""
     for name in programs.names[1:]:
         programs.start(name)
-    terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    server = subprocess.Popen(
-        programs.command("server"), cwd=programs.directory, stdin=end, stdout=end, stderr=end,
-        env=os.environ | {"TERM": "xterm-256color"},
-    )  # fmt: skip
-    os.close(end)
-    output = b""
-    with contextlib.suppress(OSError):  # how a terminal says that the last writer has gone
-        while piece := os.read(terminal, 65536):
-            output += piece
-    os.close(terminal)
-    return server.wait(30), ESCAPES.sub(b"", output).decode()
+    return on_a_terminal(programs.command("server"), programs.directory)
 
 
 @pytest.mark.processes

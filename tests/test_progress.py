@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 
 from tests.programs import programs
+from tests.terminal import on_a_terminal
 
 LOOP = """
 import time
@@ -28,29 +23,12 @@ with progress.task(SimpleNamespace(kind="train", server_round=3, total_rounds=10
         progress.update(done, 6, 1 / done, epochs=3)
         time.sleep(0.15)
 """
-ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
-
-
-def on_a_terminal(command: list[str], directory: Path) -> str:
-    """Run a program on a terminal of its own; returns what it showed."""
-    terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    process = subprocess.Popen(
-        command, cwd=directory, stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm-256color"}
-    )
-    os.close(end)
-    output = b""
-    with contextlib.suppress(OSError):  # how a terminal says that the last writer has gone
-        while piece := os.read(terminal, 65536):
-            output += piece
-    os.close(terminal)
-    assert process.wait(60) == 0, output
-    return ESCAPES.sub(b"", output).decode()
 
 
 @pytest.mark.timeout(60)
 def test_a_loop_of_ones_own_shows_its_epochs_batches_and_loss(tmp_path: Path) -> None:
-    shown = on_a_terminal([sys.executable, "-c", LOOP], tmp_path)
+    code, shown = on_a_terminal([sys.executable, "-c", LOOP], tmp_path)
+    assert code == 0, shown
     assert "rank 2 train 3/10" in shown
     assert re.search(r"[345]/6 .*epoch [23]/3, loss 0\.\d{4}", shown)
 
@@ -67,6 +45,7 @@ def test_the_shipped_workloads_show_it(tmp_path: Path) -> None:
         federation.start("server")
         federation.start("client-1")
         # Long enough for rich's ten pictures a second.
-        shown = on_a_terminal([*federation.command("model-1"), "--workload-option", "epochs=40"], tmp_path)
+        code, shown = on_a_terminal([*federation.command("model-1"), "--workload-option", "epochs=40"], tmp_path)
+        assert code == 0, shown
         assert federation.wait(60, ["server", "client-1"]) == {"server": 0, "client-1": 0}, federation.tails()
     assert re.search(r"rank 1 train 1/2 .*epoch \d+/40, loss \d\.\d{4}", shown), shown[-2000:]
