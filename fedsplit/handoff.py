@@ -54,6 +54,7 @@ class ClientSide:
         self.exchange = exchange
         self._highest = 0
         self._awaited = 0
+        self._has_told = False
 
     def offer(self, request: Request, digest: str | None, fetch: Callable[[str], Source | None]) -> int | None:
         """Put a request before the trainer, unless it is there already.
@@ -90,6 +91,7 @@ class ClientSide:
                 return task.version
             elif result.status == "ok" and _answers(result, task) and self._is_whole(result):
                 return task.version
+        self._has_told = False
         payload = None
         if digest is not None:
             payload = self._place(task, digest, fetch, version)
@@ -123,15 +125,24 @@ class ClientSide:
                 write_json(self.exchange.task_path, replace(task, cancelled=True).to_json())
 
     def finish(self, run_id: str, outcome: str, reason: str = "") -> None:
-        """Tell the trainer that the run is over; told twice, it is the same end."""
+        """Tell the trainer that the run is over; told twice, it is the same end.
+
+        Unless it was told to another one, and a trainer is here now: it follows one that was killed on its way out, and
+        has not been told.
+        """
         with self.exchange.handoff():
             task, result = _forgiving(self.exchange.read_task), _forgiving(self.exchange.read_result)
-            past = self._read_finished()
-            if (
-                past
+            past, left = self._read_finished(), _forgiving(self.exchange.read_left)
+            is_told = (
+                past is not None
                 and (past.run_id, past.outcome) == (run_id, outcome)
                 and past.version > (task.version if task else 0)
-            ):
+            )
+            was_left = past is not None and left is not None and left.version >= past.version
+            # A client that told it itself saw no other trainer come: what is here is the one that leaves.
+            is_anew = was_left and not self._has_told and self.exchange.is_held("trainer")
+            self._has_told = True
+            if is_told and not is_anew:
                 return
             version = self._next_version(task, result, past)
             record = FinishedRecord(version=version, run_id=run_id, outcome=outcome, reason=reason)

@@ -336,6 +336,24 @@ def test_a_finish_that_is_told_twice_is_the_same_end(sides):
     assert TrainerSide(trainer.exchange).next() is None
 
 
+def test_a_trainer_that_follows_one_killed_on_its_way_out_is_told_by_the_next_client(sides):
+    client, trainer = sides
+    offer(client, request(), STATE)
+    client.finish("run-a", "complete")
+    trainer.leave(end(trainer))
+    follower = TrainerSide(Exchange(client.exchange.directory.parent, 1))
+    assert follower.next() is None
+    with follower.exchange.hold("trainer"):
+        # The one that was told already: the trainer that is here may still be on its way out.
+        client.finish("run-a", "complete")
+        assert follower.next() is None
+        ClientSide(client.exchange).finish("run-a", "complete")
+        finished = end(follower)
+        assert (finished.run_id, finished.outcome) == ("run-a", "complete")
+        follower.leave(finished)
+        assert follower.next() is None
+
+
 def test_the_next_run_is_not_affected_by_the_end_of_the_one_before(sides):
     client, trainer = sides
     first = offer(client, request(), STATE)
