@@ -320,9 +320,6 @@ class Federation:
     ranks: int = 2
     store: str = "auto"
     engine: str = "embedded"
-    server_flags: Sequence[str] = ()
-    client_flags: Sequence[str] = ()
-    model_flags: Sequence[str] = ()
     workload: Sequence[str] = field(default_factory=tuple)
 
     def run(self, timeout_s: float = 600.0) -> tuple[list[float], Programs]:
@@ -345,19 +342,17 @@ class Federation:
         programs.start(
             "server", "server_main.py", "--address", address, "--rounds", str(self.rounds),
             "--min-clients", str(self.ranks), "--checkpoint-dir", str(checkpoints), "--payload-store", self.store,
-            "--engine", self.engine, *self.server_flags,
+            "--engine", self.engine,
         )  # fmt: skip
         for rank in ranks:
             programs.start(
                 f"client-{rank}", "client_main.py", "--rank", rank, "--server-address", address,
                 "--exchange-dir", str(exchange), "--payload-store", self.store, "--engine", self.engine,
-                *self.client_flags,
             )  # fmt: skip
         for rank in ranks:
             programs.start(
                 f"model-{rank}", "model_main.py", "--rank", rank, "--exchange-dir", str(exchange),
                 "--checkpoint-dir", str(checkpoints), "--num-partitions", str(self.ranks), *workload,
-                *self.model_flags,
             )  # fmt: skip
 
 

@@ -1,9 +1,8 @@
 """Large models: only with ``--large``, as it takes memory and minutes.
 
 1.5 GB with the bytes in messages, and 4 GB by reference, on the embedded engine.
-One client, as two would need twice the memory. Everything is on the RAM disk, which has
-three states at the end of a round (the old one, the update, the new one) beside those of the server and the trainer:
-20 GB free are needed.
+One client, as two would need twice the memory. Everything is on the RAM disk, which has three states at the end of a
+round (the old one, the update, the new one) beside those of the server and the trainer: 20 GB free are needed.
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ def run(options: Options) -> list[Figure]:
             figures.append(Figure(topic=TOPIC, name=label, unit="s", missing="only with --large"))
             continue
         with scratch_directory() as directory:
-            flags = ("--keep-checkpoints", "2", "--evaluate-every", "1")
-            federation = Federation(
-                directory=directory, rounds=1, model_bytes=size, ranks=1, store=store, server_flags=flags
-            )
+            federation = Federation(directory=directory, rounds=1, model_bytes=size, ranks=1, store=store)
             _, programs = federation.run(timeout_s=1800.0)
             history = directory / "checkpoints" / "server" / "history.jsonl"
             seconds = [json.loads(line)["seconds"] for line in history.read_text().splitlines()]

@@ -4,8 +4,8 @@ By reference, a round of two clients hashes the state seven times (each writer a
 on either side, of which both trainers read the new one), writes it three times and copies it into a model four times.
 With a few cores and more processes than that, a round cannot be shorter than its processor time divided by the cores.
 
-The last line is why the exchange belongs on a RAM disk: the same round with everything on the disk of the system's
-temporary directory.
+Why the exchange belongs on a RAM disk: the same round with everything on the disk of the system's temporary directory.
+And a merge, against the two passes over the updates that it cannot do without.
 """
 
 from __future__ import annotations

