@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="rounds (default: enough for the kills)")
     arguments = parser.parse_args()
     kills = -(-arguments.kills // 2)
-    rounds = arguments.rounds or 4 * kills
+    rounds = arguments.rounds or 10 * kills
     for seed, place in enumerate(("/dev/shm", None), start=arguments.seed):
         directory = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-"))
         exchange = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-", dir=place)) if place else None
