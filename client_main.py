@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsplit import cli, embedded, tls
+from fedsplit import cli
+from fedsplit.engines import embedded, tls
 from fedsplit.errors import RunFailedError, RunStoppedError, UsageError
-from fedsplit.join import read_token
+from fedsplit.wire.join import read_token
 
 if TYPE_CHECKING:
-    from fedsplit.exchange import Exchange
-    from fedsplit.records import FinishedRecord
+    from fedsplit.exchange.directory import Exchange
+    from fedsplit.exchange.records import FinishedRecord
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,7 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
     if engine == "embedded" and arguments.supernode_private_key:
         raise UsageError("--supernode-private-key is of --engine superlink; here it is --join-token-file")
 
-    from fedsplit.exchange import Exchange
+    from fedsplit.exchange.directory import Exchange
 
     exchange = Exchange(arguments.exchange_dir, arguments.rank)
     with exchange.hold("client"):
@@ -98,8 +99,8 @@ def main(arguments: argparse.Namespace) -> int:
 def _run_relay(
     exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
 ) -> FinishedRecord | None:
-    from fedsplit.client import Relay
-    from fedsplit.remote_store import open_remote
+    from fedsplit.client.relay import Relay
+    from fedsplit.disk.remote_store import open_remote
 
     relay = Relay(
         exchange,
@@ -115,7 +116,7 @@ def _run_relay(
 def _run_supernode(
     exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
 ) -> FinishedRecord:
-    from fedsplit import superlink
+    from fedsplit.engines.superlink import start as superlink
 
     return superlink.connect(
         exchange,

@@ -89,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the trainer."""
-    from fedsplit.exchange import Exchange
+    from fedsplit.exchange.directory import Exchange
     from fedsplit.workloads.device import Launch, process_group, set_up_torch
 
     launch = Launch.read(os.environ)
@@ -120,8 +120,8 @@ def run(arguments: argparse.Namespace, device: str) -> None:
     )
     workload = create_workload(arguments.workload, context)
 
-    from fedsplit.progress import Progress
-    from fedsplit.trainer import Trainer
+    from fedsplit.trainer.progress import Progress
+    from fedsplit.trainer.trainer import Trainer
     from fedsplit.workloads.runner import run_workload
 
     trainer = Trainer(

@@ -15,11 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedsplit import cli, embedded, tls
+from fedsplit import cli
+from fedsplit.engines import embedded, tls
 from fedsplit.errors import UsageError
-from fedsplit.join import read_token
-from fedsplit.options import ServerOptions
-from fedsplit.protocol import EMBEDDED
+from fedsplit.server.options import ServerOptions
+from fedsplit.wire.join import read_token
+from fedsplit.wire.protocol import EMBEDDED
 
 # Options that are what their flag gives.
 _PLAIN = (
@@ -162,7 +163,7 @@ def main(arguments: argparse.Namespace) -> int:
         tls.check_server_files(certificates)
     embedded.check_port_is_free(arguments.address)
     if embedded.choose_engine(arguments.engine) == "superlink":
-        from fedsplit import superlink
+        from fedsplit.engines.superlink import start as superlink
 
         if join_key is not None:
             raise UsageError("--join-token-file is of the embedded engine; a SuperLink knows nodes by their keys: "

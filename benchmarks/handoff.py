@@ -41,10 +41,10 @@ def _measure(number: int, *, pause_s: float, work_s: float) -> tuple[list[float]
 
     from flwr.common import EvaluateIns, Parameters
 
-    from fedsplit.client import Relay
-    from fedsplit.exchange import Exchange
-    from fedsplit.protocol import TENSOR_TYPE, ask_record, pack, unpack
-    from fedsplit.records import Request
+    from fedsplit.client.relay import Relay
+    from fedsplit.exchange.directory import Exchange
+    from fedsplit.exchange.records import Request
+    from fedsplit.wire.protocol import TENSOR_TYPE, ask_record, pack, unpack
 
     logging.getLogger("fedsplit").setLevel(logging.ERROR)  # the first task finds no trainer yet
     down, up = [], []

@@ -106,11 +106,11 @@ def files(size: int, updates: int, directory: Path) -> Callable[[], Any]:
 
 def _ours(size: int, updates: int, directory: Path, keep: Callable[[Path], Any]) -> Callable[[], Any]:
     from fedsplit.aggregation import parse_rules
-    from fedsplit.allocator import keep_freed_memory
-    from fedsplit.files import write_chunks
-    from fedsplit.settings import StrategySettings
-    from fedsplit.state_dict import encode
-    from fedsplit.strategy import Strategy
+    from fedsplit.disk.files import write_chunks
+    from fedsplit.engines.allocator import keep_freed_memory
+    from fedsplit.server.settings import StrategySettings
+    from fedsplit.server.strategy import Strategy
+    from fedsplit.states.state_dict import encode
 
     # As the server does when it begins.
     keep_freed_memory()

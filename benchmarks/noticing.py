@@ -21,7 +21,7 @@ TOPIC = "noticing"
 
 _TRAINER = """
 import os, sys, time
-from fedsplit.exchange import Exchange
+from fedsplit.exchange.directory import Exchange
 with Exchange(sys.argv[1], 1).hold("trainer"):
     if os.fork() == 0:
         time.sleep(5)
@@ -47,10 +47,10 @@ def run(options: Options) -> list[Figure]:
 def _one(exchange_dir: Path) -> float:
     from flwr.common import EvaluateIns, Parameters
 
-    from fedsplit.client import Relay
-    from fedsplit.exchange import Exchange
-    from fedsplit.protocol import TENSOR_TYPE, ask_record, pack
-    from fedsplit.records import Request
+    from fedsplit.client.relay import Relay
+    from fedsplit.exchange.directory import Exchange
+    from fedsplit.exchange.records import Request
+    from fedsplit.wire.protocol import TENSOR_TYPE, ask_record, pack
 
     exchange = Exchange(exchange_dir, 1)
     command = [sys.executable, "-c", _TRAINER, str(exchange_dir)]

@@ -69,9 +69,9 @@ def _measure(ranks: int, rounds: int) -> tuple[list[float], float]:
 
 def relay(rank: int, address: str, directory: Path) -> None:
     """Be the client of a rank."""
-    from fedsplit import embedded
-    from fedsplit.client import Relay
-    from fedsplit.exchange import Exchange
+    from fedsplit.client.relay import Relay
+    from fedsplit.engines import embedded
+    from fedsplit.exchange.directory import Exchange
 
     exchange = Exchange(directory / "exchange", rank)
     with exchange.hold("client"):

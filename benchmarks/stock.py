@@ -20,7 +20,7 @@ from flwr.server import ServerConfig, start_server
 from flwr.server.strategy import FedAvg
 
 from benchmarks.common import stamp, wait_for_port
-from fedsplit.protocol import MAX_MESSAGE_BYTES
+from fedsplit.wire.protocol import MAX_MESSAGE_BYTES
 
 LAYERS = 10
 Arrays = list[npt.NDArray[np.float32]]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedsplit.certificates import make_certificates
+from fedsplit.engines.certificates import make_certificates
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsplit.aggregation.base import AggregationContext, Update
     from fedsplit.errors import FedSplitError
-    from fedsplit.progress import Progress
-    from fedsplit.trainer import Task, Trainer
+    from fedsplit.trainer.progress import Progress
+    from fedsplit.trainer.trainer import Task, Trainer
     from fedsplit.workloads.base import EvaluateResult, TrainResult, WorkloadContext
 
 __all__ = [
@@ -32,10 +32,10 @@ _HOMES = {
     "AggregationContext": "fedsplit.aggregation.base",
     "EvaluateResult": "fedsplit.workloads.base",
     "FedSplitError": "fedsplit.errors",
-    "Progress": "fedsplit.progress",
-    "Task": "fedsplit.trainer",
+    "Progress": "fedsplit.trainer.progress",
+    "Task": "fedsplit.trainer.trainer",
     "TrainResult": "fedsplit.workloads.base",
-    "Trainer": "fedsplit.trainer",
+    "Trainer": "fedsplit.trainer.trainer",
     "Update": "fedsplit.aggregation.base",
     "WorkloadContext": "fedsplit.workloads.base",
 }

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from fedsplit.errors import FedSplitError, UsageError
-from fedsplit.events import JsonFormatter, event
-from fedsplit.records import Scalar
+from fedsplit.exchange.records import Scalar
+from fedsplit.run.events import JsonFormatter, event
 
 log = logging.getLogger("fedsplit")
 

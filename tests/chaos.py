@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from fedsplit.state_dict import map_file
+from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import Programs, programs
 from tests.reference import federated_averaging

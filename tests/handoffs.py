@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import ClientSide, Source, TrainerSide
-from fedsplit.header import build_header
-from fedsplit.records import FinishedRecord, Request, TaskRecord
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import ClientSide, Source, TrainerSide
+from fedsplit.exchange.records import FinishedRecord, Request, TaskRecord
+from fedsplit.states.header import build_header
 
 ROOT = Path(__file__).parents[1]
 

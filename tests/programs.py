@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedsplit.history import read_history
+from fedsplit.run.history import read_history
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,13 +15,13 @@ import torch
 from flwr.common import FitIns, Parameters
 
 from fedsplit import Trainer
-from fedsplit.client import Relay
-from fedsplit.conversation import Conversation, Terms
-from fedsplit.exchange import Exchange
-from fedsplit.payloads import PayloadStore, StoredPayload
-from fedsplit.protocol import SUPERLINK, TENSOR_TYPE, ask_record, pack, unpack
-from fedsplit.records import Request
-from fedsplit.state_dict import decode, encode
+from fedsplit.client.relay import Relay
+from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.records import Request
+from fedsplit.server.conversation import Conversation, Terms
+from fedsplit.states.state_dict import decode, encode
+from fedsplit.wire.protocol import SUPERLINK, TENSOR_TYPE, ask_record, pack, unpack
 from tests.handoffs import digest_of, request
 
 MODEL = {"weight": torch.zeros(3)}

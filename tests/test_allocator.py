@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import resource, sys
-from fedsplit.allocator import keep_freed_memory
+from fedsplit.engines.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

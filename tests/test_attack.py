@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fedsplit.aggregation.spec import parse_rules
-from fedsplit.history import weighted_mean
-from fedsplit.settings import StrategySettings
-from fedsplit.state_dict import StateDict, decode, encode
-from fedsplit.strategy import Strategy
+from fedsplit.run.history import weighted_mean
+from fedsplit.server.settings import StrategySettings
+from fedsplit.server.strategy import Strategy
+from fedsplit.states.state_dict import StateDict, decode, encode
 from fedsplit.workloads import WorkloadContext, create_workload
 
 RANKS = 5

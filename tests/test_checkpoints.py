@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fedsplit.checkpoints import BackgroundWriter, CheckpointStore
+from fedsplit.disk.checkpoints import BackgroundWriter, CheckpointStore
 from fedsplit.errors import CheckpointError, FedSplitError
 from tests.handoffs import kill, names_in, running
 
@@ -60,7 +60,7 @@ def test_a_round_is_read_back_with_all_that_was_noted(store, durable):
 
 
 def test_the_manifest_is_written_last_and_everything_is_on_the_disk_before_the_round_appears(store, monkeypatch):
-    import fedsplit.checkpoints as module
+    import fedsplit.disk.checkpoints as module
 
     steps: list[str] = []
     for name in ("write_hashed", "write_json", "sync_file", "sync_directory"):
@@ -239,7 +239,7 @@ def test_a_removed_round_is_gone_and_removing_it_again_is_no_error(store):
 SAVE_FOR_EVER = """
 import itertools, sys
 from pathlib import Path
-from fedsplit.checkpoints import CheckpointStore
+from fedsplit.disk.checkpoints import CheckpointStore
 store = CheckpointStore(Path(sys.argv[1]))
 first = max(store.rounds(), default=0) + 1
 store.begin_run("run")
@@ -280,9 +280,9 @@ def test_a_full_disk_is_an_error_that_names_the_last_good_round_which_is_intact(
     save(store, 1)
     before = {path: path.read_bytes() for path in store.round_directory(1).iterdir()}
     calls = 0
-    import fedsplit.files
+    import fedsplit.disk.files
 
-    real = fedsplit.files.write_all
+    real = fedsplit.disk.files.write_all
 
     def full(file: Any, chunk: Any) -> None:
         nonlocal calls
@@ -292,7 +292,7 @@ def test_a_full_disk_is_an_error_that_names_the_last_good_round_which_is_intact(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file, chunk)
 
-    monkeypatch.setattr(fedsplit.files, "write_all", full)
+    monkeypatch.setattr(fedsplit.disk.files, "write_all", full)
     if at <= 3:
         with pytest.raises(CheckpointError, match=r"round 2: no space left .*; the last good one is .*round-000001"):
             save(store, 2)

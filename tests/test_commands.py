@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from fedsplit.__main__ import main, make_parser
-from fedsplit.checkpoints import CheckpointStore
 from fedsplit.commands.status import format_seconds, read_status
+from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError, ExchangeError, UsageError
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import ClientSide, TrainerSide
-from fedsplit.records import Request, TaskRecord
-from fedsplit.state_dict import encode
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import ClientSide, TrainerSide
+from fedsplit.exchange.records import Request, TaskRecord
+from fedsplit.states.state_dict import encode
 
 COMMANDS = ("demo", "status", "checkpoints", "export", "plot", "report", "new")
 STATE = {

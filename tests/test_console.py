@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from fedsplit.cli import set_up_logging
-from fedsplit.console import LiveConsole, cells, headings_of, metric_columns, rounds_table
-from fedsplit.events import JsonFormatter, event, format_bytes
-from fedsplit.history import Line
-from fedsplit.observer import Observer, Observers, PartRow
-from fedsplit.stages import account
+from fedsplit.run.events import JsonFormatter, event, format_bytes
+from fedsplit.run.history import Line
+from fedsplit.run.time_account import account
+from fedsplit.server.observer import Observer, Observers, PartRow
+from fedsplit.watch.console import LiveConsole, cells, headings_of, metric_columns, rounds_table
 from tests.programs import Programs, programs
 from tests.slow_digits import PAUSE_S
 from tests.terminal import ESCAPES, on_a_terminal

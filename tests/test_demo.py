@@ -20,13 +20,13 @@ from fedsplit.__main__ import main
 from fedsplit.commands import demo, programs
 from fedsplit.commands.demo_follower import Follower
 from fedsplit.commands.demo_view import LiveView, PlainView
-from fedsplit.commands.places import Places
 from fedsplit.commands.programs import Program, Programs
 from fedsplit.commands.status import read_statuses
-from fedsplit.console import cells
 from fedsplit.errors import RoleTakenError, RunFailedError
-from fedsplit.exchange import Exchange
-from fedsplit.history import History, read_history
+from fedsplit.exchange.directory import Exchange
+from fedsplit.run.history import History, read_history
+from fedsplit.run.paths import Places
+from fedsplit.watch.console import cells
 
 COMMAND = [sys.executable, "-m", "fedsplit", "demo"]
 LINE = {

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RoleTakenError, SchemaError, UsageError
-from fedsplit.exchange import Exchange
-from fedsplit.records import PayloadRecord
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.records import PayloadRecord
 from tests.handoffs import ROOT, blob, digest_of, kill, names_in, running, wait_until
 
 pytestmark = pytest.mark.timeout(60)
 
 HOLD = """
 import sys, time
-from fedsplit.exchange import Exchange
+from fedsplit.exchange.directory import Exchange
 with Exchange(sys.argv[1], 1).hold(sys.argv[2]):
     print("held", flush=True)
     time.sleep(60)
@@ -30,7 +30,7 @@ with Exchange(sys.argv[1], 1).hold(sys.argv[2]):
 
 HOLD_AND_FORK = """
 import os, sys, time
-from fedsplit.exchange import Exchange
+from fedsplit.exchange.directory import Exchange
 with Exchange(sys.argv[1], 1).hold("trainer"):
     child = os.fork()
     if child == 0:
@@ -42,7 +42,7 @@ with Exchange(sys.argv[1], 1).hold("trainer"):
 
 HOLD_AND_LOAD = """
 import multiprocessing, os, sys, time
-from fedsplit.exchange import Exchange
+from fedsplit.exchange.directory import Exchange
 def work(pipe):
     os.close(1)
     pipe.send(os.getpid())
@@ -56,7 +56,7 @@ with Exchange(sys.argv[1], 1).hold("trainer"):
 
 PROBE = """
 import sys
-from fedsplit.exchange import Exchange
+from fedsplit.exchange.directory import Exchange
 exchange = Exchange(sys.argv[1], 1)
 print("probing", flush=True)
 while True:
@@ -65,7 +65,7 @@ while True:
 
 START_OFTEN = """
 import os, sys
-from fedsplit.exchange import Exchange
+from fedsplit.exchange.directory import Exchange
 for _ in range(int(sys.argv[2])):
     with Exchange(sys.argv[1], 1).hold("trainer"):
         pass
@@ -267,7 +267,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
 
 
 def test_too_little_space_is_told_at_the_start(exchange, monkeypatch):
-    monkeypatch.setattr("fedsplit.exchange._LEAST_SPACE_BYTES", 1 << 60)
+    monkeypatch.setattr("fedsplit.exchange.directory._LEAST_SPACE_BYTES", 1 << 60)
     with pytest.raises(ExchangeError, match="too little space"), exchange.hold("client"):
         pass
 

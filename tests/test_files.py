@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.errors import CheckpointError, ExchangeError
-from fedsplit.files import (
+from fedsplit.disk.files import (
     append_line,
     atomic_file,
     check_space,
@@ -33,6 +32,7 @@ from fedsplit.files import (
     write_chunks,
     write_json,
 )  # fmt: skip
+from fedsplit.errors import CheckpointError, ExchangeError
 from tests.handoffs import kill, names_in, running, wait_until
 
 pytestmark = pytest.mark.timeout(60)
@@ -153,7 +153,7 @@ def test_the_kernels_own_word_for_a_full_disk_is_understood():
 WRITE_FOR_EVER = """
 import itertools, sys, time
 from pathlib import Path
-from fedsplit.files import write_chunks
+from fedsplit.disk.files import write_chunks
 path, durable, pause_s = Path(sys.argv[1]), sys.argv[2] == "durable", float(sys.argv[3])
 def chunks(text):
     yield text.ljust(8)
@@ -380,7 +380,7 @@ AS_NOBODY = """
 import os, sys
 from pathlib import Path
 from fedsplit.errors import ExchangeError
-from fedsplit.files import make_private_directory
+from fedsplit.disk.files import make_private_directory
 os.setgid(65534); os.setuid(65534)
 try:
     make_private_directory(Path(sys.argv[1]))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit.state_dict import map_file
+from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import ROOT, free_port, programs
 from tests.reference import federated_averaging
@@ -97,8 +97,8 @@ def test_large_states_travel_in_pieces_and_arrive_bit_for_bit(tmp_path: Path) ->
 def test_no_program_sees_the_others_library(tmp_path: Path) -> None:
     everything = {"torch", "flwr", "grpc", "numpy", "lightning", "transformers"}
     for module, unwanted in (
-        ("fedsplit.client", {"torch"}),
-        ("fedsplit.trainer", {"flwr", "grpc"}),
+        ("fedsplit.client.relay", {"torch"}),
+        ("fedsplit.trainer.trainer", {"flwr", "grpc"}),
         ("fedsplit.workloads", {"torch", "flwr"}),
         ("fedsplit", everything),
     ):
@@ -109,7 +109,7 @@ def test_no_program_sees_the_others_library(tmp_path: Path) -> None:
 
 def test_nothing_of_flower_calls_home_unless_the_environment_asks_for_it(tmp_path: Path) -> None:
     code = (
-        "import fedsplit.client, fedsplit.server, os; from flwr.supercore import telemetry as t;"
+        "import fedsplit.client.relay, fedsplit.server.server, os; from flwr.supercore import telemetry as t;"
         "print(t.FLWR_TELEMETRY_ENABLED, os.environ['FLWR_DISABLE_UPDATE_CHECK'])"
     )
     for asked, expected in ((None, "0 1"), ("1", "1 1")):

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from fedsplit.errors import FedSplitError
-from fedsplit.exchange import Exchange
-from fedsplit.header import parse_header
-from fedsplit.records import FinishedRecord, ResultRecord, TaskRecord, loads
-from fedsplit.state_dict import decode, encode
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord, loads
+from fedsplit.states.header import parse_header
+from fedsplit.states.state_dict import decode, encode
 from tests.test_records import FAILED, FINISHED, RESULT, TASK
 
 torch.set_num_threads(1)
@@ -220,7 +220,7 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
 
 def test_any_bytes_in_any_file_of_an_exchange_are_believed_or_refused(memory_path):
     """Through the files, both sides: what one reads the other must also survive."""
-    from fedsplit.handoff import ClientSide, TrainerSide
+    from fedsplit.exchange.handoff import ClientSide, TrainerSide
     from tests.handoffs import blob, digest_of, request, source_of
 
     state = blob("state")

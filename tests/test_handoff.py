@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError, SchemaError
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import ClientSide, Source, TrainerSide
-from fedsplit.payloads import PayloadStore
-from fedsplit.records import TaskRecord
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import ClientSide, Source, TrainerSide
+from fedsplit.exchange.records import TaskRecord
 from tests.handoffs import (
     begin,
     blob,
@@ -516,7 +516,7 @@ def test_a_state_that_serves_several_tasks_is_read_for_its_digest_once(sides, mo
     offer(client, request(), STATE)
     trainer.answer(begin(trainer), [blob("trained")])
     offer(client, request("evaluate"), STATE)
-    monkeypatch.setattr("fedsplit.handoff._check_digest", never)
+    monkeypatch.setattr("fedsplit.exchange.handoff._check_digest", never)
     assert begin(trainer).request.kind == "evaluate"
 
 
@@ -590,7 +590,7 @@ def test_the_exchange_keeps_its_id_and_a_mangled_one_is_made_anew(sides, tmp_pat
 
 
 def test_a_result_is_linked_into_the_store_and_outlives_the_exchange(sides, tmp_path):
-    from fedsplit.files import link_or_copy
+    from fedsplit.disk.files import link_or_copy
 
     client, trainer = sides
     store = PayloadStore(tmp_path / "store")

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import ClientSide
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import ClientSide
 from tests.handoffs import ROOT, kill, names_in
 
 pytestmark = pytest.mark.timeout(120)
@@ -33,9 +33,9 @@ DRIVER = """
 import os, sys, time
 from pathlib import Path
 from fedsplit.errors import RecordError
-from fedsplit.exchange import Exchange
-from fedsplit.files import write_chunks
-from fedsplit.handoff import ClientSide
+from fedsplit.exchange.directory import Exchange
+from fedsplit.disk.files import write_chunks
+from fedsplit.exchange.handoff import ClientSide
 from tests.handoffs import blob, digest_of, request, source_of, text_of
 
 directory, rounds, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -72,9 +72,9 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from fedsplit.errors import RecordError
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import TrainerSide
-from fedsplit.records import FinishedRecord
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import TrainerSide
+from fedsplit.exchange.records import FinishedRecord
 from tests.handoffs import blob, text_of
 
 directory, size = Path(sys.argv[1]), int(sys.argv[2])

@@ -43,11 +43,11 @@ from typing import Any
 
 import pytest
 
-import fedsplit.handoff
+import fedsplit.exchange.handoff
 from fedsplit.errors import RecordError
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import ClientSide, Source, TrainerSide
-from fedsplit.records import FinishedRecord, Request, ResultRecord, TaskRecord, loads
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import ClientSide, Source, TrainerSide
+from fedsplit.exchange.records import FinishedRecord, Request, ResultRecord, TaskRecord, loads
 from tests.handoffs import blob, digest_of
 
 pytestmark = pytest.mark.timeout(150)
@@ -398,11 +398,11 @@ def make_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mach
         return pointed
 
     for name in ("write_json", "write_chunks", "link_or_copy", "remove", "write_hashed"):
-        monkeypatch.setattr(fedsplit.handoff, name, with_point(getattr(fedsplit.handoff, name)))
+        monkeypatch.setattr(fedsplit.exchange.handoff, name, with_point(getattr(fedsplit.exchange.handoff, name)))
     monkeypatch.setattr(Exchange, "_read", staticmethod(with_point(Exchange._read)))
     monkeypatch.setattr(Exchange, "remove_payloads", with_point(Exchange.remove_payloads))
     monkeypatch.setattr(Exchange, "handoff", lambda exchange: current[-1].handoff(exchange))
-    monkeypatch.setattr(fedsplit.handoff, "check_space", lambda *_: None)
+    monkeypatch.setattr(fedsplit.exchange.handoff, "check_space", lambda *_: None)
 
     def make(**classes: Any) -> Machine:
         shm = Path("/dev/shm")
@@ -482,13 +482,13 @@ class RecordBeforePayload(TrainerSide):
         if chunks is not None:
             content = b"".join(chunks)
             name = self.exchange.payload_path("result", task.version).name
-            payload = fedsplit.records.PayloadRecord(file=name, bytes=len(content), digest=digest_of(content))
+            payload = fedsplit.exchange.records.PayloadRecord(file=name, bytes=len(content), digest=digest_of(content))
         request = task.request
         record = ResultRecord(
             version=task.version, run_id=request.run_id, kind=request.kind, server_round=request.server_round,
             status="ok", payload=payload, **fields,
         )  # fmt: skip
-        fedsplit.handoff.write_json(self.exchange.result_path, record.to_json())
+        fedsplit.exchange.handoff.write_json(self.exchange.result_path, record.to_json())
         if chunks is not None:
             self._write(task.version, [content])
         return True

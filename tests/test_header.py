@@ -15,7 +15,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from fedsplit.errors import RecordError
-from fedsplit.header import ITEM_BYTES, build_header, parse_header, read_header
+from fedsplit.states.header import ITEM_BYTES, build_header, parse_header, read_header
 
 
 def payload(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.history import History, read_history, weighted_mean
+from fedsplit.run.history import History, read_history, weighted_mean
 
 
 def line(number: int, **metrics: float) -> dict[str, object]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from examples.async_catch import GAMES, Simulation, judge, make_policy, serve
-from fedsplit.state_dict import StateDict, own_state
+from fedsplit.states.state_dict import StateDict, own_state
 from tests.test_trainer import bits
 from tests.training import Client as Federation
 from tests.training import wait_until

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from fedsplit import Trainer
-from fedsplit.channel import Answer
 from fedsplit.errors import RoleTakenError, TrainingError
-from fedsplit.exchange import Exchange
-from fedsplit.integrations.ddp import merge
-from fedsplit.state_dict import StateDict, own_state
+from fedsplit.exchange.directory import Exchange
+from fedsplit.states.state_dict import StateDict, own_state
+from fedsplit.trainer.channel import Answer
+from fedsplit.trainer.process_group import merge
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import ROOT
 from tests.training import TORCHRUN, Client, end_well, federation, kill_a_process, wait_until
@@ -64,7 +64,9 @@ def test_a_metric_that_some_processes_lack_is_the_mean_of_the_others() -> None:
 # -- five lines in several processes ----------------------------------------------------------------------------------
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "fedsplit.trainer", "fedsplit.integrations.ddp"])
+_PROCESSES.set_forkserver_preload(
+    ["torch", "torch.distributed", "fedsplit.trainer.trainer", "fedsplit.trainer.process_group"]
+)
 
 
 class Model(torch.nn.Module):
@@ -532,6 +534,6 @@ def fails_in_round_1(context: WorkloadContext) -> FailsInRound1:
 
 
 def test_the_process_group_is_not_touched_where_there_is_none() -> None:
-    assert "fedsplit.integrations.ddp" in sys.modules  # by this file; no trainer of a single process uses it
+    assert "fedsplit.trainer.process_group" in sys.modules  # by this file; no trainer of a single process uses it
     with Trainer(1, make_model(), standalone=True, standalone_rounds=1) as trainer:
         assert (trainer.process, trainer.processes) == (0, 1)

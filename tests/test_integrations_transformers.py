@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedsplit.errors import TrainingError
-from fedsplit.state_dict import StateDict, own_state
+from fedsplit.states.state_dict import StateDict, own_state
 from tests.test_trainer import bits
 from tests.training import Client as Federation
 

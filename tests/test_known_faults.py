@@ -17,12 +17,12 @@ from torch import nn
 from fedsplit import EvaluateResult, Trainer, TrainResult
 from fedsplit.aggregation import Update, check_update
 from fedsplit.errors import PeerMissingError, RecordError, StateMismatchError
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import ClientSide, Source
-from fedsplit.history import weighted_mean
-from fedsplit.progress import Progress
-from fedsplit.records import Request
-from fedsplit.state_dict import decode, encode, load_into
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import ClientSide, Source
+from fedsplit.exchange.records import Request
+from fedsplit.run.history import weighted_mean
+from fedsplit.states.state_dict import decode, encode, load_into
+from fedsplit.trainer.progress import Progress
 from fedsplit.workloads.runner import run_workload
 from tests.programs import ROOT
 

@@ -29,8 +29,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit.certificates import make_certificates
-from fedsplit.state_dict import map_file
+from fedsplit.engines.certificates import make_certificates
+from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import ROOT, Programs
 from tests.reference import federated_averaging

@@ -14,7 +14,7 @@ import pytest
 from fedsplit.__main__ import main
 from fedsplit.commands.new import check_name, render
 from fedsplit.errors import UsageError
-from fedsplit.history import read_history
+from fedsplit.run.history import read_history
 from tests.programs import free_port
 
 

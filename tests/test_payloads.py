@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fedsplit.disk.files import link_or_copy
+from fedsplit.disk.payload_store import Incoming, PayloadStore, read_nonce
 from fedsplit.errors import CheckpointError, ExchangeError, RecordError
-from fedsplit.files import link_or_copy
-from fedsplit.payloads import Incoming, PayloadStore, read_nonce
 from tests.handoffs import ROOT, blob, digest_of, names_in
 
 CONTENT = blob("a state")
@@ -137,7 +137,10 @@ def test_a_write_that_fails_leaves_nothing(store):
 
 def test_a_nonce_is_read_back_by_another_process(store):
     name, content = store.put_nonce()
-    code = "import sys, pathlib, fedsplit.payloads as p; print(p.read_nonce(pathlib.Path(sys.argv[1]), sys.argv[2]))"
+    code = (
+        "import sys, pathlib; from fedsplit.disk.payload_store import read_nonce;"
+        "print(read_nonce(pathlib.Path(sys.argv[1]), sys.argv[2]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(store.root), name], capture_output=True, text=True, timeout=30, cwd=ROOT
     )

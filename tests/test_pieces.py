@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from flwr.common import FitIns, GetParametersIns, Parameters
 
-from fedsplit.client import Relay
-from fedsplit.conversation import Answer, Conversation, Terms
+from fedsplit.client.relay import Relay
+from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import TrainerSide
-from fedsplit.payloads import PayloadStore
-from fedsplit.protocol import TENSOR_TYPE, ask_record, pack, unpack
-from fedsplit.roster import PeerLostError
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import TrainerSide
+from fedsplit.server.conversation import Answer, Conversation, Terms
+from fedsplit.server.roster import PeerLostError
+from fedsplit.wire.protocol import TENSOR_TYPE, ask_record, pack, unpack
 from tests.handoffs import blob, digest_of, names_in, request
 
 STATE = blob("a state", 100_000)

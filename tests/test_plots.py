@@ -14,7 +14,7 @@ from PIL import Image
 from fedsplit.__main__ import main
 from fedsplit.commands.plot import draw, make_figure
 from fedsplit.errors import CheckpointError, UsageError
-from fedsplit.history import History, Line
+from fedsplit.run.history import History, Line
 
 LINES: list[Line] = [
     {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedsplit.errors import RecordError, SchemaError
-from fedsplit.records import (
+from fedsplit.exchange.records import (
     SCHEMA,
     FinishedRecord,
     PayloadRecord,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.state_dict import map_file
+from fedsplit.states.state_dict import map_file
 from tests.chaos import run_chaos
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests

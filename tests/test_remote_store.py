@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fedsplit.disk.remote_store import RemoteStore, shown
 from fedsplit.errors import ExchangeError, RecordError, UsageError
-from fedsplit.remote_store import RemoteStore, shown
 from tests.programs import free_port, programs
 
 CONTENT = os.urandom(3_000_000)

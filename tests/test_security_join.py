@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from flwr.common import FitIns, GetPropertiesIns, GetPropertiesRes, Parameters
 
-from fedsplit.client import Relay
+from fedsplit.client.relay import Relay
 from fedsplit.errors import RefusedError, UsageError
-from fedsplit.exchange import Exchange
-from fedsplit.join import Transcript, is_nonce, new_nonce, read_token
-from fedsplit.protocol import pack, unpack
-from fedsplit.roster import Roster
+from fedsplit.exchange.directory import Exchange
+from fedsplit.server.roster import Roster
+from fedsplit.wire.join import Transcript, is_nonce, new_nonce, read_token
+from fedsplit.wire.protocol import pack, unpack
 from tests.programs import programs
 
 TOKEN = "correct-horse-battery-staple"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.certificates import make_certificates
+from fedsplit.engines.certificates import make_certificates
+from fedsplit.engines.tls import check_exposure, check_server, check_server_files, client_context, is_loopback
 from fedsplit.errors import ConnectionFailedError, UsageError
-from fedsplit.tls import check_exposure, check_server, check_server_files, client_context, is_loopback
 from tests.programs import ROOT, free_port, programs
 
 DAY = datetime.timedelta(days=1)

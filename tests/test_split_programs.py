@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedsplit import EvaluateResult, TrainResult, WorkloadContext
-from fedsplit.state_dict import map_file
+from fedsplit.states.state_dict import map_file
 from tests.programs import programs
 from tests.test_five_programs import link_tests
 

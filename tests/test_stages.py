@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.stages import STAGES, account, update_bytes
+from fedsplit.run.time_account import STAGES, account, update_bytes
 
 SERVER = {"wait for clients": 0.25, "train": 4.0, "merge": 0.5, "wait for the last checkpoint": 0.25, "evaluate": 1.0}
 SLOW = {"waiting": 0.0, "training": 3.0, "hand-off": 0.25, "transfer": 0.25, "turn": 0.0, "merging": 0.125}

@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from fedsplit.disk.files import write_chunks
 from fedsplit.errors import RecordError, StateMismatchError, UsageError
-from fedsplit.files import write_chunks
-from fedsplit.header import parse_header
-from fedsplit.state_dict import (
+from fedsplit.states.header import parse_header
+from fedsplit.states.state_dict import (
     StateDict,
     decode,
     describe_difference,

@@ -12,9 +12,10 @@ from flwr.common import Code, EvaluateRes, FitRes, Parameters, Status
 
 from fedsplit.aggregation.spec import parse_rules
 from fedsplit.errors import UsageError
-from fedsplit.settings import StrategySettings
-from fedsplit.state_dict import StateDict, decode, encode
-from fedsplit.strategy import Strategy, export_state, read_initial_checkpoint
+from fedsplit.server.settings import StrategySettings
+from fedsplit.server.strategy import Strategy
+from fedsplit.states.portable import export_state, read_initial_checkpoint
+from fedsplit.states.state_dict import StateDict, decode, encode
 
 OK = Status(Code.OK, "")
 

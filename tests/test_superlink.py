@@ -13,12 +13,12 @@ import psutil
 import pytest
 import torch
 
-from fedsplit.certificates import make_certificates
+from fedsplit.engines.certificates import make_certificates
+from fedsplit.engines.superlink.app_log import Reports
 from fedsplit.errors import UsageError
-from fedsplit.history import read_history
-from fedsplit.options import ServerOptions
-from fedsplit.reports import Reports
-from fedsplit.state_dict import map_file
+from fedsplit.run.history import read_history
+from fedsplit.server.options import ServerOptions
+from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.deployed import deployed, make_node_key
 from tests.programs import programs

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fedsplit.errors import UsageError
-from fedsplit.history import Line
-from fedsplit.run import Run
-from fedsplit.trackers import base, open_tracker, parse_tracker, scalars_of
+from fedsplit.run.directory import Run
+from fedsplit.run.history import Line
+from fedsplit.watch.trackers import base, open_tracker, parse_tracker, scalars_of
 from tests.programs import Programs
 
 LINE: Line = {
@@ -161,7 +161,7 @@ def test_a_resumed_run_goes_on_in_the_same_tensorboard_run(tmp_path: Path) -> No
     pytest.importorskip("tensorboard", reason="pip install 'fedsplit[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from fedsplit.trackers.tensorboard import TensorBoardTracker
+    from fedsplit.watch.trackers.tensorboard import TensorBoardTracker
 
     for first_round, last_round, loss in ((1, 3, 1.0), (3, 4, 2.0)):
         tracker = TensorBoardTracker(str(tmp_path), "abc", first_round, {})
@@ -180,7 +180,7 @@ def test_mlflow_has_one_run_for_each_of_ours_also_when_it_is_resumed(tmp_path: P
     pytest.importorskip("sqlalchemy", reason="pip install 'fedsplit[mlflow]'")
     from mlflow.tracking import MlflowClient
 
-    from fedsplit.trackers.mlflow import EXPERIMENT, MlflowTracker
+    from fedsplit.watch.trackers.mlflow import EXPERIMENT, MlflowTracker
 
     lines = [{**LINE, "round": 1}, {**LINE, "round": 2, "train": {"loss": 1.0, "f1@5, é": 0.5}}]
     for server_round, line in enumerate(lines, start=1):

@@ -29,11 +29,11 @@ from fedsplit.errors import (
     StateMismatchError,
     UsageError,
 )  # fmt: skip
-from fedsplit.exchange import Exchange
-from fedsplit.handoff import ClientSide, Source, TrainerSide
-from fedsplit.records import Request, ResultRecord
-from fedsplit.state_dict import StateDict, decode, encode, own_state
-from fedsplit.trainer import KEEP_ROUNDS
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.handoff import ClientSide, Source, TrainerSide
+from fedsplit.exchange.records import Request, ResultRecord
+from fedsplit.states.state_dict import StateDict, decode, encode, own_state
+from fedsplit.trainer.trainer import KEEP_ROUNDS
 from tests.handoffs import digest_of, wait_until
 
 torch.set_num_threads(1)
@@ -641,7 +641,7 @@ def test_a_server_that_goes_back_finds_the_local_entries_of_that_round(federatio
 # -- kills ---------------------------------------------------------------------------------------------------------
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "fedsplit.trainer", "fedsplit.handoff"])
+_PROCESSES.set_forkserver_preload(["torch", "fedsplit.trainer.trainer", "fedsplit.exchange.handoff"])
 
 
 def script_process(directory: Path, die_at: tuple[str, int] | None) -> None:
@@ -707,7 +707,11 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("fedsplit.trainer", ("flwr", "grpc")), ("fedsplit.client", ("torch",)), ("fedsplit", ("torch", "flwr", "grpc"))],
+    [
+        ("fedsplit.trainer.trainer", ("flwr", "grpc")),
+        ("fedsplit.client.relay", ("torch",)),
+        ("fedsplit", ("torch", "flwr", "grpc")),
+    ],
 )
 def test_neither_role_loads_what_belongs_to_the_other(module, absent):
     code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"

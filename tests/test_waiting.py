@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit import waiting
-from fedsplit.files import write_json
-from fedsplit.waiting import Watch
+from fedsplit.disk.files import write_json
+from fedsplit.exchange import waiting
+from fedsplit.exchange.waiting import Watch
 
 
 @pytest.fixture(params=["events", "looks"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from fedsplit.records import ResultRecord
+from fedsplit.exchange.records import ResultRecord
 from tests.programs import ROOT, Programs
 from tests.test_trainer import Federation as HandOff
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit import cli
-from fedsplit.checkpoints import Checkpoint, CheckpointStore
-from fedsplit.commands.places import HISTORY_FILE
+from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.errors import CheckpointError
-from fedsplit.history import read_history
+from fedsplit.run.history import read_history
+from fedsplit.run.paths import HISTORY_FILE
 
 _STORE = re.compile(r"server|rank-[1-9][0-9]*")
 

@@ -20,13 +20,13 @@ from types import FrameType
 from fedsplit import cli
 from fedsplit.commands.demo_follower import Follower
 from fedsplit.commands.demo_view import View, make_view, refusals
-from fedsplit.commands.places import Places
 from fedsplit.commands.plot import write_plot
 from fedsplit.commands.programs import Program, Programs
 from fedsplit.commands.status import read_status
+from fedsplit.disk.files import make_private_directory
+from fedsplit.engines.superlink.processes import free_port
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError
-from fedsplit.files import make_private_directory
-from fedsplit.processes import free_port
+from fedsplit.run.paths import Places
 
 _POLL_S = 0.1
 # When one has failed, the others are given a moment: they may fail for the same reason, or be the reason.

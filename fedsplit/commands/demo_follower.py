@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsplit.commands.places import Places
 from fedsplit.commands.status import ROLES, RankStatus, read_status
-from fedsplit.history import Line, read_history
-from fedsplit.records import Request
+from fedsplit.exchange.records import Request
+from fedsplit.run.history import Line, read_history
+from fedsplit.run.paths import Places
 
 _DOING = {"initialize": "asking for the initial state", "train": "training", "evaluate": "evaluating"}
 

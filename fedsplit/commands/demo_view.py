@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from fedsplit.commands.status import format_seconds
-from fedsplit.console import cells, headings_of, metric_columns, rounds_table
-from fedsplit.history import Line
+from fedsplit.run.history import Line
+from fedsplit.watch.console import cells, headings_of, metric_columns, rounds_table
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 from fedsplit import cli
-from fedsplit.checkpoints import Checkpoint, CheckpointStore
-from fedsplit.commands.places import Places
+from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
+from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
-from fedsplit.files import write_chunks
-from fedsplit.run import STATE_FILE
+from fedsplit.run.directory import STATE_FILE
+from fedsplit.run.paths import Places
 
 _ENDINGS = (".safetensors", ".pt")
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     cli.check_output(output, endings=_ENDINGS)
     checkpoint = choose(CheckpointStore(Places(arguments.checkpoint_dir).server), arguments.round)
 
-    from fedsplit.strategy import export_state
+    from fedsplit.states.portable import export_state
 
     write_chunks(output, export_state(checkpoint.path(STATE_FILE), output))
     print(f"{output}: the state after round {checkpoint.server_round} of run {checkpoint.run_id}, "

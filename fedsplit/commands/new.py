@@ -14,8 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from fedsplit import cli
+from fedsplit.disk.files import write_chunks
 from fedsplit.errors import UsageError
-from fedsplit.files import write_chunks
 
 # Of the template to of the project; PROJECT stands for its name, in the texts too.
 _FILES = {

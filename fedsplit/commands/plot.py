@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit import cli
-from fedsplit.commands.places import Places
+from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
-from fedsplit.files import write_chunks
-from fedsplit.history import Line, read_history
-from fedsplit.stages import STAGES, account
+from fedsplit.run.history import Line, read_history
+from fedsplit.run.paths import Places
+from fedsplit.run.time_account import STAGES, account
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from fedsplit.engines.superlink.processes import tie_to_parent
 from fedsplit.errors import RunFailedError, RunStoppedError
-from fedsplit.processes import tie_to_parent
 
 STOP_S = 10.0
 _POLL_S = 0.02

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit import cli
-from fedsplit.checkpoints import CheckpointStore
-from fedsplit.commands.places import Places
 from fedsplit.commands.report_page import Report, render
+from fedsplit.disk.checkpoints import CheckpointStore
+from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
-from fedsplit.files import write_chunks
-from fedsplit.history import read_history
-from fedsplit.run import STATE_FILE
+from fedsplit.run.directory import STATE_FILE
+from fedsplit.run.history import read_history
+from fedsplit.run.paths import Places
 
 _ENDINGS = (".html", ".htm")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from fedsplit.commands.charts import Series, legend, line_chart, stacked_bars
 from fedsplit.commands.status import format_seconds
-from fedsplit.console import cells, headings_of, metric_columns
-from fedsplit.events import format_bytes
-from fedsplit.history import Line
-from fedsplit.stages import STAGES, account, update_bytes
+from fedsplit.run.events import format_bytes
+from fedsplit.run.history import Line
+from fedsplit.run.time_account import STAGES, account, update_bytes
+from fedsplit.watch.console import cells, headings_of, metric_columns
 
 _MOST_CHARTS = 8
 _MOST_FAILURES = 200

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 from fedsplit import cli
 from fedsplit.errors import ExchangeError, FedSplitError
-from fedsplit.exchange import Exchange, Owner, Role
-from fedsplit.records import FinishedRecord, ResultRecord, TaskRecord
+from fedsplit.exchange.directory import Exchange, Owner, Role
+from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from fedsplit.errors import TrainingError, UsageError
-from fedsplit.trainer import Task, Trainer
+from fedsplit.trainer.trainer import Task, Trainer
 
 
 def federate(

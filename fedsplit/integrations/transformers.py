@@ -31,8 +31,8 @@ from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fedsplit.errors import StateMismatchError, TrainingError
-from fedsplit.state_dict import StateDict, describe_difference
-from fedsplit.trainer import Task, Trainer
+from fedsplit.states.state_dict import StateDict, describe_difference
+from fedsplit.trainer.trainer import Task, Trainer
 
 
 def federate(

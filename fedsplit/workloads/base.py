@@ -100,7 +100,7 @@ class EvaluateResult:
 
 
 class Task(Protocol):
-    """What a workload may use of the task it is given; `fedsplit.trainer.Task` is one."""
+    """What a workload may use of the task it is given; `fedsplit.trainer.trainer.Task` is one."""
 
     @property
     def kind(self) -> str:

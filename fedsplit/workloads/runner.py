@@ -8,8 +8,8 @@ import traceback
 from typing import Any
 
 from fedsplit.errors import RunFailedError, RunStoppedError, StateMismatchError
-from fedsplit.progress import Progress
-from fedsplit.trainer import Task, Trainer
+from fedsplit.trainer.progress import Progress
+from fedsplit.trainer.trainer import Task, Trainer
 from fedsplit.workloads.base import EvaluateResult, StatefulWorkload, TrainResult, Workload
 
 log = logging.getLogger("fedsplit")

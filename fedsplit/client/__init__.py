@@ -1,0 +1,1 @@
+"""One relay between the server and the exchange directory."""

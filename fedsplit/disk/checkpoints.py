@@ -1,0 +1,316 @@
+"""The checkpoint store: one directory a round, complete or not there.
+
+``<directory>/round-000003/`` holds a round's files and ``manifest.json``, which names each file with its length and
+SHA-256. A round is written under a temporary name, its manifest last, and renamed into place: a round without a valid
+manifest does not exist. The server's store and each trainer's are the same; what the files mean is their business.
+
+Not promised: that a checkpoint written with ``durable=False`` survives the death of the machine before `flush`. It is
+then found corrupt by its digests, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsplit.disk.files import (
+    Buffer,
+    link_or_copy,
+    make_private_directory,
+    remove_leftovers,
+    sync_directory,
+    sync_file,
+    write_hashed,
+    write_json,
+)  # fmt: skip
+from fedsplit.errors import CheckpointError, FedSplitError
+
+log = logging.getLogger("fedsplit")
+
+SCHEMA = "fedsplit-checkpoint/1"
+_ROUND = re.compile(r"round-([0-9]{6,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A round whose files were checked against their digests.
+
+    Attributes
+    ----------
+    info
+        What the writer noted beside the files, JSON.
+    """
+
+    directory: Path
+    run_id: str
+    server_round: int
+    files: frozenset[str]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        """Return the path of one of its files."""
+        return self.directory / name
+
+
+class CheckpointStore:
+    """Writes, lists, verifies and prunes the rounds in a directory.
+
+    Parameters
+    ----------
+    directory
+        Made when the first round is written.
+    keep
+        How many of the newest rounds `prune` leaves, at least 2: a corrupt newest one must have a predecessor.
+    """
+
+    def __init__(self, directory: Path, keep: int = 3) -> None:
+        if keep < 2:
+            raise CheckpointError(f"at least 2 checkpoints must be kept, not {keep}: the newest may be the corrupt one")
+        self.directory = directory
+        self.keep = keep
+        self._is_checked = False
+
+    def round_directory(self, server_round: int) -> Path:
+        """Return the directory of a round."""
+        return self.directory / f"round-{server_round:06d}"
+
+    def rounds(self) -> list[int]:
+        """Return the rounds that have a manifest, in order."""
+        if not self.directory.is_dir():
+            return []
+        matches = [_ROUND.fullmatch(path.parent.name) for path in self.directory.glob("round-*/manifest.json")]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(
+        self,
+        *,
+        run_id: str,
+        server_round: int,
+        files: Mapping[str, Iterable[Buffer] | Path],
+        metrics: Mapping[str, Any] | None = None,
+        info: Mapping[str, Any] | None = None,
+        digests: Mapping[str, str] | None = None,
+        durable: bool = True,
+    ) -> Path:
+        """Write a round; a file given as a path is linked, not copied, where the file system can.
+
+        Parameters
+        ----------
+        digests
+            SHA-256 of files given as paths, where the caller knows them: they are not read again.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be written, for example on a full disk; the rounds before are as they were.
+        """
+        target = self.round_directory(server_round)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            if not self._is_checked or not self.directory.is_dir():
+                make_private_directory(self.directory, CheckpointError)
+                self._is_checked = True
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(mode=0o700)
+            found = {
+                name: self._put(temporary / name, content, (digests or {}).get(name)) for name, content in files.items()
+            }
+            manifest = {
+                "schema": SCHEMA, "run_id": run_id, "round": server_round,
+                "files": found, "metrics": dict(metrics or {}), "info": dict(info or {}),
+            }  # fmt: skip
+            if durable:
+                for name in files:
+                    sync_file(temporary / name)
+            write_json(temporary / "manifest.json", manifest, durable=durable)
+            if durable:
+                sync_directory(temporary)
+            # Only a round that is being done again is there already, with the same outcome.
+            self.remove(server_round)
+            temporary.rename(target)
+            if durable:
+                sync_directory(self.directory)
+        except (OSError, FedSplitError) as exc:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write the checkpoint of round {server_round}: {exc}; the last good one is {self._last_good()}"
+            ) from exc
+        return target
+
+    def flush(self, server_round: int) -> None:
+        """Bring a round that was written with ``durable=False`` to the disk."""
+        directory = self.round_directory(server_round)
+        try:
+            for path in directory.iterdir():
+                sync_file(path)
+            sync_directory(directory)
+            sync_directory(self.directory)
+        except FileNotFoundError:
+            log.debug("round %d was pruned before it was flushed", server_round)
+        except OSError as exc:
+            raise CheckpointError(f"the checkpoint {directory} did not reach the disk: {exc}") from exc
+
+    def read(self, server_round: int, *, verify: bool = True) -> Checkpoint:
+        """Read a round's manifest and check every file against it; with ``verify=False`` the files are believed.
+
+        Raises
+        ------
+        CheckpointError
+            If the round does not exist, or a file differs from its manifest; names the file.
+        """
+        directory = self.round_directory(server_round)
+        try:
+            manifest = json.loads((directory / "manifest.json").read_bytes())
+            if manifest["schema"] != SCHEMA:
+                raise CheckpointError(f"{directory} has schema {manifest['schema']!r}, expected {SCHEMA!r}")
+            if manifest["round"] != server_round:
+                raise CheckpointError(f"{directory} has the manifest of round {manifest['round']!r}")
+            for name, expected in manifest["files"].items():
+                self._check_file(directory, name, expected, verify)
+            return Checkpoint(
+                directory=directory, run_id=str(manifest["run_id"]), server_round=int(manifest["round"]),
+                files=frozenset(manifest["files"]), metrics=manifest["metrics"], info=manifest["info"],
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+            raise CheckpointError(f"{directory} has no valid manifest ({type(exc).__name__}: {exc})") from exc
+
+    def newest(self, *, run_id: str | None = None, before: int | None = None, verify: bool = True) -> Checkpoint | None:
+        """Return the newest valid round, of a run and below a round if given; names and passes over corrupt ones."""
+        for server_round in reversed(self.rounds()):
+            if before is not None and server_round >= before:
+                continue
+            try:
+                checkpoint = self.read(server_round, verify=verify)
+            except CheckpointError as exc:
+                log.warning("checkpoint passed over: %s", exc)
+                continue
+            if run_id is None or checkpoint.run_id == run_id:
+                return checkpoint
+        return None
+
+    def prune(self, *, best: int | None = None) -> None:
+        """Remove all but the newest ``keep`` rounds and the best one."""
+        for server_round in self.rounds()[: -self.keep]:
+            if server_round != best:
+                self.remove(server_round)
+
+    def remove(self, server_round: int) -> None:
+        """Remove a round, out of sight in one step: half a round must neither look like one nor stay for ever."""
+        directory = self.round_directory(server_round)
+        removed = directory.with_name(f".{directory.name}.removed.tmp")
+        shutil.rmtree(removed, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            directory.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+    def begin_run(self, run_id: str) -> None:
+        """Put what another run left here aside, under ``old-runs/<its id>/``, and clear what a dead writer left."""
+        make_private_directory(self.directory, CheckpointError)
+        for path in self.directory.glob(".round-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        remove_leftovers(self.directory, "")
+        for server_round in self.rounds():
+            directory = self.round_directory(server_round)
+            found = _run_of(directory)
+            if found != run_id:
+                self.put_aside(found, directory)
+
+    def put_aside(self, run_id: str, *paths: Path) -> None:
+        """Move files or directories of an old run out of the way; nothing is deleted."""
+        aside = self.directory / "old-runs" / re.sub(r"[^0-9A-Za-z_-]", "_", run_id or "unknown")
+        make_private_directory(aside, CheckpointError)
+        for path in paths:
+            target, count = aside / path.name, 1
+            while target.exists():  # the same run was put aside before
+                count += 1
+                target = aside / f"{path.name}.{count}"
+            try:
+                path.rename(target)
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                raise CheckpointError(f"cannot move {path} to {target}: {exc.strerror or exc}") from exc
+
+    def _last_good(self) -> str:
+        newest = self.newest()
+        return str(newest.directory) if newest else "none"
+
+    @staticmethod
+    def _put(path: Path, content: Iterable[Buffer] | Path, digest: str | None) -> dict[str, Any]:
+        """Write or link one file; returns its line in the manifest."""
+        if not isinstance(content, Path):
+            digest, size = write_hashed(path, content)
+            return {"bytes": size, "sha256": digest}
+        link_or_copy(content, path)
+        return {"bytes": path.stat().st_size, "sha256": digest} if digest else _fingerprint(path)
+
+    @staticmethod
+    def _check_file(directory: Path, name: str, expected: Mapping[str, Any], verify: bool) -> None:
+        path = directory / name
+        if path.name != name or path.is_symlink():
+            raise CheckpointError(f"{directory}: {name!r} is not the name of a file in it")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if verify and (found := _fingerprint(path)) != expected:
+            raise CheckpointError(f"{path} is corrupt: its manifest says {expected}, found {found}")
+
+
+class BackgroundWriter:
+    """Runs one job at a time beside the rounds; the next job waits for the one before, and is told if it failed."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._pending: Future[None] | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Start a job once the one before is done; raises what that one raised."""
+        with self._lock:
+            self._wait()
+            self._pending = self._pool.submit(job)
+
+    def wait(self) -> None:
+        """Wait for the last job; raises what it raised."""
+        with self._lock:
+            self._wait()
+
+    def check(self) -> None:
+        """Raise what a finished job raised, without waiting for a running one."""
+        if self._pending and self._pending.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Wait for the last job and stop the thread; raises what the job raised."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _run_of(directory: Path) -> str:
+    try:
+        return str(json.loads((directory / "manifest.json").read_bytes())["run_id"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "unknown"

@@ -1,0 +1,244 @@
+"""The payload store: immutable files named by the SHA-256 of their bytes, seen by server and clients of one machine.
+
+On one machine a state crosses no socket: the server writes it here once, a client links it into its exchange directory,
+and the trainer maps it; a result is linked back in the same way. Neither side ever opens a path that the other one
+names, only ``<root>/<digest>``, and the root is used only after the client has read back a nonce that the server put
+there.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import mmap
+import secrets
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsplit.disk.files import (
+    Buffer,
+    check_space,
+    explain,
+    link_or_copy,
+    make_private_directory,
+    open_regular,
+    remove,
+    write_at,
+    write_chunks,
+    write_hashed,
+)  # fmt: skip
+from fedsplit.errors import CheckpointError, FedSplitError, RecordError
+from fedsplit.exchange.records import is_digest
+
+_NONCE_BYTES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPayload:
+    """A payload in a store."""
+
+    digest: str
+    bytes: int
+    path: Path
+
+    def read(self) -> builtins.bytes:
+        """Return the content as bytes: what a message carries."""
+        return self.path.read_bytes()
+
+    def read_part(self, offset: int, size: int) -> builtins.bytes:
+        """Return a piece of the content, a shorter one at its end."""
+        return read_part(self.path, offset, size)
+
+
+class Incoming:
+    """A payload that arrives in pieces: a file that grows, its digest taken on the way.
+
+    Parameters
+    ----------
+    path
+        Where it is written; read by nobody before it is whole.
+    digest
+        What its bytes must have in the end.
+    size
+        How many bytes there will be.
+
+    Attributes
+    ----------
+    have : int
+        How many bytes are there.
+    """
+
+    def __init__(self, path: Path, digest: str, size: int) -> None:
+        if not is_digest(digest) or size < 0:
+            raise RecordError(f"a payload of {size} bytes with digest {digest!r} was announced")
+        check_space(path.parent, size)
+        self.path = path
+        self.digest = digest
+        self.size = size
+        self.have = 0
+        self._hash = hashlib.sha256()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is there, with the right digest."""
+        return self.have == self.size
+
+    def add(self, offset: int, piece: Buffer) -> None:
+        """Take a piece; one that does not begin where the file ends changes nothing.
+
+        Raises
+        ------
+        RecordError
+            If there is more than was announced, or all of it has another digest.
+        ExchangeError
+            If it cannot be written.
+        """
+        if offset != self.have:
+            return
+        if self.have + len(piece) > self.size:
+            raise RecordError(f"a payload of {self.size:,} bytes was announced, more came")
+        write_at(self.path, offset, piece)
+        self._hash.update(piece)
+        self.have += len(piece)
+        if self.is_whole and (found := self._hash.hexdigest()) != self.digest:
+            self.discard()
+            raise RecordError(f"the bytes that came have digest {found[:12]}…, announced was {self.digest[:12]}…")
+
+    def map(self) -> mmap.mmap:
+        """Map all of it; raises RecordError if it is no longer there."""
+        try:
+            return _map(self.path)
+        except (OSError, ValueError) as exc:
+            raise RecordError(f"{self.path} cannot be read again: {exc}") from exc
+
+    def discard(self) -> None:
+        """Take its name away; whoever mapped it keeps it."""
+        remove(self.path)
+
+
+class PayloadStore:
+    """A directory of payloads under their digests.
+
+    Parameters
+    ----------
+    root
+        The directory; only the server makes it and clears it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self) -> None:
+        """Make the directory, or clear what an earlier server left in it."""
+        make_private_directory(self.root, CheckpointError)
+        for path in self.root.iterdir():
+            remove(path)
+
+    def path(self, digest: str) -> Path:
+        """Return the path of a digest; raises RecordError if it is none: no other name is ever opened."""
+        if not is_digest(digest):
+            raise RecordError(f"{digest!r} is not a SHA-256 digest")
+        return self.root / digest
+
+    def find(self, digest: str) -> Path | None:
+        """Return the path of a payload that is there as a regular file, or None."""
+        path = self.path(digest)
+        try:
+            return path if stat.S_ISREG(path.lstat().st_mode) else None
+        except OSError:
+            return None
+
+    def take(self, digest: str, scratch: Path) -> Path | None:
+        """Return where a payload can be linked from, or None; ``scratch`` is for stores that have to bring it first."""
+        return self.find(digest)
+
+    def give(self, source: Path, digest: str) -> None:
+        """Put a finished file into the store."""
+        link_or_copy(source, self.path(digest))
+
+    @property
+    def announced_root(self) -> str | None:
+        """What a client of the same machine is told: where to look for the nonce."""
+        return str(self.root.resolve())
+
+    def put(self, chunks: Iterable[Buffer]) -> StoredPayload:
+        """Write a payload under its digest."""
+        temporary = self.root / f"writing-{secrets.token_hex(8)}"
+        digest, size = write_hashed(temporary, chunks)
+        path = self.path(digest)
+        try:
+            temporary.replace(path)
+        except OSError as exc:
+            raise explain(exc, path) from exc
+        return StoredPayload(digest=path.name, bytes=size, path=path)
+
+    def map(self, digest: str, *, own: bool = False) -> mmap.mmap:
+        """Map a payload after checking its bytes against its name.
+
+        Parameters
+        ----------
+        digest
+            Its name.
+        own
+            This process has just written it, or checked it: its bytes are not read again.
+
+        Raises
+        ------
+        RecordError
+            If it is not there or its bytes have another digest.
+        """
+        path = self.path(digest)
+        try:
+            content = _map(path)
+        except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
+            raise RecordError(f"payload {digest[:12]}… is not in {self.root} ({exc})") from exc
+        if not own and (found := hashlib.sha256(content).hexdigest()) != digest:
+            raise RecordError(f"{path} has digest {found[:12]}…: it was changed after it was written")
+        return content
+
+    def receive(self, digest: str, size: int) -> Incoming:
+        """Make room for a payload that comes in pieces, under a name of its own."""
+        return Incoming(self.root / f"writing-{secrets.token_hex(8)}", digest, size)
+
+    def drop(self, digest: str) -> None:
+        """Remove a payload; whoever mapped or linked it keeps it."""
+        remove(self.path(digest))
+
+    def keep_only(self, digests: Iterable[str]) -> None:
+        """Remove every payload but these; what a client is just linking under a temporary name is left to it."""
+        wanted = set(digests)
+        for path in self.root.iterdir():
+            if is_digest(path.name) and path.name not in wanted:
+                remove(path)
+
+    def put_nonce(self) -> tuple[str, str]:
+        """Write a nonce under a random name; returns the name and the content that proves one can read here."""
+        name, content = secrets.token_hex(_NONCE_BYTES), secrets.token_hex(_NONCE_BYTES)
+        write_chunks(self.path(name), [content.encode()])
+        return name, content
+
+
+def read_part(path: Path, offset: int, size: int) -> bytes:
+    """Return a piece of a payload file, a shorter one at its end."""
+    with open_regular(path) as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open_regular(path) as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def read_nonce(root: Path, name: str) -> str | None:
+    """Return the nonce if this process can use the store: private to its own user and readable; else None."""
+    try:
+        if not root.is_dir():
+            return None
+        make_private_directory(root)
+        path = PayloadStore(root).find(name)
+        return path.read_text() if path and path.stat().st_size <= 4 * _NONCE_BYTES else None
+    except (OSError, FedSplitError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,252 @@
+"""Flower's embedded gRPC engine, and the only module that calls functions which Flower marks deprecated.
+
+A link that dies without a word, as a pulled cable does, is noticed on both sides: by the server when a question or a
+ping stays unanswered, by the client when it hears nothing at all for `_SILENCE_S`. Either drops the connection, and
+the client comes back with the exchange directory that it had.
+
+``flwr.server.start_server`` and ``flwr.client.start_client`` are what a hand-started script can run on without
+starting a process for each message. They are in every release up to the newest that was tried; see README, "Why the
+embedded engine".
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
+
+# isort: split
+from fedsplit.engines.allocator import keep_freed_memory
+from fedsplit.engines.tls import check_server, client_context
+from fedsplit.errors import ConnectionFailedError, UsageError
+from fedsplit.wire.protocol import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from flwr.server import Server
+
+    from fedsplit.client.relay import Relay
+
+log = logging.getLogger("fedsplit")
+
+_FIRST_WAIT_S = 0.05
+_LAST_WAIT_S = 2.0
+_REMIND_S = 30.0
+_CONNECT_S = 5.0
+# The server pings after 10 s, so this is several of its pings; a server busy with a merge still sends them.
+_SILENCE_S = 45.0
+
+
+class _SilentError(BaseException):
+    """Raised in the main thread when the server has not been heard of for too long; past every ordinary handler."""
+
+
+def is_available() -> bool:
+    """Tell whether this release of Flower still has the two deprecated functions."""
+    import flwr.client
+    import flwr.server
+
+    # By its name alone: to look at it would import what it takes a second to import.
+    return "start_client" in flwr.client.__all__ and hasattr(flwr.server, "start_server")
+
+
+def choose_engine(wanted: str) -> str:
+    """Return the engine to run on: the wanted one, unless this release of Flower no longer has it."""
+    if wanted == "embedded" and not is_available():
+        log.warning(
+            "this release of Flower has no start_server and start_client any more: using --engine superlink, which "
+            "takes seconds where the embedded engine takes milliseconds; server and clients must be on the same engine"
+        )
+        return "superlink"
+    return wanted
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split ``HOST:PORT`` (an IPv6 host in brackets); raises UsageError."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"{address!r} is not an address; expected HOST:PORT, for example 127.0.0.1:8080")
+    return host.strip("[]"), int(port)
+
+
+def check_port_is_free(address: str) -> None:
+    """Raise if nothing can listen at an address.
+
+    gRPC shares ports: a second server would start without a word and take half of the clients.
+    """
+    host, port = parse_address(address)
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            probe.listen(1)
+    except socket.gaierror as exc:
+        raise UsageError(f"cannot resolve the host of --address {address}: {exc.strerror}") from exc
+    except OSError as exc:
+        raise ConnectionFailedError(
+            f"cannot listen at {address}: {exc.strerror}; stop what uses the port, or choose another --address"
+        ) from exc
+
+
+def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, bytes] | None = None) -> None:
+    """Run a Flower server at an address until its rounds are over.
+
+    Parameters
+    ----------
+    server
+        The server; its ``fit`` runs once the port is open.
+    address
+        ``HOST:PORT`` to listen at.
+    certificates
+        CA certificate, server certificate and server key, PEM; None listens without TLS.
+    """
+    from flwr.server import ServerConfig, start_server
+
+    parse_address(address)
+    check_port_is_free(address)
+    keep_freed_memory()
+    start_server(
+        server_address=address, server=server, config=ServerConfig(num_rounds=1), certificates=certificates,
+        grpc_max_message_length=MAX_MESSAGE_BYTES,
+    )  # fmt: skip
+
+
+def connect(
+    relay: Relay, address: str, *, root_certificates: bytes | None = None, max_wait_s: float | None = None
+) -> None:
+    """Keep a relay connected to a server until the run is over.
+
+    Waits for a server that is not up yet and for one that went away, with growing pauses.
+
+    Raises
+    ------
+    ConnectionFailedError
+        If the server could not be reached for ``max_wait_s``, what answers there is no server of ours, or its
+        certificate is not one for it.
+    RefusedError
+        If the server turned this client away.
+    """
+    import grpc
+
+    keep_freed_memory()
+    context = None if root_certificates is None else client_context(root_certificates)
+    while relay.outcome is None and relay.refused is None:
+        wait_for_server(address, max_wait_s, context)
+        # Not before: Flower's client brings a second of imports along (databases, a web framework) for other engines.
+        from flwr.client import start_client
+
+        began = time.monotonic()
+        relay.begin_connection()
+        try:
+            with _watching(relay):
+                start_client(
+                    server_address=address, client=relay, root_certificates=root_certificates,
+                    insecure=root_certificates is None, grpc_max_message_length=MAX_MESSAGE_BYTES,
+                )  # fmt: skip
+        except _SilentError:
+            log.warning("heard nothing of the server at %s for %.0f s; connecting again", address, _SILENCE_S)
+        except (grpc.RpcError, StopIteration) as exc:
+            if relay.outcome is None and relay.refused is None:
+                log.warning("lost the server at %s (%s); connecting again", address, _reason(exc))
+                # A server that accepts and drops at once must not be asked in a busy loop.
+                time.sleep(max(0.0, _FIRST_WAIT_S - (time.monotonic() - began)))
+        else:
+            if relay.outcome is None and relay.refused is None:
+                log.warning("the server at %s ended the connection without a word; connecting again", address)
+                time.sleep(_LAST_WAIT_S)
+    if relay.refused:
+        raise relay.refused
+
+
+def quiet_flower(verbose: bool) -> None:
+    """Show Flower's own log only when asked, and never its advice to use another engine: that is our choice."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return verbose and "deprecated" not in record.getMessage().lower()
+
+    # A filter and not a level: Flower sets its level when it is imported.
+    logging.getLogger("flwr").addFilter(wanted)
+
+
+@contextmanager
+def _watching(relay: Relay) -> Iterator[None]:
+    """Interrupt the block when the server has been silent for too long.
+
+    gRPC would wait for ever on a link whose packets vanish, and Flower lets nobody set its keepalive. The block waits
+    in the main thread, which a timer's signal can reach; from another thread there is nobody to interrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def look(_number: int, _frame: FrameType | None) -> None:
+        if relay.silence_s() > _SILENCE_S:
+            # Once: closing the connection must not be interrupted in its turn.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise _SilentError
+
+    previous = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def wait_for_server(
+    address: str, max_wait_s: float | None, context: ssl.SSLContext | None, *, grpc: bool = True
+) -> None:
+    """Wait until a server answers at an address, and see that it is one that this client can talk to.
+
+    Parameters
+    ----------
+    address
+        ``HOST:PORT``.
+    max_wait_s
+        Seconds to wait; None for ever.
+    context
+        What verifies the server's certificate; None without TLS.
+    grpc
+        Whether it is to speak gRPC, as the embedded engine does and a SuperLink does not.
+
+    Raises
+    ------
+    ConnectionFailedError
+        If it did not come in time, or will never be the right one.
+    """
+    host, port = parse_address(address)
+    began, reminded, pause = time.monotonic(), 0.0, _FIRST_WAIT_S
+    while True:
+        try:
+            check_server(host, port, context, _CONNECT_S, grpc=grpc)
+            return
+        except socket.gaierror as exc:
+            raise UsageError(f"cannot resolve the host of --server-address {address}: {exc.strerror}") from exc
+        except OSError as exc:
+            now = time.monotonic()
+            if max_wait_s is not None and now - began > max_wait_s:
+                raise ConnectionFailedError(
+                    f"no server at {address} within {max_wait_s:g} s ({exc.strerror or exc}); start server_main.py, "
+                    "check --server-address, or raise --max-wait"
+                ) from exc
+            if now - reminded > _REMIND_S:
+                reminded = now
+                log.info("waiting for the server at %s (%s)", address, exc.strerror or exc)
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_WAIT_S)
+
+
+def _reason(exc: BaseException) -> str:
+    code = getattr(exc, "code", None)
+    return str(code().name) if callable(code) else type(exc).__name__

@@ -1,0 +1,1 @@
+"""Flower's deployment engine, started for the user."""

@@ -1,0 +1,288 @@
+"""The same server and the same relay under Flower's deployment engine: what ``flwr run`` runs.
+
+``server_app`` runs `fedsplit.server.server.Server` beside the SuperLink, ``client_app`` runs
+`fedsplit.client.relay.Relay` beside each SuperNode, in a new process for each message; the trainers are the unchanged
+``model_main.py``. The run config holds the server's flags (`fedsplit.server.options`), a SuperNode's ``--node-config``
+those of a client: ``rank=1 exchange-dir="…"``, and if wanted ``trainer-wait=300`` and ``payload-store="none"``.
+
+Where Flower waits in fixed steps and its public interface lets another do the waiting, this does it sooner: nodes are
+looked for every half second, not every five, and replies at first every 50 ms, not every three seconds.
+
+A client's role lock is held for the length of a message; ``client-lock="held"`` says that whoever started the SuperNode
+holds it for life, as ``client_main.py --engine superlink`` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
+
+# isort: split
+from flwr.app import ConfigRecord, Context, Message
+from flwr.client import Client
+from flwr.clientapp import ClientApp
+from flwr.common import (
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+)  # fmt: skip
+from flwr.server.compat.grid_client_proxy import GridClientProxy
+from flwr.serverapp import Grid, ServerApp
+
+from fedsplit.cli import set_up_logging
+from fedsplit.client.relay import Relay
+from fedsplit.disk.payload_store import PayloadStore
+from fedsplit.disk.remote_store import open_remote
+from fedsplit.engines.superlink.app_log import Reporter
+from fedsplit.errors import FedSplitError, RoleTakenError, UsageError
+from fedsplit.exchange.directory import Exchange
+from fedsplit.server.options import ServerOptions
+from fedsplit.server.roster import Roster
+from fedsplit.wire.protocol import SUPERLINK
+
+log = logging.getLogger("fedsplit")
+
+_NODES_S = 0.5
+_FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
+# What a message may take beyond the time that the client holds it: a SuperNode polls, starts a process and replies.
+_DELIVERY_S = 90.0
+_LOST_PAUSE_S = 5.0
+# The process of the message before may still be on its way out.
+_LOCK_WAIT_S = 10.0
+_SCRIPT_S = 0.5
+_STATE = "fedsplit"
+
+server_app = ServerApp()
+
+
+@server_app.main()
+def run_server(grid: Grid, context: Context) -> None:
+    """Run the federation; raises what made it end early, which gives the run its status."""
+    reporter = _begin("server", context.run_config)
+    try:
+        options = ServerOptions.from_run_config(context.run_config)
+        command = shlex.split(str(context.run_config.get("script-command", "")))
+        with options.server(SUPERLINK, command=command) as server:
+            roster = server.client_manager()
+            assert isinstance(roster, Roster)  # for the type checker: it makes no other
+            nodes = _Nodes(_PromptGrid(grid), roster)
+            nodes.start()
+            server.fit(num_rounds=options.rounds, timeout=None)
+            nodes.stop()
+        if server.failure:
+            raise server.failure
+    except Exception as exc:
+        if not isinstance(exc, FedSplitError):
+            log.exception("the server failed")
+        if reporter:
+            reporter.end(exc)
+        raise
+    if reporter:
+        reporter.end(None)
+
+
+class _PromptGrid:
+    """A grid that looks for replies sooner and lets a message live long enough; what `GridClientProxy` uses of one."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self.run_id = grid.run.run_id
+
+    def node_ids(self) -> set[int]:
+        """Return the nodes that are connected now."""
+        return set(self._grid.get_node_ids())
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send one message and wait for its reply: Flower itself answers one that nobody did in time."""
+        (message,) = messages
+        message.metadata.ttl += _DELIVERY_S
+        message_ids = list(self._grid.push_messages([message]))
+        # The SuperLink has it now: no copy of a large state waits here for as long as a training takes.
+        message.content.clear()
+        began = time.monotonic()
+        while True:
+            if replies := list(self._grid.pull_messages(message_ids)):
+                return replies
+            time.sleep(min(_LAST_POLL_S, max(_FIRST_POLL_S, (time.monotonic() - began) / 20)))
+
+
+class _Nodes:
+    """Keeps the roster up to date with the SuperNodes that are connected."""
+
+    def __init__(self, grid: _PromptGrid, roster: Roster) -> None:
+        self._grid = grid
+        self._roster = roster
+        self._proxies: dict[int, GridClientProxy] = {}
+        self._tried: dict[int, float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        complained = False
+        while True:
+            try:
+                self._update(self._grid.node_ids())
+                complained = False
+            except Exception as exc:  # noqa: BLE001  (the SuperLink's HTTP client has its own; it may come back)
+                if not complained and not self._stop.is_set():
+                    log.warning("cannot ask the SuperLink for its nodes: %s", exc)
+                complained = True
+            if self._stop.wait(_NODES_S):
+                return
+
+    def _update(self, here: set[int]) -> None:
+        for gone in self._proxies.keys() - here:
+            self._roster.unregister(self._proxies.pop(gone))
+        now = time.monotonic()
+        for node in sorted(here):
+            if node not in self._proxies:
+                grid: Any = self._grid
+                self._proxies[node] = GridClientProxy(node_id=node, grid=grid, run_id=self._grid.run_id)
+            elif not self._roster.is_lost(self._proxies[node]) or now - self._tried[node] < _LOST_PAUSE_S:
+                continue
+            # A node whose question came to nothing is still the same node: it is greeted again.
+            self._tried[node] = now
+            self._roster.register(self._proxies[node])
+
+
+class _NodeRelay(Relay):
+    """A relay for one message: takes up what the message before left in the context, and the role lock."""
+
+    def __init__(self, context: Context, reporter: Reporter | None) -> None:
+        config = context.node_config
+        rank, directory = config.get("rank"), config.get("exchange-dir")
+        if not isinstance(rank, int) or not isinstance(directory, str):
+            raise UsageError(
+                "the SuperNode says neither whose relay it is nor where: give it "
+                f"--node-config 'rank=1 exchange-dir=\"/path/exchange\"' (it has {dict(config)})"
+            )
+        self._context = context
+        self._reporter = reporter
+        self._own_exchange = Exchange(directory, rank)
+        store = str(config.get("payload-store", "auto"))
+        super().__init__(
+            self._own_exchange, trainer_wait_s=float(config.get("trainer-wait", 300.0)), use_store=store == "auto",
+            remote=open_remote(store), engine=SUPERLINK,
+        )  # fmt: skip
+
+    @contextmanager
+    def _message(self) -> Iterator[None]:
+        state = self._context.state.config_records
+        with ExitStack() as stack:
+            if self._context.node_config.get("client-lock") != "held":
+                self._take_role(stack)
+            self._take_up(state[_STATE] if _STATE in state else {})  # noqa: SIM401  (its get wants a record)
+            yield
+        state[_STATE] = ConfigRecord({**self._leave()})
+        if self._reporter and (self.refused or self.outcome):
+            self._reporter.end(self.refused)
+
+    def _take_up(self, kept: Mapping[str, Any]) -> None:
+        # The clock is the machine's: it goes on from one process to the next.
+        self.missing_since = kept.get("missing-since")
+        # That it is the server's store was proved in the greeting.
+        self._store = self._remote if kept.get("by-url") else None
+        if root := kept.get("store-root"):
+            self._store = PayloadStore(Path(root))
+
+    def _leave(self) -> dict[str, str | float | bool]:
+        state: dict[str, str | float | bool] = {}
+        if self.missing_since is not None:
+            state["missing-since"] = self.missing_since
+        if isinstance(self._store, PayloadStore):
+            state["store-root"] = str(self._store.root)
+        elif self._store is not None:
+            state["by-url"] = True
+        return state
+
+    def _take_role(self, stack: ExitStack) -> None:
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                stack.enter_context(self._own_exchange.hold("client"))
+                return
+            except RoleTakenError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
+        """As `Relay.get_properties`."""
+        with self._message():
+            return super().get_properties(ins)
+
+    def get_parameters(self, ins: GetParametersIns) -> GetParametersRes:
+        """As `Relay.get_parameters`."""
+        with self._message():
+            return super().get_parameters(ins)
+
+    def fit(self, ins: FitIns) -> FitRes:
+        """As `Relay.fit`."""
+        with self._message():
+            return super().fit(ins)
+
+    def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
+        """As `Relay.evaluate`."""
+        with self._message():
+            return super().evaluate(ins)
+
+
+def make_client(context: Context) -> Client:
+    """Make the relay of the SuperNode that a message came to."""
+    return _NodeRelay(context, _begin("client", context.node_config))
+
+
+client_app = ClientApp(client_fn=make_client)
+
+
+def _begin(program: str, config: Mapping[str, Any]) -> Reporter | None:
+    set_up_logging(program, verbose=bool(config.get("verbose")))
+    reporter = Reporter(Path(path)) if (path := str(config.get("report-file", ""))) else None
+    if reporter:
+        log.handlers[:] = [reporter]
+    if script := int(config.get("script-pid", 0)):
+        threading.Thread(target=_end_with, args=(script,), name="script", daemon=True).start()
+    # Rules of one's own are looked for where the SuperLink was started, as server_main.py does.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    return reporter
+
+
+def _end_with(script: int) -> None:
+    """End as soon as the script that started the engine was killed, as if it had been this process.
+
+    Flower's own parts take seconds to notice each other's end. Meanwhile the script may have been started again, and
+    would find the run's directory in use.
+    """
+    while True:
+        try:
+            os.kill(script, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        except PermissionError:
+            return
+        time.sleep(_SCRIPT_S)

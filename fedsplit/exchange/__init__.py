@@ -1,0 +1,1 @@
+"""The directory that a client and its trainer share."""

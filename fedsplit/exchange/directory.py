@@ -1,0 +1,243 @@
+"""The exchange directory: how a client and the trainer of its rank hand state to each other.
+
+One directory a rank, ``<exchange_dir>/rank-<k>/``; this module owns every path in it. The protocol:
+
+- ``client.lock`` and ``trainer.lock`` are held for life. The kernel drops a lock the moment its owner dies and never
+  before, so a lock, and nothing else, says who is alive.
+- A task or result is a payload file, written first, and a small record naming it, renamed into place last. ``version``
+  only grows, across restarts of either side, and a result answers exactly one version.
+- A payload file is never overwritten, so a reader may map it. It is removed once the other side has moved on.
+- A record is believed when its payload has the stated length and its header parses; else it is not there yet.
+
+Not promised: that a hand-off survives the death of the machine (nothing is fsynced; a lost one is simply redone), and
+any order by time stamps (there are none).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from filelock import FileLock, Timeout
+
+from fedsplit.disk.files import (
+    check_space,
+    explain,
+    make_private_directory,
+    open_regular,
+    overwrite_in_place,
+    remove,
+    remove_leftovers,
+)  # fmt: skip
+from fedsplit.errors import ExchangeError, RecordError, RoleTakenError, UsageError
+from fedsplit.exchange.records import FinishedRecord, PayloadRecord, ResultRecord, TaskRecord, loads
+from fedsplit.states.header import read_header
+
+Role = Literal["client", "trainer"]
+Record = TypeVar("Record")
+
+_LOCK_POLL_S = 0.001
+_HANDOFF_TIMEOUT_S = 30.0
+_RECORD_BYTES = 4_000_000
+_LEAST_SPACE_BYTES = 1_000_000
+_PAYLOAD_NAME = re.compile(r"(task|result)-([1-9][0-9]{0,18})\.safetensors")
+_EXCHANGE_ID = re.compile(rb"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Who holds, or last held, a role: for messages only, the lock itself is the truth."""
+
+    pid: int
+    host: str
+    started: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.started}"
+
+
+class Exchange:
+    """Paths, locks and records of one rank's exchange directory.
+
+    Parameters
+    ----------
+    exchange_dir
+        The directory that holds one directory a rank.
+    rank
+        The rank, a positive integer.
+    """
+
+    def __init__(self, exchange_dir: Path | str, rank: int) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise UsageError(f"the rank must be a positive integer, not {rank!r}")
+        self.rank = rank
+        self.directory = Path(exchange_dir) / f"rank-{rank}"
+        self.task_path = self.directory / "task.json"
+        self.result_path = self.directory / "result.json"
+        self.finished_path = self.directory / "finished.json"
+        self.left_path = self.directory / "left.json"
+        self.fetched_path = self.directory / "fetched.safetensors"
+        self.exchange_id_path = self.directory / "exchange-id"
+        self._handoff = self._lock_of("handoff")
+        self._parsed: dict[Path, tuple[bytes, Any]] = {}
+
+    def payload_path(self, of: Literal["task", "result"], version: int) -> Path:
+        """Return the path of the payload of a version."""
+        return self.directory / f"{of}-{version}.safetensors"
+
+    def lock_path(self, role: Role) -> Path:
+        """Return the path of a role's lock."""
+        return self.directory / f"{role}.lock"
+
+    # -- roles ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hold(self, role: Role) -> Iterator[None]:
+        """Make the directory and hold a role of it for the length of the block.
+
+        Raises
+        ------
+        RoleTakenError
+            If a live process holds it; names the process.
+        ExchangeError
+            If the directory cannot be used.
+        """
+        make_private_directory(self.directory)
+        check_space(self.directory, _LEAST_SPACE_BYTES)
+        lock = self._lock_of(role)
+        with ExitStack() as stack:
+            with self.handoff():
+                if not _take(lock, 0.0):
+                    raise RoleTakenError(
+                        f"rank {self.rank} already has a {role}: {self.owner(role)} holds {self.lock_path(role)}; "
+                        "stop that one, or take another rank or --exchange-dir"
+                    )
+                stack.callback(lock.release)
+                me = Owner(pid=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
+                overwrite_in_place(self.lock_path(role), json.dumps(asdict(me)))
+            # What a dead predecessor left half-written: nobody else writes these while the lock is held.
+            for written in ("task", "finished", "exchange-id") if role == "client" else ("result", "left"):
+                remove_leftovers(self.directory, written)
+            yield
+
+    def is_held(self, role: Role) -> bool:
+        """Tell whether a live process holds a role.
+
+        Tried under the hand-off lock, which a starting process takes too: so a probe can never be what makes it fail.
+        """
+        if not self.directory.is_dir():
+            return False
+        with self.handoff():
+            lock = self._lock_of(role)
+            if not _take(lock, 0.0):
+                return True
+            lock.release()
+            return False
+
+    def owner(self, role: Role) -> Owner | None:
+        """Return who wrote his name into a role's lock last, or None."""
+        try:
+            found = json.loads(self._read(self.lock_path(role)) or b"")
+            return Owner(pid=int(found["pid"]), host=str(found["host"]), started=str(found["started"]))
+        except (RecordError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return None
+
+    @contextmanager
+    def handoff(self) -> Iterator[None]:
+        """Hold the lock that guards reading and bumping the counters; for microseconds only."""
+        if not _take(self._handoff, _HANDOFF_TIMEOUT_S):
+            raise ExchangeError(
+                f"{self._handoff.lock_file} was held for {_HANDOFF_TIMEOUT_S:.0f} s; a process of rank {self.rank} is "
+                "stopped in the middle of a hand-off (see python -m fedsplit status)"
+            )
+        try:
+            yield
+        finally:
+            self._handoff.release()
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def read_task(self) -> TaskRecord | None:
+        """Return the newest task, or None; raises RecordError if what is there is not one."""
+        return self._record(self.task_path, TaskRecord.from_json)
+
+    def read_result(self) -> ResultRecord | None:
+        """Return the newest result, or None; raises RecordError if what is there is not one."""
+        return self._record(self.result_path, ResultRecord.from_json)
+
+    def read_finished(self) -> FinishedRecord | None:
+        """Return the newest end of a run, or None; raises RecordError if what is there is not one."""
+        return self._record(self.finished_path, FinishedRecord.from_json)
+
+    def read_left(self) -> FinishedRecord | None:
+        """Return the end of a run that a trainer has seen and left for, or None."""
+        return self._record(self.left_path, FinishedRecord.from_json)
+
+    def read_exchange_id(self) -> str | None:
+        """Return the name that this directory was given, or None if it has none."""
+        text = self._read(self.exchange_id_path) or b""
+        return text.decode() if _EXCHANGE_ID.fullmatch(text) else None
+
+    def check_payload(self, payload: PayloadRecord) -> Path:
+        """Return the path of a payload whose length matches and whose header parses; raises RecordError."""
+        path = self.directory / payload.file
+        read_header(path, payload.bytes)
+        return path
+
+    def payload_versions(self, of: Literal["task", "result"]) -> list[int]:
+        """Return the versions of which a payload file is there."""
+        matches = map(_PAYLOAD_NAME.fullmatch, os.listdir(self.directory))  # noqa: PTH208  (several times a task)
+        return sorted(int(match[2]) for match in matches if match and match[1] == of)
+
+    def remove_payloads(self, of: Literal["task", "result"], *, below: int) -> None:
+        """Remove the payload files of lower versions: the other side has moved on."""
+        for version in self.payload_versions(of):
+            if version < below:
+                remove(self.payload_path(of, version))
+
+    def _record(self, path: Path, parse: Callable[[dict[str, Any], str], Record]) -> Record | None:
+        text = self._read(path)
+        if text is None:
+            return None
+        # The same text is the same record: each is read several times before the next one comes.
+        known = self._parsed.get(path)
+        if known is None or known[0] != text:
+            known = self._parsed[path] = (text, parse(loads(text, str(path)), str(path)))
+        record: Record = known[1]
+        return record
+
+    def _lock_of(self, name: str) -> FileLock:
+        # A soft lock, the library's fallback where flock is missing, would outlive its owner.
+        return FileLock(self.directory / f"{name}.lock", fallback_to_soft=False, mode=0o600, poll_interval=_LOCK_POLL_S)
+
+    @staticmethod
+    def _read(path: Path) -> bytes | None:
+        try:
+            with open_regular(path) as file:
+                text = file.read(_RECORD_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise RecordError(f"cannot read the record {path}: {exc.strerror or exc}") from exc
+        if len(text) > _RECORD_BYTES:
+            raise RecordError(f"{path} is over {_RECORD_BYTES:,} bytes; a record is small")
+        return text
+
+
+def _take(lock: FileLock, timeout_s: float) -> bool:
+    try:
+        lock.acquire(timeout=timeout_s)
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError) as exc:
+        problem = exc if isinstance(exc, OSError) else OSError(str(exc))
+        raise explain(problem, Path(lock.lock_file), "lock") from exc
+    return True

@@ -1,0 +1,208 @@
+"""What a run has on the server's disk: ``<checkpoint_dir>/server/``, and how a run begins or goes on there.
+
+==================  ============================================================================================
+``server.lock``     held for life: one server a directory
+``run.json``        the run's id and settings, written before anything else
+``history.jsonl``   one line a round
+``round-…/``        checkpoints
+``plot.png``        loss, accuracy and time, drawn as the run ends
+``payloads/``       the payload store; nothing in it outlives the run
+``old-runs/<id>/``  what a run that was not resumed left here
+==================  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from filelock import FileLock, Timeout
+
+from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
+from fedsplit.disk.files import Buffer, link_or_copy, make_private_directory, write_json
+from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.errors import CheckpointError
+from fedsplit.run.history import History
+from fedsplit.server.observer import PartRow
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("fedsplit")
+
+STATE_FILE = "state.safetensors"
+PLOT_FILE = "plot.png"
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+class Run:
+    """The server's directory, opened to begin a run or to go on with one.
+
+    Parameters
+    ----------
+    checkpoint_dir
+        The directory above ``server/``.
+    keep_checkpoints
+        How many of the newest rounds are kept, besides the best one.
+    resume
+        Go on with the run that is there; without one a new run begins, as after a death before the first checkpoint.
+    settings
+        Noted in ``run.json``, for people.
+    initial
+        Makes the state to start from; None asks a trainer for it.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: Path,
+        *,
+        keep_checkpoints: int = 3,
+        resume: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        initial: Callable[[], list[Buffer]] | None = None,
+    ) -> None:
+        self.directory = checkpoint_dir / "server"
+        self.checkpoints = CheckpointStore(self.directory, keep_checkpoints)
+        self.payloads = PayloadStore(self.directory / "payloads")
+        self.initial = initial
+        self.resumed: Checkpoint | None = None
+        self._resume = resume
+        self._settings = {name: without_password(value) for name, value in (settings or {}).items()}
+        self._record: dict[str, Any] = {}
+        self._stack = ExitStack()
+        self._saved_digest: str | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, kept over every resume."""
+        return str(self._record["run_id"])
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the run was begun with."""
+        return dict(self._record.get("settings", {}))
+
+    def __enter__(self) -> Self:
+        make_private_directory(self.directory, CheckpointError)
+        lock = FileLock(self.directory / "server.lock", fallback_to_soft=False, mode=0o600)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(
+                f"another server is using {self.directory}; stop it, or take another --checkpoint-dir"
+            ) from None
+        self._stack.callback(lock.release)
+        previous = self._previous_record()
+        if self._resume and previous:
+            self._record = previous
+            self.resumed = self.checkpoints.newest(run_id=self.run_id)
+        else:
+            self._begin(previous)
+        self.payloads.open()
+        self.history = History(self.directory / "history.jsonl")
+        self.history.keep_up_to(self.resumed.server_round if self.resumed else 0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self.payloads.keep_only(())
+        finally:
+            self._stack.close()
+
+    def payload_of(self, checkpoint: Checkpoint) -> StoredPayload:
+        """Bring a checkpoint's state back into the payload store; its digest was checked when it was read."""
+        source = checkpoint.path(STATE_FILE)
+        digest = str(json.loads(checkpoint.path("manifest.json").read_bytes())["files"][STATE_FILE]["sha256"])
+        path = self.payloads.path(digest)
+        link_or_copy(source, path)
+        return StoredPayload(digest=digest, bytes=source.stat().st_size, path=path)
+
+    def partial_line(self) -> Mapping[str, Any]:
+        """Return what the resumed round's line had when its state was saved."""
+        return dict(self.resumed.info["line"]) if self.resumed else {}
+
+    def save(
+        self,
+        server_round: int,
+        digest: str,
+        files: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        line: Mapping[str, Any],
+        best: int | None,
+    ) -> None:
+        """Write a round's checkpoint and let go of what came before it."""
+        self.checkpoints.save(
+            run_id=self.run_id, server_round=server_round, files=files, metrics=metrics,
+            info={"line": dict(line), "local_entries": self._record.get("local_entries", {})},
+            digests={STATE_FILE: digest},
+        )  # fmt: skip
+        self.checkpoints.prune(best=best)
+        if self._saved_digest not in (None, digest):
+            self.payloads.drop(str(self._saved_digest))
+        self._saved_digest = digest
+
+    def note_local_entries(self, entries: Mapping[str, Any]) -> None:
+        """Note which entries stay with the trainers: name to (dtype, shape)."""
+        if entries:
+            self._record["local_entries"] = dict(entries)
+            self._write_record()
+
+    def note_split(self, rows: Sequence[PartRow]) -> None:
+        """Note the resolved split, for the report."""
+        self._record["split"] = [row._asdict() for row in rows]
+        self._write_record()
+
+    def note_session(self, *, command: str, software: Mapping[str, str]) -> None:
+        """Note what the server was started with this time, for the report: a resumed run has had several sessions."""
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._record.setdefault("sessions", []).append(
+            {"began": began, "command": without_password(command), "software": dict(software)}
+        )
+        self._write_record()
+
+    def local_entries(self) -> dict[str, torch.Tensor]:
+        """Return the entries that stay with the trainers as tensors without data, to show and check the split."""
+        import torch
+
+        return {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            for name, (dtype, shape) in self._record.get("local_entries", {}).items()
+        }
+
+    def _previous_record(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads((self.directory / "run.json").read_bytes())
+            return record if isinstance(record.get("run_id"), str) else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def _begin(self, previous: dict[str, Any] | None) -> None:
+        if self._resume:
+            log.warning("there is no run to resume in %s: a new one begins", self.directory)
+        if previous:
+            self.checkpoints.put_aside(
+                previous["run_id"],
+                *(self.directory / name for name in ("run.json", "history.jsonl", PLOT_FILE)),
+            )
+            log.info("the run that was here is now in %s", self.directory / "old-runs" / previous["run_id"])
+        self._record = {
+            "run_id": uuid.uuid4().hex[:16], "began": time.strftime("%Y-%m-%d %H:%M:%S"), "settings": self._settings,
+        }  # fmt: skip
+        self.checkpoints.begin_run(self.run_id)
+        self._write_record()
+
+    def _write_record(self) -> None:
+        write_json(self.directory / "run.json", self._record, durable=True)
+
+
+def without_password(value: Any) -> Any:
+    """Return a text without the user and password of a URL in it: what is noted of a run is shown to others."""
+    return _PASSWORD.sub("…@", value) if isinstance(value, str) else value

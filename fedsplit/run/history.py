@@ -1,0 +1,105 @@
+"""``history.jsonl``: one line a round, written as the round ends; what people and plots read.
+
+A line: ``{"round": 3, "seconds": 1.2, "train": {"loss": …}, "evaluate": {"loss": …, "accuracy": …},
+"clients": {"1": {"num_examples": …, …}}, "refused": {"2": "reason"}}``. Numbers that are not finite stand as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsplit.disk.files import append_line, write_chunks
+
+Line = dict[str, Any]
+
+# What makes a round the best, the first one that there is: 1 where more is better.
+_JUDGED_BY = {"accuracy": 1, "loss": -1}
+
+
+class History:
+    """The lines of a run, in memory and in the file.
+
+    Parameters
+    ----------
+    path
+        The file; what it holds already is read, a last line that a dying process left unfinished is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[Line] = []
+        self._best: dict[str, tuple[float, int]] = {}
+        self._take(read_history(path))
+
+    def append(self, line: Line) -> None:
+        """Add a round."""
+        line = _finite(line)
+        self._take([line])
+        append_line(self.path, json.dumps(line, allow_nan=False))
+
+    def keep_up_to(self, server_round: int) -> None:
+        """Drop the rounds after one: a resumed run does them again, and each appears once."""
+        lines, self.lines, self._best = self.lines, [], {}
+        self._take(line for line in lines if line["round"] <= server_round)
+        write_chunks(self.path, [(json.dumps(line) + "\n").encode() for line in self.lines])
+
+    def last_round(self) -> int:
+        """Return the number of the last round, 0 before the first."""
+        return max((line["round"] for line in self.lines), default=0)
+
+    def best_round(self) -> int | None:
+        """Return the round with the highest accuracy, else the lowest evaluation loss; None before any evaluation."""
+        for name in _JUDGED_BY:
+            if name in self._best:
+                return -self._best[name][1]
+        return None
+
+    def _take(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            self.lines.append(line)
+            for name, sign in _JUDGED_BY.items():
+                value: Any = (line.get("evaluate") or {}).get(name)
+                if _is_number(value):
+                    # Of equal rounds the first.
+                    score = (sign * value, -line["round"])
+                    self._best[name] = max(self._best.get(name, score), score)
+
+
+def read_history(path: Path) -> list[Line]:
+    """Return the lines of a history file; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("round"), int):
+            lines.append(line)
+    return lines
+
+
+def weighted_mean(rows: Iterable[tuple[float, Mapping[str, Any]]]) -> dict[str, float]:
+    """Average numeric metrics with weights; each metric over the rows that have it."""
+    sums: dict[str, tuple[float, float]] = {}
+    for weight, metrics in rows:
+        for name, value in metrics.items():
+            if _is_number(value) and weight > 0:
+                total, weights = sums.get(name, (0.0, 0.0))
+                sums[name] = total + weight * value, weights + weight
+    return {name: total / weights for name, (total, weights) in sums.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Asks, waits, merges."""

@@ -1,0 +1,95 @@
+"""What may watch a run: the server tells an `Observer` of each event; the live table and the trackers are observers.
+
+An observer never decides anything. Its methods are called from several of the server's threads and must return at once;
+what one of them raises is logged and that observer is told nothing more: a broken dashboard is no reason to end a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from fedsplit.run.history import Line
+
+log = logging.getLogger("fedsplit")
+
+
+class PartRow(NamedTuple):
+    """A part of the resolved split."""
+
+    part: str
+    entries: int
+    bytes: int
+    rule: str
+
+
+class Observer:
+    """Is told what a run does; every method does nothing here, so that one overrides what one needs."""
+
+    def split_resolved(self, rows: Sequence[PartRow]) -> None:
+        """Every entry has its rule."""
+
+    def clients_awaited(self, ranks: Sequence[int], needed: int) -> None:
+        """A round cannot begin: only ``ranks`` are connected. Told again every second."""
+
+    def asked(self, kind: str, server_round: int, total_rounds: int, ranks: Sequence[int]) -> None:
+        """Ranks are asked for a task, ``train`` or ``evaluate``."""
+
+    def waiting(self, rank: int, what: str | None) -> None:
+        """A rank's task stands still for want of a client or a trainer; None: it goes on."""
+
+    def answered(self, rank: int, refused: str | None) -> None:
+        """A rank's task has ended; ``refused`` says why its answer does not count."""
+
+    def round_ended(self, line: Line, total_rounds: int) -> None:
+        """A round is over, and its line is in the history."""
+
+
+class Observers(Observer):
+    """Passes each event on to several observers, and lets go of one that fails."""
+
+    def __init__(self) -> None:
+        self._observers: list[Observer] = []
+
+    def add(self, observer: Observer) -> None:
+        """Tell one more."""
+        self._observers.append(observer)
+
+    def split_resolved(self, rows: Sequence[PartRow]) -> None:
+        """Pass it on."""
+        self._tell(lambda each: each.split_resolved(rows))
+
+    def clients_awaited(self, ranks: Sequence[int], needed: int) -> None:
+        """Pass it on."""
+        self._tell(lambda each: each.clients_awaited(ranks, needed))
+
+    def asked(self, kind: str, server_round: int, total_rounds: int, ranks: Sequence[int]) -> None:
+        """Pass it on."""
+        self._tell(lambda each: each.asked(kind, server_round, total_rounds, ranks))
+
+    def waiting(self, rank: int, what: str | None) -> None:
+        """Pass it on."""
+        self._tell(lambda each: each.waiting(rank, what))
+
+    def answered(self, rank: int, refused: str | None) -> None:
+        """Pass it on."""
+        self._tell(lambda each: each.answered(rank, refused))
+
+    def round_ended(self, line: Line, total_rounds: int) -> None:
+        """Pass it on."""
+        self._tell(lambda each: each.round_ended(line, total_rounds))
+
+    def _tell(self, tell: Callable[[Observer], None]) -> None:
+        for observer in list(self._observers):
+            try:
+                tell(observer)
+            except Exception as exc:  # noqa: BLE001  (whatever it is, the run goes on without that observer)
+                self._drop(observer)
+                name = type(observer).__name__
+                log.warning("%s failed and is told nothing more: %s: %s", name, type(exc).__name__, exc)
+
+    def _drop(self, observer: Observer) -> None:
+        with contextlib.suppress(ValueError):  # another thread's event failed at the same time
+            self._observers.remove(observer)

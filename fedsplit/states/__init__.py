@@ -1,0 +1,1 @@
+"""A state_dict as bytes, and its names."""

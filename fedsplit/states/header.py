@@ -1,0 +1,172 @@
+"""The header of a safetensors payload, read and written without torch.
+
+A payload is 8 bytes of header length (little endian), a JSON header, and the tensors' bytes. The client checks the
+header of what it relays and never looks at a tensor; the trainer and the server lay views of tensors over the bytes.
+The format: https://github.com/huggingface/safetensors#format. What is refused here is what that library refuses:
+entries that overlap, leave holes or reach past the end, sizes that do not fit the shape, a header over 100 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fedsplit.disk.files import open_regular
+from fedsplit.errors import RecordError
+
+MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64
+_LIMIT = 2**63
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor: dtype by its safetensors name, shape, and its bytes ``[begin, end)`` from the payload's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def build_header(sizes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
+    """Lay out a payload.
+
+    Parameters
+    ----------
+    sizes
+        Name to (safetensors dtype, shape), in the order in which a reader shall see the names.
+
+    Returns
+    -------
+    header
+        The length field and the JSON, padded to 8 bytes.
+    order
+        The names in the order of their bytes: wide dtypes first, so that each tensor is aligned.
+    """
+    order = sorted(sizes, key=lambda name: -ITEM_BYTES[sizes[name][0]])
+    offsets, position = {}, 0
+    for name in order:
+        dtype, shape = sizes[name]
+        end = position + ITEM_BYTES[dtype] * math.prod(shape)
+        offsets[name] = [position, end]
+        position = end
+    record = {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": offsets[name]}
+        for name, (dtype, shape) in sizes.items()
+    }
+    text = json.dumps(record, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> Mapping[str, Entry]:
+    """Read the entries of a payload.
+
+    Parameters
+    ----------
+    start
+        At least the length field and the header.
+    payload_bytes
+        Length of the whole payload in bytes.
+    where
+        The file, or whom it came from, for error messages.
+
+    Raises
+    ------
+    RecordError
+        If this is not a whole safetensors payload.
+    """
+    data_begin = 8 + header_bytes(start[:8], payload_bytes, where)
+    if len(start) < data_begin:
+        raise RecordError(f"{where}: the header claims {data_begin - 8} bytes, {len(start) - 8} are there")
+    try:
+        return _entries(bytes(start[8:data_begin]), payload_bytes)
+    except RecordError as exc:
+        raise RecordError(f"{where}: {exc}") from exc.__cause__
+
+
+# The states of a run have the same header, round after round; it is looked at half a dozen times a round.
+@lru_cache(maxsize=4)
+def _entries(header: bytes, payload_bytes: int) -> Mapping[str, Entry]:
+    data_begin = 8 + len(header)
+    try:
+        # Decoded here: given bytes, json would also take UTF-16 and lone surrogates.
+        record = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
+        found = {name: _entry(fields, data_begin) for name, fields in record.items() if name != "__metadata__"}
+        "".join(found).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise RecordError(f"not a safetensors header ({type(exc).__name__}: {exc})") from exc
+    position = data_begin
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise RecordError(f"entry {name!r} begins at byte {entry.begin}, expected {position}")
+        position = entry.end
+    if position != payload_bytes:
+        raise RecordError(f"the entries end at byte {position}, the payload has {payload_bytes}")
+    return MappingProxyType(found)
+
+
+def header_bytes(length_field: bytes | memoryview, payload_bytes: int, where: str) -> int:
+    """Return the length of the JSON header, checked against the payload's length before anything is allocated."""
+    if len(length_field) < 8:
+        raise RecordError(f"{where}: {payload_bytes} bytes are too few for a safetensors payload")
+    length = int.from_bytes(length_field[:8], "little")
+    if length > min(MAX_HEADER_BYTES, payload_bytes - 8):
+        raise RecordError(
+            f"{where}: not a safetensors payload (the header claims {length} bytes, the payload has {payload_bytes})"
+        )
+    return length
+
+
+def read_header(path: Path, expected_bytes: int | None = None) -> Mapping[str, Entry]:
+    """Read the entries of a payload file; a symbolic link is refused.
+
+    Raises
+    ------
+    RecordError
+        If the file is missing, not a regular file, has another length than expected, or is not safetensors.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if expected_bytes is not None and size != expected_bytes:
+                raise RecordError(f"{path} has {size} bytes, its record says {expected_bytes}")
+            start = file.read(8)
+            start += file.read(header_bytes(start, size, str(path)))
+    except OSError as exc:
+        raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
+    return parse_header(start, size, str(path))
+
+
+def _entry(fields: Any, data_begin: int) -> Entry:
+    dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if type(shape) is not list or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"a shape must be a list of at most {_MAX_DIMENSIONS} sizes")
+    if not all(type(number) is int and 0 <= number < _LIMIT for number in [*shape, begin, end]):
+        raise ValueError("shapes and offsets must be integers from 0 to 2**63 - 1")
+    # Also where another size is 0: the product without it is what overflows in a tensor's strides.
+    if math.prod(size or 1 for size in shape) >= _LIMIT:
+        raise ValueError(f"shape {shape} is larger than any tensor")
+    if end - begin != ITEM_BYTES[dtype] * math.prod(shape):
+        raise ValueError(f"{end - begin} bytes do not hold shape {shape} of {dtype}")
+    return Entry(dtype=dtype, shape=tuple(shape), begin=data_begin + begin, end=data_begin + end)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Two readers may well disagree on which of two entries of one name counts.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found

@@ -1,0 +1,183 @@
+"""state_dict to payload and back, without a pickle and without a needless copy.
+
+Names, dtypes (bfloat16, 0-d integer counters, bool), shapes and bits survive. Tied weights are written once for each
+name; tensors that are not contiguous, or not on the CPU, are brought there. What cannot travel (a sparse or quantised
+tensor, an entry that is no tensor) is refused by name.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from fedsplit.disk.files import Buffer, open_regular
+from fedsplit.errors import RecordError, StateMismatchError, UsageError
+from fedsplit.states.header import build_header, parse_header
+
+StateDict = dict[str, torch.Tensor]
+ModelSource = (
+    torch.nn.Module | Mapping[str, torch.Tensor] | Callable[[], "torch.nn.Module | Mapping[str, torch.Tensor]"]
+)
+
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_SHOWN_KEYS = 3
+# A whole component: a submodule may well be called my_orig_mod.
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
+
+# Views over received bytes are only ever read; torch cannot know and would warn about each.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def encode(state_dict: Mapping[str, torch.Tensor]) -> list[Buffer]:
+    """Return the payload as buffers to be written one after the other: the header, then each tensor's memory.
+
+    The buffers share memory with the tensors where they can: write them before the tensors change.
+    """
+    tensors = {name: _plain(name, tensor) for name, tensor in state_dict.items()}
+    sizes = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header, order = build_header(sizes)
+    return [header, *(_bytes_of(tensors[name]) for name in order)]
+
+
+def decode(payload: Buffer | mmap.mmap, where: str = "payload") -> StateDict:
+    """Lay tensors over a payload's bytes; nothing is copied, so the payload must outlive and not change under them."""
+    entries = parse_header(memoryview(payload), len(payload), where)
+    flat = torch.frombuffer(payload, dtype=torch.uint8)
+    found = {}
+    for name, entry in entries.items():
+        raw = flat[entry.begin : entry.end]
+        dtype = _DTYPES[entry.dtype]
+        if entry.begin % dtype.itemsize:  # other writers of the format need not align
+            raw = raw.clone()
+        found[name] = raw.view(dtype).reshape(entry.shape)
+    return found
+
+
+def map_file(path: Path) -> StateDict:
+    """Map a payload file and lay tensors over it; the mapping is private: writing to a tensor never reaches the file.
+
+    Raises
+    ------
+    RecordError
+        If it is missing, is not a regular file, or is not a safetensors payload.
+    """
+    try:
+        with open_regular(path) as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
+        raise RecordError(f"cannot read the payload {path}: {exc}") from exc
+    return decode(content, str(path))
+
+
+def own_state(source: ModelSource) -> StateDict:
+    """Return a module's or mapping's state_dict under the names that travel, sharing memory with it.
+
+    Wrappers (DistributedDataParallel, DataParallel, ``torch.compile``) leave no trace in the names.
+    """
+    if callable(source) and not isinstance(source, torch.nn.Module):
+        source = source()
+    if isinstance(source, torch.nn.Module):
+        source = unwrap(source).state_dict()
+    return {travel_name: source[name] for name, travel_name in travel_names(source).items()}
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """Take a module out of the wrappers that torch puts around it."""
+    while True:
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), torch.nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def travel_names(names: Iterable[str]) -> dict[str, str]:
+    """Map the names of a state_dict to those that travel.
+
+    A state_dict taken from a wrapped module has ``module.`` before every name, and a compiled submodule ``_orig_mod.``
+    anywhere; a submodule that merely is called ``module`` keeps its name as long as it has a sibling. A name that
+    travels stays as it is when it is put through this again.
+    """
+    cleaned = {name: _COMPILED.sub("", name) for name in names}
+    while cleaned and all(name.startswith("module.") for name in cleaned.values()):
+        cleaned = {name: clean.removeprefix("module.") for name, clean in cleaned.items()}
+    if len(set(cleaned.values())) != len(cleaned):
+        twice = [name for name, count in Counter(cleaned.values()).items() if count > 1]
+        raise UsageError(f"without the names of wrappers, several entries of the state_dict are called {_first(twice)}")
+    return cleaned
+
+
+def load_into(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], *, where: str = "received") -> None:
+    """Copy every tensor into the model, by name and in place.
+
+    Raises
+    ------
+    StateMismatchError
+        If keys, shapes or dtypes differ; nothing has been copied then.
+    """
+    own = own_state(model)
+    if difference := describe_difference(own, state_dict, expected="the model", found=where):
+        raise StateMismatchError(difference)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+
+
+def describe_difference(
+    expected_state: Mapping[str, torch.Tensor],
+    found_state: Mapping[str, torch.Tensor],
+    *,
+    expected: str,
+    found: str,
+) -> str | None:
+    """Say in one line how two state_dicts differ in keys, shapes or dtypes, or return None."""
+    missing = [name for name in expected_state if name not in found_state]
+    extra = [name for name in found_state if name not in expected_state]
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"{found} lacks {_first(missing)} of {expected}")
+        if extra:
+            parts.append(f"{found} has {_first(extra)}, which {expected} has not")
+        return "; ".join(parts)
+    for name, tensor in expected_state.items():
+        other = found_state[name]
+        if tensor.shape != other.shape:
+            return f"{name!r}: {expected} has shape {list(tensor.shape)}, {found} has {list(other.shape)}"
+        if tensor.dtype != other.dtype:
+            return f"{name!r}: {expected} has {tensor.dtype}, {found} has {other.dtype}"
+    return None
+
+
+def _first(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_SHOWN_KEYS])
+    return shown + (f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else "")
+
+
+def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"entry {name!r} of the state_dict is a {type(tensor).__name__}; only tensors can travel")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in _NAMES:
+        raise UsageError(
+            f"entry {name!r} of the state_dict cannot travel (layout {tensor.layout}, {tensor.dtype}, "
+            f"device {tensor.device}); expected a dense tensor of a dtype that safetensors knows"
+        )
+    return tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

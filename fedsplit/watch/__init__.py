@@ -1,0 +1,1 @@
+"""People looking on: the terminal, the trackers, the plot."""

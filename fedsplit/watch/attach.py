@@ -1,0 +1,90 @@
+"""Who watches a server's run: the terminal, the trackers, and the plot that is drawn as it ends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from fedsplit.run.directory import PLOT_FILE
+from fedsplit.watch.trackers import open_tracker, parse_tracker
+
+if TYPE_CHECKING:
+    from fedsplit.server.server import Server
+
+log = logging.getLogger("fedsplit")
+
+_PACKAGES = ("fedsplit", "flwr", "torch", "numpy", "safetensors", "grpcio", "filelock")
+
+
+@contextmanager
+def watching(
+    server: Server, *, live: bool, rounds: int, trackers: Sequence[str] = (), command: Sequence[str] = ()
+) -> Iterator[None]:
+    """Watch a server for the length of a block.
+
+    Parameters
+    ----------
+    server
+        What is watched; its run is open.
+    live
+        Whether a live table is wanted; without a terminal there is none all the same.
+    rounds
+        The last round's number.
+    trackers
+        As given to ``--tracker``.
+    command
+        What the server was started with, for the report.
+    """
+    run = server.run
+    run.note_session(command=shlex.join(command), software=software())
+    with ExitStack() as stack:
+        for text in trackers:
+            server.observe(stack.enter_context(open_tracker(parse_tracker(text), run)))
+        if live and (console := _terminal()):
+            from fedsplit.watch.console import LiveConsole
+
+            title = f"fedsplit run {run.run_id}, {rounds} round{'' if rounds == 1 else 's'}"
+            server.observe(stack.enter_context(LiveConsole(console, title, run.history.lines)))
+        yield
+    if server.failure is None:
+        _draw_plot(server)
+
+
+def software() -> dict[str, str]:
+    """Return the versions that a run depends on."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _terminal() -> Console | None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+def _draw_plot(server: Server) -> None:
+    lines = server.run.history.lines
+    if not lines:
+        return
+    try:
+        # Only here: matplotlib takes a second to import, and the clients have been told by now.
+        from fedsplit.commands.plot import write_plot
+
+        write_plot(lines, server.run.directory / PLOT_FILE)
+    except Exception as exc:  # noqa: BLE001  (a picture is no reason for a run to have failed)
+        log.warning("no plot was drawn (%s: %s); see python -m fedsplit plot", type(exc).__name__, exc)

@@ -1,0 +1,244 @@
+"""The server's terminal: the split, a table of rounds that grows in place, and below it who is waited for.
+
+Refusals, failures and everything else that is logged scroll by above the table, a line each. Where there is no terminal
+none of this is used: the log has the same facts, a line an event.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from fedsplit.run.events import format_bytes
+from fedsplit.run.history import Line
+from fedsplit.run.time_account import describe_privacy, update_bytes
+from fedsplit.server.observer import Observer, PartRow
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+log = logging.getLogger("fedsplit")
+
+# The tables' frames, the line below them, and a few lines of what was in the terminal before.
+_LINES_AROUND = 12
+_COLUMN_WIDTH = 13
+_DOING = {"train": "training", "evaluate": "evaluating"}
+_SHOWN_IN_TABLES = ("split", "round")
+
+
+class LiveConsole(Observer):
+    """Shows a run on a terminal for the length of a block; takes the place of the log's handler meanwhile.
+
+    Parameters
+    ----------
+    console
+        The terminal.
+    title
+        Stands above the rounds.
+    lines
+        The history so far, of a run that is resumed.
+    """
+
+    def __init__(self, console: Console, title: str, lines: Sequence[Line] = ()) -> None:
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        self._console = console
+        self._title = title
+        self._lines = list(lines)
+        self._split: list[PartRow] = []
+        self._activity = "starting"
+        self._since = time.monotonic()
+        self._awaited: dict[int, str | None] = {}
+        self._lock = threading.Lock()
+        self._handlers: list[logging.Handler] = []
+        self._spinner = Spinner("dots")
+        self._live = Live(console=console, refresh_per_second=8, get_renderable=self.render)
+
+    def __enter__(self) -> Self:
+        self._handlers = log.handlers[:]
+        log.handlers[:] = [_ConsoleHandler(self._console, self._handlers)]
+        self._live.start()
+        # A terminal whose program was killed must not be left without its cursor.
+        self._console.show_cursor(True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        with self._lock:
+            self._activity = ""
+        self._live.stop()
+        log.handlers[:] = self._handlers
+
+    def split_resolved(self, rows: Sequence[PartRow]) -> None:
+        """Show the split above the rounds from now on."""
+        with self._lock:
+            self._split = list(rows)
+
+    def clients_awaited(self, ranks: Sequence[int], needed: int) -> None:
+        """Show how many clients are missing."""
+        here = f" (rank {_named(ranks)})" if ranks else ""
+        self._begin(f"waiting for clients: {len(ranks)} of {needed} are here{here}", ())
+
+    def asked(self, kind: str, server_round: int, total_rounds: int, ranks: Sequence[int]) -> None:
+        """Show what is being done."""
+        self._begin(f"round {server_round} of {total_rounds}: {_DOING[kind]}", ranks)
+
+    def waiting(self, rank: int, what: str | None) -> None:
+        """Show what stands still."""
+        with self._lock:
+            if rank in self._awaited:
+                self._awaited[rank] = what
+
+    def answered(self, rank: int, refused: str | None) -> None:
+        """Wait for one less."""
+        with self._lock:
+            self._awaited.pop(rank, None)
+
+    def round_ended(self, line: Line, total_rounds: int) -> None:
+        """Add a row."""
+        with self._lock:
+            self._lines.append(line)
+        last = line["round"] >= total_rounds
+        self._begin("the last round is done: writing its checkpoint" if last else "starting the next round", ())
+
+    def render(self) -> RenderableType:
+        """Return all that is shown."""
+        from rich.console import Group
+        from rich.text import Text
+
+        with self._lock:
+            shown: list[RenderableType] = []
+            if self._split:
+                shown += [Text(), split_table(self._split), Text()]
+            room = self._console.height - _LINES_AROUND - (len(self._split) + 4 if self._split else 0)
+            if self._lines:
+                shown.append(rounds_table(self._lines, self._title, width=self._console.width, room=room))
+            else:
+                shown.append(Text(self._title, "bold"))
+            if self._activity:
+                self._spinner.update(text=Text(self._describe()))
+                shown.append(self._spinner)
+            return Group(*shown)
+
+    def _begin(self, activity: str, awaited: Sequence[int]) -> None:
+        with self._lock:
+            if activity != self._activity:
+                self._since = time.monotonic()
+            self._activity, self._awaited = activity, dict.fromkeys(awaited)
+
+    def _describe(self) -> str:
+        text, seconds = self._activity, time.monotonic() - self._since
+        if self._awaited:
+            standing = {rank: f"{rank} (no {what})" for rank, what in self._awaited.items() if what}
+            text += f", waiting for rank {_named(standing.get(rank, rank) for rank in self._awaited)}"
+        return text + (f", {seconds:.0f} s" if seconds >= 1 else "")
+
+
+def split_table(rows: Sequence[PartRow]) -> Table:
+    """Return the split as a table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("part", "rule", "entries", "bytes"):
+        table.add_column(heading, justify="right" if heading in ("entries", "bytes") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(Text(row.part), Text(row.rule, "bold"), f"{row.entries:,}", format_bytes(row.bytes))
+    return table
+
+
+def rounds_table(lines: Sequence[Line], title: str, *, width: int, room: int) -> Table:
+    """Return the newest rounds as a table.
+
+    Parameters
+    ----------
+    lines
+        The history.
+    title
+        Stands above.
+    width
+        Columns of the terminal: a metric that does not fit is left out.
+    room
+        How many rounds fit.
+    """
+    from rich.table import Table
+
+    room = max(3, room)
+    metrics = metric_columns(lines)[: max(1, width // _COLUMN_WIDTH - 5)]
+    headings = headings_of(metrics)
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    if len(lines) > room:
+        table.add_row(*["…"] * len(headings), style="dim")
+    if lines and (spent := describe_privacy(lines[-1])):
+        table.caption, table.caption_justify = spent, "left"
+    for line in lines[-room:]:
+        table.add_row(*cells(line, metrics), style="yellow" if line.get("refused") else None)
+    return table
+
+
+def metric_columns(lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """Return phase and name of each metric besides the losses: the accuracy first, then the user's own as they came."""
+    found = {
+        (phase, name): None
+        for phase in ("evaluate", "train")
+        for line in lines
+        for name, value in (line.get(phase) or {}).items()
+        if name != "loss" and isinstance(value, int | float)
+    }
+    found.pop(("evaluate", "accuracy"), None)
+    return [("evaluate", "accuracy"), *found]
+
+
+def headings_of(metrics: Sequence[tuple[str, str]] = (("evaluate", "accuracy"),)) -> list[str]:
+    """Return the headings of the rounds' table."""
+    names = [f"{'test' if phase == 'evaluate' else 'train'} {name}" for phase, name in metrics]
+    names = ["accuracy" if name == "test accuracy" else name for name in names]
+    return ["round", "clients", "train loss", "test loss", *names, "seconds", "bytes"]
+
+
+def cells(line: Line, metrics: Sequence[tuple[str, str]] = (("evaluate", "accuracy"),)) -> list[str]:
+    """Return the cells of a round, in the order of the headings."""
+    size = update_bytes(line)
+    return [
+        str(line["round"]),
+        f"{line.get('accepted', '?')}/{line.get('asked', '?')}",
+        _number((line.get("train") or {}).get("loss")),
+        _number((line.get("evaluate") or {}).get("loss")),
+        *(_number((line.get(phase) or {}).get(name)) for phase, name in metrics),
+        _number(line.get("seconds"), digits=2),
+        format_bytes(size) if size else "–",
+    ]
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints records above the table, but for those that are in it."""
+
+    def __init__(self, console: Console, replaced: Sequence[logging.Handler]) -> None:
+        super().__init__()
+        self._console = console
+        if replaced:
+            self.setFormatter(replaced[0].formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        from rich.text import Text
+
+        if getattr(record, "event", None) in _SHOWN_IN_TABLES:
+            return
+        style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
+        self._console.print(Text(self.format(record), style), soft_wrap=True)
+
+
+def _named(ranks: Any) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "–"

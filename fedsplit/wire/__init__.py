@@ -1,0 +1,1 @@
+"""What server and clients say inside Flower's messages."""
