@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,15 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsplit.run.history import read_history
+from tests.bounds import BOUND_S
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def free_port() -> int:
-    """Return a port of loopback that nothing listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -97,9 +91,9 @@ class Programs:
         if process.poll() is None:
             process.send_signal(number)
         if number == signal.SIGKILL:
-            process.wait(10)
+            process.wait(BOUND_S)
 
-    def wait(self, timeout_s: float = 120.0, names: Sequence[str] | None = None) -> dict[str, int]:
+    def wait(self, timeout_s: float = BOUND_S, names: Sequence[str] | None = None) -> dict[str, int]:
         """Wait until programs have ended; returns their exit codes."""
         deadline = time.monotonic() + timeout_s
         codes = {}
@@ -110,7 +104,7 @@ class Programs:
                 raise AssertionError(f"{name} is still running after {timeout_s} s\n{self.tails()}") from None
         return codes
 
-    def wait_for(self, name: str, text: str, timeout_s: float = 60.0) -> None:
+    def wait_for(self, name: str, text: str, timeout_s: float = BOUND_S) -> None:
         """Wait until a program's log has a text."""
         deadline = time.monotonic() + timeout_s
         while text not in self.log(name):
@@ -144,7 +138,7 @@ class Programs:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
-                process.wait(10)
+                process.wait(BOUND_S)
 
 
 @contextlib.contextmanager

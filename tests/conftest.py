@@ -1,0 +1,66 @@
+"""What holds for every test: one thread each, few random cases unless all are asked for, no process left behind."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+# Before anything imports torch, and for every program that a test starts: several of them share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import psutil
+import pytest
+from hypothesis import settings
+
+from tests.depth import DEPTH
+
+RUN = "FEDSPLIT_TEST_RUN"
+GRACE_S = 20.0
+
+# Without a database of earlier failures, and with the same cases each time: what fails here fails everywhere.
+settings.register_profile("quick", max_examples=10, derandomize=True, deadline=None, database=None)
+settings.register_profile("deep", max_examples=100 * max(1, DEPTH), deadline=None, print_blob=True)
+settings.load_profile("deep" if DEPTH else "quick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """See that the tests of this process have ended every process that they started."""
+    os.environ[RUN] = uuid.uuid4().hex
+    yield
+    left = [process for process in started_here(os.environ[RUN]) if not is_of_python_itself(process)]
+    _, left = psutil.wait_procs(left, GRACE_S)
+    said = [describe(process) for process in left]
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, GRACE_S)
+    assert not said, f"left running by tests: {said}"
+
+
+def started_here(run: str) -> list[psutil.Process]:
+    """Return what was started below this process, also by a parent that has ended since."""
+    found = {process.pid: process for process in psutil.Process().children(recursive=True)}
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(RUN) == run and process.pid != os.getpid():
+                found[process.pid] = process
+        except psutil.Error:
+            continue
+    return list(found.values())
+
+
+def is_of_python_itself(process: psutil.Process) -> bool:
+    """Say whether `multiprocessing` keeps the process until this one ends."""
+    try:
+        command = " ".join(process.cmdline())
+        return "multiprocessing.resource_tracker" in command or "multiprocessing.forkserver" in command
+    except psutil.Error:
+        return False
+
+
+def describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid}: {' '.join(process.cmdline())[:300]}"
+    except psutil.Error:
+        return f"{process.pid}: gone since"
