@@ -1,39 +1,65 @@
 # The doors of the project. Everything runs inside .venv, which is made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+# uv installs: the one on the PATH, or one that pip puts into the environment.
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
+# The versions that CI saw. The ranges in pyproject.toml are for users.
+INSTALL := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: demo test check docs bench chaos clean
+.PHONY: .venv demo test test-all check docs bench chaos lock clean
 
-.venv: .venv/.stamp
+.venv: .venv/.dev
 
-.venv/.stamp: pyproject.toml
+$(BIN)/python:
+	@echo "make: a Python environment in .venv"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+
+$(BIN)/uv: | $(BIN)/python
+	@echo "make: no uv on the PATH; pip fetches it"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+# Two stamps: what the demo needs, and everything.
+.venv/.demo: pyproject.toml constraints.txt | $(BIN)/python $(filter $(BIN)/uv,$(UV))
+	@echo "make: installing what the demo needs; on Linux PyTorch is 3 GB, since it brings CUDA"
+	$(INSTALL) --editable '.[demo]'
 	@touch $@
 
-demo: .venv/.stamp
+.venv/.dev: pyproject.toml constraints.txt | $(BIN)/python $(filter $(BIN)/uv,$(UV))
+	@echo "make: installing what the tests need"
+	$(INSTALL) --editable '.[dev]'
+	@touch .venv/.demo $@
+
+demo: .venv/.demo
 	$(BIN)/python -m fedsplit demo
 
-test: .venv/.stamp
-	$(BIN)/python -m pytest
+# The quick ones.
+test: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-check: .venv/.stamp
+test-all: .venv/.dev
+	FEDSPLIT_TESTS=all $(BIN)/python -m pytest -n 2
+
+check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 # The site of docs/, in docs/_build/html; a warning is an error.
-docs: .venv/.stamp
+docs: .venv/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 # Measures and prints a table, with the JSON in benchmarks/results/; half an hour. ARGS="--quick round merge" for less.
-bench: .venv/.stamp
+bench: .venv/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # A hundred SIGKILLs over all five programs; takes about ten minutes on two cores.
-chaos: .venv/.stamp
+chaos: .venv/.dev
 	$(BIN)/python -m tests.chaos --kills 100
+
+# Renews constraints.txt: the newest version of everything, for every Python that is supported.
+lock: | $(BIN)/python $(filter $(BIN)/uv,$(UV))
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-annotate --no-header \
+		--no-emit-find-links --no-emit-index-url --output-file constraints.txt pyproject.toml
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ before it exits is enough to go on. The tree::
 
     FedSplitError                 1
     ├── UsageError                2   a flag or an argument cannot work (also a ValueError)
+    │   └── MissingPackageError   2   an optional package is needed and not installed
     ├── ExchangeError             3   the exchange directory cannot be used: permissions, space, ownership
     │   ├── RoleTakenError        4   a live process already holds this role of this rank
     │   └── RecordError           5   a record or payload on the exchange is not what the protocol says
@@ -36,6 +37,23 @@ class UsageError(FedSplitError, ValueError):
     """A flag or an argument cannot work."""
 
     exit_code = 2
+
+
+class MissingPackageError(UsageError):
+    """An optional package is needed and not installed.
+
+    Parameters
+    ----------
+    wanted_by
+        What needs it, as the user named it: ``the workload digits``.
+    package
+        The package's name in the index: ``scikit-learn``.
+    extra
+        The extra of fedsplit that brings it: ``digits``.
+    """
+
+    def __init__(self, wanted_by: str, package: str, extra: str) -> None:
+        super().__init__(f"{wanted_by} needs {package}, which is not installed: pip install 'fedsplit[{extra}]'")
 
 
 class ExchangeError(FedSplitError):
