@@ -10,7 +10,6 @@ then found corrupt by its digests, and the one before is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedsplit.disk.digest import file_digest
 from fedsplit.disk.files import (
     Buffer,
     link_or_copy,
@@ -304,9 +304,7 @@ class BackgroundWriter:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _run_of(directory: Path) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsplit.disk.digest import bytes_digest, is_digest
 from fedsplit.disk.files import (
     Buffer,
     check_space,
@@ -30,7 +31,6 @@ from fedsplit.disk.files import (
     write_hashed,
 )  # fmt: skip
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError
-from fedsplit.exchange.records import is_digest
 
 _NONCE_BYTES = 32
 
@@ -194,7 +194,7 @@ class PayloadStore:
             content = _map(path)
         except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
             raise RecordError(f"payload {digest[:12]}… is not in {self.root} ({exc})") from exc
-        if not own and (found := hashlib.sha256(content).hexdigest()) != digest:
+        if not own and (found := bytes_digest(content)) != digest:
             raise RecordError(f"{path} has digest {found[:12]}…: it was changed after it was written")
         return content
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fedsplit.disk.digest import is_digest
 from fedsplit.disk.files import atomic_file, write_all
 from fedsplit.errors import ExchangeError, RecordError, UsageError
-from fedsplit.exchange.records import is_digest
 
 log = logging.getLogger("fedsplit")
 
