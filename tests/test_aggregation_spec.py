@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.aggregation.base import REGISTRY
+from fedsplit.aggregation.grammar import parse_call
 from fedsplit.aggregation.loading import check_rules
 from fedsplit.aggregation.privacy import private_rule
 from fedsplit.aggregation.spec import BUILTIN_RULES, RuleSpec, first_match, parse_rule, parse_rules
@@ -53,6 +54,17 @@ def test_nothing_asked_for_is_fedavg():
                     "rule": RuleSpec(name="trimmed-mean", params={"fraction": 0.2}),
                     "clip": 1.0,
                     "noise": 0.5,
+                },
+            ),
+        ),
+        (
+            "dp(my.rules:mean(text='a-b: c', kind=per-layer), clip=1, noise=0)",
+            RuleSpec(
+                name="dp",
+                params={
+                    "rule": RuleSpec(name="my.rules:mean", params={"text": "a-b: c", "kind": "per-layer"}),
+                    "clip": 1,
+                    "noise": 0,
                 },
             ),
         ),
@@ -111,18 +123,38 @@ def test_the_first_pattern_that_matches_wins_and_a_star_crosses_dots():
     ("texts", "says"),
     [
         (["median", "fedavg"], "two rules without a pattern, median and fedavg"),
-        (["avg"], "unknown rule 'avg': known are fedavg, median, trimmed-mean, krum, multi-krum"),
-        (["body.*=avg"], "--aggregate body.*=avg: unknown rule 'avg'"),
-        ([""], "expected the name of a rule, found the end"),
+        (
+            ["avg"],
+            "unknown rule 'avg' (did you mean 'fedavg'?): known are fedavg, median, trimmed-mean, krum, multi-krum",
+        ),
+        (["body.*=avg"], "--aggregate body.*=avg: unknown rule 'avg' (did you mean"),
+        ([""], "cannot read '': found nothing; expected name or name(key=value, …)"),
         (["=median"], "'' is not a pattern"),
-        (["body.*="], "expected the name of a rule, found the end"),
-        (["median("], "expected key=value, found the end"),
-        (["median)"], "expected the end, found ')'"),
-        (["krum(byzantine=1"], "expected ',' or ')', found the end"),
-        (["krum(byzantine=)"], "expected a value, found ')'"),
-        (["krum(byzantine 1)"], "expected ',' or ')', found '1'"),
+        (["body.*="], "found nothing; expected name or name(key=value, …)"),
+        (["median("], "was never closed at '('; expected name or name(key=value, …)"),
+        (["median)"], "unmatched ')' at ')'"),
+        (["krum(byzantine=1"], "was never closed at '(byzantine=1'"),
+        (["krum(byzantine=)"], "; expected name or name(key=value, …)"),
+        (["krum(byzantine 1)"], "at 'byzantine 1)'; expected name or name(key=value, …)"),
+        (["krum(1)"], "expected key=value, found '1'"),
+        (["krum(**krum)"], "expected key=value, found 'krum'"),
+        (["krum(byzantine=[1])"], "expected a number, true, false, a word or quoted text for byzantine, found '[1]'"),
+        (["a:b(x=None)"], "found 'None'"),
+        (["a:b(x=a-b(1))"], "found 'a-b(1)'"),
+        (
+            ["krum(byzantine=1)(selected=2)"],
+            "expected name or name(key=value, …), found 'krum(byzantine=1)(selected=2)'",
+        ),
+        (
+            ["multi-krum(byzantin=1)"],
+            "no parameter 'byzantin' (did you mean 'byzantine'?): it takes byzantine, selected",
+        ),
+        (["trimed-mean"], "did you mean 'trimmed-mean'?"),
+        (["(" * 300], "too many nested parentheses"),
+        (["a" + ".b" * 5000], "cannot read"),
+        (["-" * 10_000 + "a"], "cannot read"),
         (["krum(byzantine=1, byzantine=2)"], "'byzantine' is given twice"),
-        (["krum(byzantine=1) x"], "expected the end, found 'x'"),
+        (["krum(byzantine=1) x"], "at 'x'; expected name or name(key=value, …)"),
         (["krum(byzantine=1.5)"], "byzantine is a whole number, 0 or more"),
         (["krum(byzantine=-1)"], "byzantine is a whole number, 0 or more"),
         (["krum(byzantine=true)"], "byzantine is a whole number, 0 or more"),
@@ -131,13 +163,13 @@ def test_the_first_pattern_that_matches_wins_and_a_star_crosses_dots():
         (["trimmed-mean(part=0.1)"], "no parameter 'part': it takes fraction"),
         (["median(fraction=0.1)"], "no parameter 'fraction': it takes none"),
         (["median(krum)"], "median takes no rule inside; only dp does"),
-        (["dp(clip=1.0, noise=1.0)"], "dp needs the rule it wraps first"),
+        (["dp(clip=1.0, noise=1.0)"], "dp needs a rule as its first argument"),
         (["dp(fedavg)"], "dp needs clip and noise"),
         (["dp(fedavg, clip=0, noise=1)"], "clip is a number above 0"),
         (["dp(local, clip=1, noise=1)"], "dp cannot wrap local"),
         (["dp(dp(fedavg, clip=1, noise=1), clip=1, noise=1)"], "dp cannot wrap dp"),
         (["dp(fedavg, clip=1e999, noise=1)"], "expected a finite number"),
-        (["no.such.file:"], "unknown rule"),
+        (["no.such.file"], "unknown rule"),
         (["@no-such-file.toml"], "cannot read no-such-file.toml: No such file"),
     ],
 )
@@ -239,3 +271,8 @@ def test_a_rule_that_cannot_be_loaded_is_refused_before_any_round(tmp_path, monk
 
 def test_rules_that_can_be_loaded_pass():
     check_rules(parse_rules(["a=local", "b=dp(krum, clip=1, noise=0)", "c=flower.FedAvgM", "fedavg"]))
+
+
+def test_a_class_of_the_users_is_read_like_a_rule():
+    name, params = parse_call("package.module:Class(eta=0.1, note='x-y:z')")
+    assert name == "package.module:Class" and params == {"eta": 0.1, "note": "x-y:z"}

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fedsplit.aggregation.averaging import frozen as frozen
     from fedsplit.aggregation.averaging import maximum_of_all as maximum_of_all
     from fedsplit.aggregation.base import AggregationContext as AggregationContext
-    from fedsplit.aggregation.base import StateDict as StateDict
     from fedsplit.aggregation.base import Update as Update
     from fedsplit.aggregation.loading import check_rules as check_rules
     from fedsplit.aggregation.privacy import privacy_spent as privacy_spent
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from fedsplit.aggregation.split import RoundMerger as RoundMerger
     from fedsplit.aggregation.split import Split as Split
     from fedsplit.aggregation.validation import check_update as check_update
+    from fedsplit.states.state_dict import StateDict as StateDict
 
 _HOMES = {
     "AggregationContext": "base",

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import AggregationError
+from fedsplit.states.state_dict import StateDict as StateDict
 
-StateDict = dict[str, Tensor]
 Metric = float | int | str | bool
 
 

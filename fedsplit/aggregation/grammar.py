@@ -1,129 +1,117 @@
-"""The text of one rule, read into names and values; what they mean is for `fedsplit.aggregation.spec` to say.
+"""Reads ``name`` or ``name(key=value, …)``: one rule of `--aggregate`, or the class of `--strategy`.
 
-Grammar::
-
-    rule    = name [ "(" [ rule "," ] key "=" literal { "," key "=" literal } ")" ]
-    literal = number | true | false | 'string' | bare-word
+The syntax is that of a Python call, read by Python's own parser. Three things are added: a name may contain hyphens
+and a colon (``trimmed-mean``, ``package.module:function``), ``true`` and ``false`` may be written in lower case, and a
+value that is a plain word need not be quoted. The first argument may be a rule: ``dp(fedavg, clip=1.0)``.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
 
 from fedsplit.errors import UsageError
 
 Literal = bool | int | float | str
 
+_SHAPE = "expected name or name(key=value, …)"
+# Strings are matched so that nothing inside them is taken for a name.
+_STRING_OR_NAME = re.compile(
+    r"""'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" | (?<![\w.])[A-Za-z_][\w.]*(?:[:-][A-Za-z_][\w.]*)+""", re.VERBOSE
+)
+# Letters to Python, so that a name with these marks is one identifier; as long as what they stand for, so that the
+# positions in messages are right.
+_TO_LETTERS = str.maketrans({"-": "\ua7f7", ":": "\u02d0"})
+_FROM_LETTERS = str.maketrans({"\ua7f7": "-", "\u02d0": ":"})
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """A name and what stands in its brackets; a rule given without a key has the key ``"rule"``."""
+
+class Call(NamedTuple):
+    """A name and its parameters; a rule given as the first argument is the parameter ``"rule"``."""
 
     name: str
     params: dict[str, Literal | Call]
 
 
 def literal_text(value: Literal) -> str:
-    """The text that is read as this value."""
+    """Return the text that is read as this value."""
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def parse_call(text: str) -> Call:
-    """Read `name` or `name(…)`.
+    """Read ``name`` or ``name(key=value, …)``.
 
     Raises
     ------
     UsageError
-        Naming what was expected and what was found instead.
+        Naming what was expected, what was found and where.
     """
-    return _Parser(text).parse()
+    source = _STRING_OR_NAME.sub(_as_identifier, text.strip())
+    try:
+        return _Reader(text, source).call(ast.parse(source, mode="eval").body)
+    except UsageError:
+        raise
+    except SyntaxError as exc:
+        # Nothing but blanks has no line to show.
+        rest = (exc.text or "")[(exc.offset or 1) - 1 :].strip()
+        problem = f"{exc.msg} at {rest!r}" if rest else exc.msg if source else "found nothing"
+        raise UsageError(f"cannot read {text!r}: {problem}; {_SHAPE}".translate(_FROM_LETTERS)) from exc
+    except (ValueError, MemoryError, RecursionError) as exc:
+        raise UsageError(f"cannot read {text!r}: {str(exc) or 'it is nested too deeply'}; {_SHAPE}") from exc
 
 
-_TOKEN = re.compile(
-    r"""\s*(?:
-        (?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
-      | (?P<string>'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*")
-      | (?P<name>[A-Za-z_][\w.:-]*)
-      | (?P<mark>[(),=])
-      | (?P<end>\Z)
-    )""",
-    re.VERBOSE,
-)
+def _as_identifier(match: re.Match[str]) -> str:
+    return match[0] if match[0][0] in "'\"" else match[0].translate(_TO_LETTERS)
 
 
-class _Parser:
-    """Recursive descent over the tokens of one rule."""
+class _Reader:
+    """Turns the tree of one text into a `Call`."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, source: str) -> None:
         self._text = text
-        self._tokens = list(_tokens(text))
+        self._source = source
 
-    def parse(self) -> Call:
-        call = self._rule()
-        if self._tokens[0][0] != "end":
-            raise self._unexpected("the end")
-        return call
-
-    def _rule(self) -> Call:
-        kind, name = self._tokens[0]
-        if kind != "name":
-            raise self._unexpected("the name of a rule")
-        self._tokens.pop(0)
-        return Call(name=name, params=self._arguments() if self._take("(") else {})
-
-    def _arguments(self) -> dict[str, Literal | Call]:
+    def call(self, node: ast.expr) -> Call:
+        name = _word(node.func if isinstance(node, ast.Call) else node)
+        if name is None:
+            self._refuse(node, "name or name(key=value, …)")
+        if not isinstance(node, ast.Call):
+            return Call(name, {})
         params: dict[str, Literal | Call] = {}
-        while not self._take(")"):
-            key, value = self._argument(first=not params)
+        for argument in node.args:
+            if params or _word(argument.func if isinstance(argument, ast.Call) else argument) is None:
+                self._refuse(argument, "key=value")
+            params["rule"] = self.call(argument)
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                self._refuse(keyword.value, "key=value")
+            key = keyword.arg.translate(_FROM_LETTERS)
             if key in params:
-                raise UsageError(f"{key!r} is given twice")
-            params[key] = value
-            if not self._take(",") and self._tokens[0] != ("mark", ")"):
-                raise self._unexpected("',' or ')'")
-        return params
+                raise UsageError(f"cannot read {self._text!r}: {key!r} is given twice")
+            params[key] = self.call(keyword.value) if key == "rule" else self._literal(key, keyword.value)
+        return Call(name, params)
 
-    def _argument(self, *, first: bool) -> tuple[str, Literal | Call]:
-        named = self._tokens[0][0] == "name" and self._tokens[1:2] == [("mark", "=")]
-        if not named:
-            if not first or self._tokens[0][0] != "name":
-                raise self._unexpected("key=value")
-            return "rule", self._rule()
-        key = self._tokens.pop(0)[1]
-        self._tokens.pop(0)
-        return key, self._rule() if key == "rule" else self._literal()
+    def _literal(self, key: str, node: ast.expr) -> Literal:
+        word = _word(node)
+        if word is not None:
+            return word.lower() == "true" if word.lower() in ("true", "false") else word
+        try:
+            value = ast.literal_eval(node)
+        except ValueError:
+            value = None
+        if not isinstance(value, bool | int | float | str):
+            self._refuse(node, f"a number, true, false, a word or quoted text for {key}")
+        return value
 
-    def _literal(self) -> Literal:
-        kind, text = self._tokens[0]
-        if kind not in ("number", "string", "name"):
-            raise self._unexpected("a value")
-        self._tokens.pop(0)
-        if kind == "number":
-            return int(text) if text.lstrip("+-").isdigit() else float(text)
-        if kind == "string":
-            return str(ast.literal_eval(text))
-        return text.lower() == "true" if text.lower() in ("true", "false") else text
-
-    def _take(self, mark: str) -> bool:
-        if self._tokens[0] != ("mark", mark):
-            return False
-        self._tokens.pop(0)
-        return True
-
-    def _unexpected(self, expected: str) -> UsageError:
-        found = repr(self._tokens[0][1]) if self._tokens[0][0] != "end" else "the end"
-        return UsageError(f"cannot read the rule {self._text!r}: expected {expected}, found {found}")
+    def _refuse(self, node: ast.expr, expected: str) -> NoReturn:
+        found = (ast.get_source_segment(self._source, node) or "").translate(_FROM_LETTERS)
+        raise UsageError(f"cannot read {self._text!r}: expected {expected}, found {found!r}")
 
 
-def _tokens(text: str) -> Iterator[tuple[str, str]]:
-    position = 0
-    while True:
-        match = _TOKEN.match(text, position)
-        if match is None or match.lastgroup is None:
-            raise UsageError(f"cannot read the rule {text!r} from {text[position:].strip()!r} on")
-        yield match.lastgroup, match[match.lastgroup]
-        if match.lastgroup == "end":
-            return
-        position = match.end()
+def _word(node: ast.expr) -> str | None:
+    """Return a name, dotted or not, or None for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id.translate(_FROM_LETTERS)
+    if isinstance(node, ast.Attribute) and (base := _word(node.value)) is not None:
+        return f"{base}.{node.attr.translate(_FROM_LETTERS)}"
+    return None

@@ -1,53 +1,50 @@
-"""What the user asked for: the values of `--aggregate`, read and checked, nothing merged yet.
+"""Reads the values of `--aggregate`, and checks them as far as that is possible without importing torch.
 
-One value is ``@rules.toml``, ``rule`` or ``PATTERN=rule``, and a rule is ``name`` or ``name(key=value, …)``
-as `fedsplit.aggregation.grammar` spells it. A pattern is a glob over state_dict keys (`*` crosses dots); the
-first pattern that matches a key wins, and a rule without a pattern takes the rest. This module does not
-import torch, so that a program can refuse its flags at once; whether a `flower.` class or a
-`package.module:function` exists is only seen by `fedsplit.aggregation.check_rules`.
+One value is ``@rules.toml``, ``rule`` or ``PATTERN=rule``; `fedsplit.aggregation.grammar` says how a rule is written. A
+pattern is a glob over state_dict keys. The first pattern that matches a key wins, and the rule without a pattern takes
+the other keys. Whether a ``flower.`` class or a ``package.module:function`` exists is checked later, by
+`fedsplit.aggregation.check_rules`.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedsplit.aggregation.grammar import Call, Literal, literal_text, parse_call
 from fedsplit.errors import UsageError
+from fedsplit.states import local_keys
 
 
-@dataclass(frozen=True, kw_only=True)
-class Param:
-    """A parameter of a built-in rule: its type, its range in words, and the test of that."""
+class Param(NamedTuple):
+    """A parameter of a built-in rule: the numbers it takes, in words and as a test."""
 
-    kind: type
     says: str
-    allows: Callable[[Any], bool] = lambda value: True
+    allows: Callable[[Any], bool]
+    whole: bool = False
     required: bool = False
 
     def accepts(self, value: object) -> bool:
-        """Whether `value` has the type and lies in the range."""
-        if isinstance(value, bool):
-            return self.kind is bool
-        kinds = (int, float) if self.kind is float else self.kind
-        return isinstance(value, kinds) and self.allows(value)
+        """Return whether this is a number, a whole one if it must be, in the range."""
+        kinds = int if self.whole else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool) and self.allows(value)
 
 
-_BYZANTINE = Param(kind=int, says="a whole number, 0 or more", allows=lambda n: n >= 0)
-_COUNT = Param(kind=int, says="a whole number, 1 or more", allows=lambda n: n >= 1)
-_POSITIVE = Param(kind=float, says="a number above 0", allows=lambda x: x > 0)
+_BYZANTINE = Param("a whole number, 0 or more", lambda n: n >= 0, whole=True)
+_COUNT = Param("a whole number, 1 or more", lambda n: n >= 1, whole=True)
+_POSITIVE = Param("a number above 0", lambda x: x > 0)
 
-# Kept here and not read from the functions, as importing those would import torch; a test compares the two.
+# Not read from the functions, as importing those would import torch; a test compares the two.
 BUILTIN_RULES: Mapping[str, Mapping[str, Param]] = {
     "fedavg": {},
     "median": {},
-    "trimmed-mean": {"fraction": Param(kind=float, says="a number from 0 to below 0.5", allows=lambda x: 0 <= x < 0.5)},
+    "trimmed-mean": {"fraction": Param("a number from 0 to below 0.5", lambda x: 0 <= x < 0.5)},
     "krum": {"byzantine": _BYZANTINE},
     "multi-krum": {"byzantine": _BYZANTINE, "selected": _COUNT},
     "geometric-median": {"iterations": _COUNT, "smoothing": _POSITIVE},
@@ -55,18 +52,17 @@ BUILTIN_RULES: Mapping[str, Mapping[str, Param]] = {
     "frozen": {},
     "local": {},
     "dp": {
-        "clip": replace(_POSITIVE, required=True),
-        "noise": Param(kind=float, says="a number, 0 or more", allows=lambda x: x >= 0, required=True),
-        "delta": Param(kind=float, says="a number between 0 and 1", allows=lambda x: 0 < x < 1),
+        "clip": _POSITIVE._replace(required=True),
+        "noise": Param("a number, 0 or more", lambda x: x >= 0, required=True),
+        "delta": Param("a number between 0 and 1", lambda x: 0 < x < 1),
     },
 }
-WRAPPERS = frozenset({"dp"})
-# Inside dp: one never reaches the server, one releases nothing, one would count noise twice.
+_WRAPPER = "dp"
+# The entries of `local` never reach the server, `frozen` releases nothing, and a second `dp` would count noise twice.
 _NOT_WRAPPABLE = frozenset({"local", "frozen", "dp"})
 
 _FLOWER_NAME = re.compile(r"flower\.[A-Za-z_]\w*")
 _USER_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_PARAM_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,7 @@ class RuleSpec:
     name : str
         A name in `BUILTIN_RULES`, `flower.<Strategy>`, or `package.module:function`.
     params : mapping
-        Keyword arguments. The rule inside a wrapper is the `RuleSpec` under ``"rule"``.
+        Keyword arguments. The rule inside `dp` is the `RuleSpec` under ``"rule"``.
 
     Raises
     ------
@@ -97,8 +93,10 @@ class RuleSpec:
         _check_pattern(self.pattern)
         _check_name(self.name)
         _check_values(self)
+        if self.name == _WRAPPER:
+            _check_wrapper(self)
         if self.name in BUILTIN_RULES:
-            _check_builtin(self)
+            _check_parameters(self, BUILTIN_RULES[self.name])
 
     @property
     def rule(self) -> str:
@@ -109,7 +107,7 @@ class RuleSpec:
 
     @property
     def inner(self) -> RuleSpec | None:
-        """The rule inside a wrapper."""
+        """The rule inside `dp`."""
         inner = self.params.get("rule")
         return inner if isinstance(inner, RuleSpec) else None
 
@@ -124,8 +122,8 @@ class RuleSpec:
         return "*" if self.pattern is None else self.pattern
 
     def matches(self, key: str) -> bool:
-        """Whether this rule would take `key` if no earlier one did."""
-        return self.pattern is None or fnmatchcase(key, self.pattern)
+        """Return whether this rule would take `key` if no earlier one did."""
+        return local_keys.first_match(key, [self.part]) is not None
 
     def __str__(self) -> str:
         return self.rule if self.pattern is None else f"{self.pattern}={self.rule}"
@@ -148,29 +146,27 @@ def _check_name(name: str) -> None:
     if name in BUILTIN_RULES or _FLOWER_NAME.fullmatch(name) or _USER_NAME.fullmatch(name):
         return
     raise UsageError(
-        f"unknown rule {name!r}: known are {', '.join(BUILTIN_RULES)}, flower.<Strategy> and package.module:function"
+        f"unknown rule {name!r}{_suggestion(name, BUILTIN_RULES)}: known are {', '.join(BUILTIN_RULES)}, "
+        "flower.<Strategy> and package.module:function"
     )
 
 
 def _check_values(spec: RuleSpec) -> None:
     for key, value in spec.params.items():
-        if not _PARAM_NAME.fullmatch(key):
+        if not key.isidentifier():
             raise UsageError(f"{spec.name}: {key!r} is not a parameter name")
         if isinstance(value, RuleSpec):
-            if key != "rule" or spec.name not in WRAPPERS:
-                raise UsageError(f"{spec.name} takes no rule inside; only {', '.join(sorted(WRAPPERS))} does")
+            if key != "rule" or spec.name != _WRAPPER:
+                raise UsageError(f"{spec.name} takes no rule inside; only {_WRAPPER} does")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{spec.name}({key}={value}): expected a finite number")
 
 
-def _check_builtin(spec: RuleSpec) -> None:
-    known = BUILTIN_RULES[spec.name]
-    if spec.name in WRAPPERS:
-        _check_wrapper(spec)
+def _check_parameters(spec: RuleSpec, known: Mapping[str, Param]) -> None:
     for key, value in spec.options.items():
         if key not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise UsageError(f"{spec.name} has no parameter {key!r}: {takes}")
+            raise UsageError(f"{spec.name} has no parameter {key!r}{_suggestion(key, known)}: {takes}")
         if not known[key].accepts(value):
             raise UsageError(f"{spec.name}({key}={literal_text(value)}): {key} is {known[key].says}")
     missing = [key for key, param in known.items() if param.required and key not in spec.params]
@@ -181,11 +177,16 @@ def _check_builtin(spec: RuleSpec) -> None:
 def _check_wrapper(spec: RuleSpec) -> None:
     inner = spec.inner
     if inner is None:
-        raise UsageError(f"{spec.name} needs the rule it wraps first: {spec.name}(fedavg, …)")
+        raise UsageError(f"{spec.name} needs a rule as its first argument: {spec.name}(fedavg, …)")
     if inner.pattern is not None:
         raise UsageError(f"{spec.name}: the rule inside has the pattern {inner.pattern!r}; put it before {spec.name}")
     if inner.name in _NOT_WRAPPABLE:
         raise UsageError(f"{spec.name} cannot wrap {inner.name}")
+
+
+def _suggestion(found: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(found, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[RuleSpec, ...]:
@@ -219,9 +220,10 @@ def parse_rules(texts: Sequence[str]) -> tuple[RuleSpec, ...]:
 
 
 def first_match(specs: Sequence[RuleSpec], key: str) -> RuleSpec | None:
-    """The rule that takes `key`: the first whose pattern matches, else the bare one, else None."""
+    """Return the rule that takes `key`: the first whose pattern matches, else the one without a pattern, else None."""
     ordered = sorted(specs, key=lambda spec: spec.pattern is None)
-    return next((spec for spec in ordered if spec.matches(key)), None)
+    index = local_keys.first_match(key, [spec.part for spec in ordered])
+    return None if index is None else ordered[index]
 
 
 def _parse_value(text: str) -> Iterator[RuleSpec]:
