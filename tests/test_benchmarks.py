@@ -46,7 +46,7 @@ def test_the_first_round_warms_up_and_is_not_counted(tmp_path):
     assert periods(tmp_path / "stamps-2") == []
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_tiny_run_prints_a_table_and_writes_every_sample(tmp_path):
     output = tmp_path / "figures.json"
     ended = subprocess.run(

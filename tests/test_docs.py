@@ -105,7 +105,7 @@ def runnable(page: Path) -> list[str]:
     return [text for text in found if not all(line.startswith("make ") for line in text.splitlines())]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run_in_order_in_an_empty_directory(page: Path, tmp_path: Path) -> None:
     for name in (*SCRIPTS, "examples"):

@@ -18,8 +18,6 @@ from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import ROOT, free_port, programs
 from tests.reference import federated_averaging
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
-
 TESTS = Path(__file__).parent
 
 
@@ -46,6 +44,7 @@ def test_five_programs_in_any_order_learn_the_digits_to_the_bits_of_plain_loops(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_bytes_in_messages_give_the_same_bits_as_payloads_by_reference(tmp_path: Path) -> None:
     states = []
     for store in ("auto", "none"):
@@ -60,6 +59,7 @@ def test_bytes_in_messages_give_the_same_bits_as_payloads_by_reference(tmp_path:
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["auto", "none"])
 def test_every_dtype_comes_back_with_the_same_bits_when_trainers_change_nothing(tmp_path: Path, store: str) -> None:
     from tests.unchanged import entries
@@ -82,6 +82,7 @@ def test_every_dtype_comes_back_with_the_same_bits_when_trainers_change_nothing(
         assert torch.equal(bits(found[name]), bits(tensor)), name
 
 
+@pytest.mark.slow
 def test_large_states_travel_in_pieces_and_arrive_bit_for_bit(tmp_path: Path) -> None:
     flags = ("--threads", "1", "--workload", "tests.unchanged:large")
     server_flags = ("--rounds", "2", "--payload-store", "none")
@@ -94,6 +95,7 @@ def test_large_states_travel_in_pieces_and_arrive_bit_for_bit(tmp_path: Path) ->
         assert torch.equal(found["a"], torch.arange(5_000_000, dtype=torch.float32))
 
 
+@pytest.mark.slow
 def test_no_program_sees_the_others_library(tmp_path: Path) -> None:
     everything = {"torch", "flwr", "grpc", "numpy", "lightning", "transformers"}
     for module, unwanted in (
@@ -107,6 +109,7 @@ def test_no_program_sees_the_others_library(tmp_path: Path) -> None:
         assert found.stdout.strip() == "[]", module
 
 
+@pytest.mark.slow
 def test_nothing_of_flower_calls_home_unless_the_environment_asks_for_it(tmp_path: Path) -> None:
     code = (
         "import fedsplit.client.relay, fedsplit.server.server, os; from flwr.supercore import telemetry as t;"
@@ -119,6 +122,7 @@ def test_nothing_of_flower_calls_home_unless_the_environment_asks_for_it(tmp_pat
         assert found.stdout.strip() == expected, found.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_server_ends_all_five_and_says_so(tmp_path: Path) -> None:
     flags = ("--threads", "1", "--workload", "tests.unchanged:slow")
     with programs(tmp_path, server_flags=("--rounds", "1"), model_flags=flags) as federation:
@@ -136,6 +140,7 @@ def test_ctrl_c_on_the_server_ends_all_five_and_says_so(tmp_path: Path) -> None:
         assert "stopped by SIGINT" in federation.log("model-1")
 
 
+@pytest.mark.slow
 def test_a_client_waits_for_its_server_and_exits_when_it_waited_too_long(tmp_path: Path) -> None:
     with programs(tmp_path, client_flags=("--max-wait", "1")) as federation:
         federation.start("client-1")
@@ -144,6 +149,7 @@ def test_a_client_waits_for_its_server_and_exits_when_it_waited_too_long(tmp_pat
         assert "no server at" in federation.log("client-1")
 
 
+@pytest.mark.slow
 def test_a_failing_trainer_reaches_the_server_with_its_traceback_and_the_round_goes_on(tmp_path: Path) -> None:
     flags = ("--threads", "1", "--workload", "tests.unchanged:failing_on_rank_2")
     with programs(tmp_path, model_flags=flags) as federation:
@@ -155,6 +161,7 @@ def test_a_failing_trainer_reaches_the_server_with_its_traceback_and_the_round_g
         assert all("2" in line["refused"] for line in federation.history())  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_two_trainers_with_different_models_are_told_the_first_differing_keys(tmp_path: Path) -> None:
     flags = ("--threads", "1", "--workload", "tests.unchanged:wider_on_rank_2")
     with programs(tmp_path, model_flags=flags, client_flags=("--trainer-wait", "1")) as federation:
@@ -210,6 +217,7 @@ def test_a_port_in_use_is_told(tmp_path: Path) -> None:
     assert f"cannot listen at {address}" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_taken_rank_names_the_process_that_holds_it(tmp_path: Path) -> None:
     with programs(tmp_path) as federation:
         first = federation.start("client-1")

@@ -20,8 +20,6 @@ from tests.chaos import run_chaos
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
-
 
 def counting(directory: Path, *options: str, **settings: Any) -> Any:
     """A federation of a workload that notes each training."""
@@ -61,6 +59,7 @@ def test_ten_kills_change_nothing_with_the_exchange_in_memory(tmp_path: Path, ra
     run_chaos(tmp_path, kills=5, seed=2, rounds=40, exchange_dir=ram, timeout_s=200)
 
 
+@pytest.mark.smoke
 def test_a_finished_result_is_not_trained_again_when_its_client_dies(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "1")) as federation:
         federation.start_all()
@@ -75,6 +74,7 @@ def test_a_finished_result_is_not_trained_again_when_its_client_dies(tmp_path: P
     assert trainings(tmp_path).count("rank 2 begins 1") == 1
 
 
+@pytest.mark.smoke
 def test_a_finished_result_is_not_trained_again_when_the_server_dies(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1.5", server_flags=("--rounds", "2")) as federation:
         federation.start_all()
@@ -90,6 +90,7 @@ def test_a_finished_result_is_not_trained_again_when_the_server_dies(tmp_path: P
     assert [line for line in trainings(tmp_path) if "begins" in line].count("rank 1 begins 2") == 1
 
 
+@pytest.mark.smoke
 def test_an_unfinished_training_is_done_again_from_the_same_state(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "2")) as federation:
         federation.start_all()
@@ -101,6 +102,7 @@ def test_an_unfinished_training_is_done_again_from_the_same_state(tmp_path: Path
     assert trainings(tmp_path).count("rank 1 begins 2") == 2
 
 
+@pytest.mark.slow
 def test_a_dead_trainer_is_noticed_although_its_child_lives_and_the_round_ends_with_the_others(tmp_path: Path) -> None:
     flags = ("--trainer-wait", "2")
     server_flags = ("--rounds", "2", "--evaluate-every", "0")
@@ -118,6 +120,7 @@ def test_a_dead_trainer_is_noticed_although_its_child_lives_and_the_round_ends_w
         assert "no trainer of rank 2" in lines[0]["refused"]["2"]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_busy_trainer_is_never_taken_for_dead(tmp_path: Path) -> None:
     with counting(
         tmp_path, "sleep=4", client_flags=("--trainer-wait", "0.5"), server_flags=("--rounds", "1")
@@ -132,6 +135,7 @@ def test_a_busy_trainer_is_never_taken_for_dead(tmp_path: Path) -> None:
         assert federation.history()[0]["accepted"] == 2
 
 
+@pytest.mark.slow
 def test_a_round_that_takes_too_long_is_cancelled_and_the_trainer_told(tmp_path: Path) -> None:
     server_flags = ("--rounds", "1", "--round-timeout", "2", "--evaluate-every", "0")
     with counting(tmp_path, "sleep=60", server_flags=server_flags) as federation:
@@ -145,6 +149,7 @@ def test_a_round_that_takes_too_long_is_cancelled_and_the_trainer_told(tmp_path:
     assert "came too late" in federation.log("model-1")
 
 
+@pytest.mark.slow
 def test_a_second_live_client_of_a_rank_is_refused_and_told_why(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=8", server_flags=("--rounds", "1")) as federation:
         federation.start_all()
@@ -156,6 +161,7 @@ def test_a_second_live_client_of_a_rank_is_refused_and_told_why(tmp_path: Path) 
         assert set(federation.wait().values()) == {0}, federation.tails()
 
 
+@pytest.mark.slow
 def test_sigterm_on_the_server_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "3")) as federation:
         federation.start_all()
@@ -169,6 +175,7 @@ def test_sigterm_on_the_server_leaves_a_run_that_goes_on(tmp_path: Path) -> None
         assert torch.equal(map_file(federation.final_state())["count"], torch.full((8,), 3.0))
 
 
+@pytest.mark.slow
 def test_resume_passes_over_a_corrupt_checkpoint_and_keeps_what_the_rules_remember(tmp_path: Path) -> None:
     """FedAdam's moments, the run's id and the history go on; undisturbed and resumed runs end with the same bits."""
     rules = ("--aggregate", "flower.FedAdam(eta=0.05)")
@@ -192,6 +199,7 @@ def test_resume_passes_over_a_corrupt_checkpoint_and_keeps_what_the_rules_rememb
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
 def test_a_run_starts_from_an_initial_checkpoint(tmp_path: Path, ending: str) -> None:
     from safetensors.torch import save_file
@@ -210,6 +218,7 @@ def test_a_run_starts_from_an_initial_checkpoint(tmp_path: Path, ending: str) ->
         assert torch.equal(found["count"], torch.full((8,), 42.0))
 
 
+@pytest.mark.slow
 def test_a_pickle_is_no_initial_checkpoint(tmp_path: Path) -> None:
     torch.save({"count": torch.zeros(8), "code": Counter()}, tmp_path / "start.pt")
     server_flags = ("--rounds", "1", "--initial-checkpoint", str(tmp_path / "start.pt"))
@@ -219,6 +228,7 @@ def test_a_pickle_is_no_initial_checkpoint(tmp_path: Path) -> None:
         assert "holds no plain state_dict" in federation.log("server")
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     small = tmp_path / "checkpoints" / "server"
     small.mkdir(parents=True, mode=0o700)

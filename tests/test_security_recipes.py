@@ -71,8 +71,7 @@ def test_what_is_mounted_into_containers_was_given_to_their_user_and_the_key_of_
     assert not any("ca-key" in mount or mount == "./secrets" for mount in mounts)
 
 
-@pytest.mark.processes
-@pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_the_slurm_job_runs_a_pair_to_the_end_and_leaves_nothing(tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()

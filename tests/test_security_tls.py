@@ -217,8 +217,7 @@ def test_two_sides_of_which_one_speaks_tls_are_told_apart(tmp_path: Path) -> Non
 # -- the programs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
-@pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_over_tls_the_run_completes_while_those_who_do_not_belong_are_refused(tmp_path: Path) -> None:
     directory = certificates(tmp_path / "certificates")
     expired = tmp_path / "expired"
@@ -254,7 +253,7 @@ def test_over_tls_the_run_completes_while_those_who_do_not_belong_are_refused(tm
         assert [line["accepted"] for line in federation.history()] == [2, 2, 2]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_client_that_expects_tls_leaves_a_server_without_it(tmp_path: Path) -> None:
     directory = certificates(tmp_path / "certificates")
     with programs(tmp_path) as federation:
@@ -265,7 +264,7 @@ def test_a_client_that_expects_tls_leaves_a_server_without_it(tmp_path: Path) ->
         assert "does not speak TLS, this client does" in federation.log("client-1")
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_server_does_not_start_with_an_expired_certificate(tmp_path: Path) -> None:
     directory = certificates(tmp_path / "certificates", begins_in_days=-10, days=5)
     with programs(tmp_path, server_flags=server_flags(directory)) as federation:
