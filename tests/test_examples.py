@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError, safe_open
 
+from tests.bounds import BOUND_S
 from tests.programs import ROOT
 from tests.training import federation, run_to_the_end
 
@@ -60,7 +61,7 @@ def test_lightning_learns_the_digits_with_its_schedule_and_its_log_going_on(tmp_
 def test_only_the_adapters_of_a_language_model_travel_and_it_learns(tmp_path: Path) -> None:
     split = ("--aggregate", "*lora_*=fedavg", "--aggregate", "*modules_to_save*=fedavg", "--aggregate", "local")
     with federation(tmp_path, trainer=example("lora_languages"), server_flags=("--rounds", "3", *split)) as found:
-        run_to_the_end(found, 150)
+        run_to_the_end(found)
         assert found.metric("accuracy")[-1] >= 0.7
     names = travelled(tmp_path)
     assert names and all("lora_" in name or "modules_to_save" in name for name in names)
@@ -107,7 +108,7 @@ def page(tmp_path: Path) -> Path:
 
 def run_script(directory: Path, *flags: str) -> str:
     command = [sys.executable, "train.py", *flags]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=BOUND_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -15,7 +15,9 @@ import torch
 
 from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
-from tests.programs import ROOT, free_port, programs
+from tests.bounds import BOUND_S
+from tests.ports import free_port
+from tests.programs import ROOT, programs
 from tests.reference import federated_averaging
 
 TESTS = Path(__file__).parent
@@ -25,7 +27,10 @@ def digits(rank: int) -> object:
     return create_workload("digits", WorkloadContext(rank=rank, num_partitions=2, seed=0))
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(1, marks=pytest.mark.smoke), *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))],
+)
 def test_five_programs_in_any_order_learn_the_digits_to_the_bits_of_plain_loops(tmp_path: Path, seed: int) -> None:
     torch.set_num_threads(1)
     with programs(tmp_path, server_flags=("--rounds", "5")) as federation:
@@ -131,10 +136,8 @@ def test_ctrl_c_on_the_server_ends_all_five_and_says_so(tmp_path: Path) -> None:
         for rank in (1, 2):
             federation.wait_for(f"client-{rank}", "train, round 1")
         time.sleep(0.5)
-        began = time.monotonic()
         federation.kill("server", signal.SIGINT)
-        codes = federation.wait(20)
-        assert time.monotonic() - began < 10
+        codes = federation.wait()
         assert codes == dict.fromkeys(federation.names, 14), federation.tails()
         assert "stopped by SIGINT" in federation.log("server")
         assert "stopped by SIGINT" in federation.log("model-1")
@@ -144,7 +147,7 @@ def test_ctrl_c_on_the_server_ends_all_five_and_says_so(tmp_path: Path) -> None:
 def test_a_client_waits_for_its_server_and_exits_when_it_waited_too_long(tmp_path: Path) -> None:
     with programs(tmp_path, client_flags=("--max-wait", "1")) as federation:
         federation.start("client-1")
-        assert federation.wait(20, ["client-1"]) == {"client-1": 7}
+        assert federation.wait(names=["client-1"]) == {"client-1": 7}
         assert "waiting for the server" in federation.log("client-1")
         assert "no server at" in federation.log("client-1")
 
@@ -166,7 +169,13 @@ def test_two_trainers_with_different_models_are_told_the_first_differing_keys(tm
     flags = ("--threads", "1", "--workload", "tests.unchanged:wider_on_rank_2")
     with programs(tmp_path, model_flags=flags, client_flags=("--trainer-wait", "1")) as federation:
         link_tests(tmp_path)
-        federation.start_all()
+        # Trainers first: an absent one would be missed after a second.
+        for name in ("model-1", "model-2"):
+            federation.start(name)
+        for name in ("model-1", "model-2"):
+            federation.wait_for(name, "waiting for a client")
+        for name in ("server", "client-1", "client-2"):
+            federation.start(name)
         codes = federation.wait()
         assert codes["model-2"] == 6, federation.tails()
         assert codes["server"] == codes["model-1"] == 0, federation.tails()
@@ -200,7 +209,7 @@ def test_a_mistake_gets_one_clear_line_and_its_exit_code(
 ) -> None:
     link_tests(tmp_path)
     ended = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], capture_output=True, text=True,
-                           cwd=tmp_path, timeout=60, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})  # fmt: skip
+                           cwd=tmp_path, timeout=BOUND_S, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})  # fmt: skip
     assert ended.returncode == code, ended.stderr
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -212,7 +221,7 @@ def test_a_port_in_use_is_told(tmp_path: Path) -> None:
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = subprocess.run([sys.executable, str(ROOT / "server_main.py"), "--address", address],
-                               capture_output=True, text=True, cwd=tmp_path, timeout=60)  # fmt: skip
+                               capture_output=True, text=True, cwd=tmp_path, timeout=BOUND_S)  # fmt: skip
     assert ended.returncode == 7
     assert f"cannot listen at {address}" in ended.stderr
 
@@ -223,7 +232,7 @@ def test_a_taken_rank_names_the_process_that_holds_it(tmp_path: Path) -> None:
         first = federation.start("client-1")
         federation.wait_for("client-1", "waiting for the server")
         second = subprocess.run(
-            federation.command("client-1"), capture_output=True, text=True, timeout=60, cwd=tmp_path
+            federation.command("client-1"), capture_output=True, text=True, timeout=BOUND_S, cwd=tmp_path
         )
         assert second.returncode == 4
         assert f"process {first.pid}" in second.stderr
@@ -238,7 +247,7 @@ def test_an_exchange_directory_that_cannot_be_used_is_told(tmp_path: Path) -> No
         ended = subprocess.run(
             [sys.executable, str(ROOT / "client_main.py"), "--exchange-dir", directory,
              "--server-address", f"127.0.0.1:{free_port()}"],
-            capture_output=True, text=True, cwd=tmp_path, timeout=60,
+            capture_output=True, text=True, cwd=tmp_path, timeout=BOUND_S,
         )  # fmt: skip
         assert ended.returncode == 3, ended.stderr
         assert said in ended.stderr

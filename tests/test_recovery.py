@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fedsplit.states.state_dict import map_file
+from tests.bounds import BOUND_S
 from tests.chaos import run_chaos
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
@@ -35,11 +36,21 @@ def trainings(directory: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_until(condition: Any, federation: Programs, timeout_s: float = 60.0) -> None:
+def wait_until(condition: Any, federation: Programs, timeout_s: float = BOUND_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, federation.tails()
         time.sleep(0.01)
+
+
+def start_trainers_first(federation: Programs) -> None:
+    """Start all programs such that no client misses its trainer, however short it waits for it."""
+    for name in ("model-1", "model-2"):
+        federation.start(name)
+    for name in ("model-1", "model-2"):
+        federation.wait_for(name, "waiting for a client")
+    for name in ("server", "client-1", "client-2"):
+        federation.start(name)
 
 
 @pytest.fixture
@@ -51,12 +62,12 @@ def ram() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_with_the_exchange_on_disk(tmp_path: Path) -> None:
-    run_chaos(tmp_path, kills=5, seed=1, rounds=40, timeout_s=200)
+    run_chaos(tmp_path, kills=10, seed=1, rounds=100)
 
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_with_the_exchange_in_memory(tmp_path: Path, ram: Path) -> None:
-    run_chaos(tmp_path, kills=5, seed=2, rounds=40, exchange_dir=ram, timeout_s=200)
+    run_chaos(tmp_path, kills=10, seed=2, rounds=100, exchange_dir=ram)
 
 
 @pytest.mark.smoke
@@ -107,12 +118,11 @@ def test_a_dead_trainer_is_noticed_although_its_child_lives_and_the_round_ends_w
     flags = ("--trainer-wait", "2")
     server_flags = ("--rounds", "2", "--evaluate-every", "0")
     with counting(tmp_path, "sleep=2", "fork=yes", client_flags=flags, server_flags=server_flags) as federation:
-        federation.start_all()
+        start_trainers_first(federation)
         wait_until(lambda: "rank 2 begins 1" in trainings(tmp_path), federation)
-        began = time.monotonic()
         federation.kill("model-2")
+        # Its child lives on until the end of the block, and still has the lock open.
         federation.wait_for("client-2", "no trainer holds")
-        assert time.monotonic() - began < 0.5  # the client looks every 50 ms; the rest is reading its log
         codes = federation.wait(names=["server", "client-1", "client-2", "model-1"])
         assert set(codes.values()) == {0}, federation.tails()
         lines = federation.history()
@@ -125,12 +135,7 @@ def test_a_busy_trainer_is_never_taken_for_dead(tmp_path: Path) -> None:
     with counting(
         tmp_path, "sleep=4", client_flags=("--trainer-wait", "0.5"), server_flags=("--rounds", "1")
     ) as federation:
-        # Trainers first: an absent one would be missed after half a second.
-        for rank in (1, 2):
-            federation.start(f"model-{rank}")
-            federation.wait_for(f"model-{rank}", "waiting for a client")
-        for name in ("server", "client-1", "client-2"):
-            federation.start(name)
+        start_trainers_first(federation)
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert federation.history()[0]["accepted"] == 2
 
@@ -140,7 +145,7 @@ def test_a_round_that_takes_too_long_is_cancelled_and_the_trainer_told(tmp_path:
     server_flags = ("--rounds", "1", "--round-timeout", "2", "--evaluate-every", "0")
     with counting(tmp_path, "sleep=60", server_flags=server_flags) as federation:
         federation.start_all()
-        assert set(federation.wait(40).values()) == {0}, federation.tails()
+        assert set(federation.wait().values()) == {0}, federation.tails()
         line = federation.history()[0]
         assert line["accepted"] == 0
         assert line["refused"] == dict.fromkeys("12", "not completed within 2 s")
@@ -155,7 +160,7 @@ def test_a_second_live_client_of_a_rank_is_refused_and_told_why(tmp_path: Path) 
         federation.start_all()
         wait_until(lambda: "rank 1 begins 1" in trainings(tmp_path), federation)
         second = subprocess.run([*federation.command("client-1"), "--exchange-dir", str(tmp_path / "elsewhere")],
-                                capture_output=True, text=True, timeout=30, cwd=tmp_path)  # fmt: skip
+                                capture_output=True, text=True, timeout=BOUND_S, cwd=tmp_path)  # fmt: skip
         assert second.returncode == 8, second.stderr
         assert "rank 1 is taken by a live client" in second.stderr
         assert set(federation.wait().values()) == {0}, federation.tails()
@@ -167,7 +172,7 @@ def test_sigterm_on_the_server_leaves_a_run_that_goes_on(tmp_path: Path) -> None
         federation.start_all()
         wait_until(lambda: "rank 1 begins 2" in trainings(tmp_path), federation)
         federation.kill("server", signal.SIGTERM)
-        assert federation.wait(20) == dict.fromkeys(federation.names, 14), federation.tails()
+        assert federation.wait() == dict.fromkeys(federation.names, 14), federation.tails()
         for name in federation.names:
             federation.start(name, *(["--resume"] if name == "server" else []))
         assert set(federation.wait().values()) == {0}, federation.tails()
@@ -224,7 +229,7 @@ def test_a_pickle_is_no_initial_checkpoint(tmp_path: Path) -> None:
     server_flags = ("--rounds", "1", "--initial-checkpoint", str(tmp_path / "start.pt"))
     with counting(tmp_path, server_flags=server_flags) as federation:
         federation.start("server")
-        assert federation.wait(30, ["server"]) == {"server": 2}
+        assert federation.wait(names=["server"]) == {"server": 2}
         assert "holds no plain state_dict" in federation.log("server")
 
 

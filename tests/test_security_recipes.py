@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.bounds import BOUND_S
 from tests.programs import ROOT, free_port, programs
 
 RECIPES = ROOT / "examples" / "deployment"
@@ -24,7 +25,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
         text = unit.read_text().replace("/opt/fedsplit/.venv/bin/python", sys.executable)
         (tmp_path / unit.name.replace("@", "@1")).write_text(text)
     units = sorted(str(path) for path in tmp_path.iterdir())
-    ended = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, timeout=BOUND_S)
     problems = [line for line in ended.stderr.splitlines() if str(tmp_path) in line or "fedsplit" in line]
     assert problems == []
 
@@ -90,7 +91,7 @@ def test_the_slurm_job_runs_a_pair_to_the_end_and_leaves_nothing(tmp_path: Path)
             }  # fmt: skip
             job = subprocess.Popen(["bash", str(RECIPES / "slurm" / "rank.sbatch")], env=environment, cwd=tmp_path)
             jobs.append((job, Path(f"/dev/shm/fedsplit-{environment['SLURM_JOB_ID']}")))
-        assert federation.wait(120, ["server"]) == {"server": 0}, federation.log("server")
-        assert [job.wait(30) for job, _ in jobs] == [0, 0]
+        assert federation.wait(names=["server"]) == {"server": 0}, federation.log("server")
+        assert [job.wait(BOUND_S) for job, _ in jobs] == [0, 0]
         assert not any(exchange.exists() for _, exchange in jobs)
         assert [line["accepted"] for line in federation.history()] == [2, 2]
