@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -36,12 +37,10 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
 def test_every_flag_in_a_recipe_is_one_of_the_script_that_it_is_given_to(path: Path) -> None:
     text = path.read_text()
     for script in ("server_main.py", "client_main.py", "model_main.py"):
-        shown = subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
-        )
+        shown = importlib.import_module(script.removesuffix(".py")).make_parser().format_help()
         for block in re.findall(rf"{script}(.*?)(?:ports:|volumes:|securityContext|# Clients|Restart=|\Z)", text, re.S):
             for flag in re.findall(r"--[a-z][a-z-]+", re.sub(r"(?m)^\s*#.*$", "", block)):
-                assert flag in shown.stdout, (script, flag)
+                assert flag in shown, (script, flag)
 
 
 def test_client_and_trainer_of_a_pair_share_a_volume_and_a_user() -> None:
