@@ -92,7 +92,7 @@ def _let_everybody_hear_of_the_end(federation: Programs) -> None:
         for name in federation.names:
             if name.startswith("client") and federation.processes[name].poll() is not None:
                 federation.start(name)
-    codes = federation.wait(60)
+    codes = federation.wait()
     assert set(codes.values()) == {0}, f"{codes}\n{federation.tails()}"
 
 

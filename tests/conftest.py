@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports torch, and for every program that a test starts: several of them share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from tests.depth import DEPTH
+from tests.in_process import Scripts
 
 RUN = "FEDSPLIT_TEST_RUN"
 GRACE_S = 20.0
@@ -36,6 +38,14 @@ def nothing_is_left_running() -> Iterator[None]:
         process.kill()
     psutil.wait_procs(left, GRACE_S)
     assert not said, f"left running by tests: {said}"
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Scripts]:
+    """Return the three scripts, to be called in the test's directory and process."""
+    found = Scripts(tmp_path, monkeypatch, capsys)
+    yield found
+    found.put_back()
 
 
 def started_here(run: str) -> list[psutil.Process]:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsplit.engines.certificates import make_certificates
+from tests.bounds import BOUND_S
 from tests.programs import ROOT, free_port
 
 BIN = Path(sys.executable).parent
@@ -101,7 +102,12 @@ class Deployed:
     def flwr(self, *arguments: str) -> str:
         """Run a command of Flower's command line and return what it prints."""
         ended = subprocess.run(
-            [str(BIN / "flwr"), *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120
+            [str(BIN / "flwr"), *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=BOUND_S,
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
@@ -132,7 +138,7 @@ class Deployed:
         """Return the end of every log, for a failing test's message."""
         return "\n".join(f"--- {name}\n{self.log(name)[-2500:]}" for name in self.processes)
 
-    def wait_for(self, name: str, text: str, timeout_s: float = 60.0) -> None:
+    def wait_for(self, name: str, text: str, timeout_s: float = BOUND_S) -> None:
         """Wait until a log has a text."""
         deadline = time.monotonic() + timeout_s
         while text not in self.log(name):

@@ -13,6 +13,8 @@ import termios
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.bounds import BOUND_S
+
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -29,4 +31,4 @@ def on_a_terminal(command: Sequence[str], directory: Path) -> tuple[int, str]:
         while piece := os.read(terminal, 65536):
             output += piece
     os.close(terminal)
-    return process.wait(60), ESCAPES.sub(b"", output).decode()
+    return process.wait(BOUND_S), ESCAPES.sub(b"", output).decode()

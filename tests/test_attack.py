@@ -79,6 +79,7 @@ def test_the_clean_run_learns(clean: float) -> None:
     assert clean > 0.93
 
 
+@pytest.mark.slow
 def test_one_attacker_ruins_the_mean(clean: float) -> None:
     assert accuracy("fedavg", attacked=True) < clean - 0.3
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import Figure, periods, spread, stamp
+from tests.bounds import BOUND_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,12 +47,12 @@ def test_the_first_round_warms_up_and_is_not_counted(tmp_path):
     assert periods(tmp_path / "stamps-2") == []
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_tiny_run_prints_a_table_and_writes_every_sample(tmp_path):
     output = tmp_path / "figures.json"
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--tiny", "--output", str(output), "hand-off", "merge"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     record = json.loads(output.read_text())

@@ -21,8 +21,6 @@ from fedsplit.disk.checkpoints import BackgroundWriter, CheckpointStore
 from fedsplit.errors import CheckpointError, FedSplitError
 from tests.handoffs import kill, names_in, running
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:

@@ -165,7 +165,7 @@ def run_on_a_terminal(programs: Programs) -> tuple[int, str]:
     return on_a_terminal(programs.command("server"), programs.directory)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_server_on_a_terminal_shows_the_split_the_rounds_and_leaves_a_plot(tmp_path: Path) -> None:
     flags = ("--rounds", "2", "--aggregate", "classifier.*=median", "--aggregate", "fedavg")
     programs = Programs(tmp_path, server_flags=flags)
@@ -181,7 +181,7 @@ def test_a_server_on_a_terminal_shows_the_split_the_rounds_and_leaves_a_plot(tmp
     assert (tmp_path / "checkpoints/server/plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("-v",), ()])
 def test_what_flower_logs_is_shown_with_verbose_only(tmp_path: Path, flags: tuple[str, ...]) -> None:
     with programs(tmp_path, server_flags=("--rounds", "1", *flags), client_flags=flags) as federation:
@@ -191,7 +191,7 @@ def test_what_flower_logs_is_shown_with_verbose_only(tmp_path: Path, flags: tupl
         assert ("Received:" in federation.log("client-1")) == bool(flags)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_stages_of_a_real_round_are_where_the_seconds_went(tmp_path: Path) -> None:
     (tmp_path / "tests").symlink_to(Path(__file__).parent)
     flags = ("--threads", "1", "--workload", "tests.slow_digits:slow_digits")
@@ -208,7 +208,7 @@ def test_the_stages_of_a_real_round_are_where_the_seconds_went(tmp_path: Path) -
         assert account(line)["training"] > PAUSE_S > account(line)["waiting"]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_without_a_terminal_the_same_facts_are_lines_of_json(tmp_path: Path) -> None:
     json_flags = ("--log-format", "json")
     programs = Programs(

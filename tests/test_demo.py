@@ -75,7 +75,7 @@ def started(tmp_path: Path) -> Iterator[Demo]:
             child.kill()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_run_ends_with_the_accuracy_the_checkpoints_and_the_plot(tmp_path: Path) -> None:
     finished = subprocess.run([*COMMAND, "--rounds", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr + finished.stdout
@@ -96,7 +96,7 @@ def test_a_run_ends_with_the_accuracy_the_checkpoints_and_the_plot(tmp_path: Pat
         assert status.describe_now() == "the run is over: complete"
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_running(started: Demo, tmp_path: Path) -> None:
     history = tmp_path / "checkpoints/server/history.jsonl"
     started.wait_until(lambda: len(read_history(history)) >= 2)
@@ -120,7 +120,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_running(started: Demo, tmp
     assert all(text.splitlines()[-1].endswith(": interrupted") for text in logs.values()), logs
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_sigterm_while_the_programs_start_leaves_nothing_running(started: Demo) -> None:
     started.wait_for_children()
     os.kill(started.process.pid, signal.SIGTERM)
@@ -129,7 +129,7 @@ def test_sigterm_while_the_programs_start_leaves_nothing_running(started: Demo) 
     assert started.still_running() == []
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children of a parent's death")
 def test_a_demo_that_is_killed_outright_takes_its_programs_along(started: Demo) -> None:
     started.wait_for_children()
@@ -140,7 +140,7 @@ def test_a_demo_that_is_killed_outright_takes_its_programs_along(started: Demo) 
     assert started.still_running() == []
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_trainer_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     finished = subprocess.run(
         [*COMMAND, "--workload-option", "epochs=abc"],

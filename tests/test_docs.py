@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import BOUND_S
 from tests.programs import ROOT, free_port
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -105,7 +106,7 @@ def runnable(page: Path) -> list[str]:
     return [text for text in found if not all(line.startswith("make ") for line in text.splitlines())]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run_in_order_in_an_empty_directory(page: Path, tmp_path: Path) -> None:
     for name in (*SCRIPTS, "examples"):
@@ -123,7 +124,7 @@ def test_the_commands_of_a_page_run_in_order_in_an_empty_directory(page: Path, t
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            code = shell.wait(200)
+            code = shell.wait(BOUND_S)
         finally:
             if shell.poll() is None:
                 os.killpg(shell.pid, signal.SIGKILL)
@@ -143,7 +144,9 @@ def test_the_completion_knows_commands_and_flags(tmp_path: Path) -> None:
         COMP_WORDS=(fedsplit re); COMP_CWORD=1; _shtab_fedsplit fedsplit re fedsplit; echo ${COMPREPLY[@]}
         COMP_WORDS=(fedsplit export --o); COMP_CWORD=2; _shtab_fedsplit fedsplit --o export; echo ${COMPREPLY[@]}
     """
-    said = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=30)
+    said = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=BOUND_S
+    )
     assert said.stdout.split() == ["report", "--output"]
 
 
@@ -206,7 +209,7 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path: Path) ->
         str(ROOT / "docs"),
         str(tmp_path),
     ]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    built = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S)
     assert built.returncode == 0, built.stderr
     assert {page.stem for page in PAGES if page.parent.name == "docs"} <= {
         page.stem for page in tmp_path.glob("*.html")

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError, safe_open
 
+from tests.bounds import BOUND_S
 from tests.programs import ROOT
 from tests.training import federation, run_to_the_end
-
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 PAGE = (ROOT / "docs" / "own-training.md").read_text()
 
@@ -41,6 +40,7 @@ def travelled(directory: Path) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 @needs("lightning")
 def test_lightning_learns_the_digits_with_its_schedule_and_its_log_going_on(tmp_path: Path) -> None:
     with federation(tmp_path, trainer=example("lightning_digits"), server_flags=("--rounds", "3")) as found:
@@ -56,16 +56,18 @@ def test_lightning_learns_the_digits_with_its_schedule_and_its_log_going_on(tmp_
         assert steps == sorted(steps) and steps[-1] >= 6 * 22
 
 
+@pytest.mark.slow
 @needs("transformers", "peft")
 def test_only_the_adapters_of_a_language_model_travel_and_it_learns(tmp_path: Path) -> None:
     split = ("--aggregate", "*lora_*=fedavg", "--aggregate", "*modules_to_save*=fedavg", "--aggregate", "local")
     with federation(tmp_path, trainer=example("lora_languages"), server_flags=("--rounds", "3", *split)) as found:
-        run_to_the_end(found, 150)
+        run_to_the_end(found)
         assert found.metric("accuracy")[-1] >= 0.7
     names = travelled(tmp_path)
     assert names and all("lora_" in name or "modules_to_save" in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_gan_shares_its_generator_and_keeps_its_discriminators(tmp_path: Path) -> None:
     split = ("--aggregate", "discriminator.*=local", "--aggregate", "fedavg")
     trainer = (sys.executable, str(ROOT / "model_main.py"), "--rank", "{rank}", "--threads", "1",
@@ -77,6 +79,7 @@ def test_a_gan_shares_its_generator_and_keeps_its_discriminators(tmp_path: Path)
     assert names and all(name.startswith("generator.") for name in names)
 
 
+@pytest.mark.slow
 def test_trainers_that_never_stop_learn_together_what_neither_learns_alone(tmp_path: Path) -> None:
     with federation(tmp_path, trainer=example("async_catch"), server_flags=("--rounds", "20")) as found:
         run_to_the_end(found)
@@ -105,7 +108,7 @@ def page(tmp_path: Path) -> Path:
 
 def run_script(directory: Path, *flags: str) -> str:
     command = [sys.executable, "train.py", *flags]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=BOUND_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -114,12 +117,14 @@ def accuracies(printed: str) -> list[float]:
     return [float(number) for number in re.findall(r"accuracy ([0-9.]+)", printed)]
 
 
+@pytest.mark.slow
 def test_the_pages_plain_script_learns(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(block("train.py"))
     found = accuracies(run_script(tmp_path, "1"))
     assert len(found) == 5 and found[-1] >= 0.85
 
 
+@pytest.mark.slow
 def test_the_pages_changed_script_runs_alone_and_leaves_nothing_behind(page: Path) -> None:
     before = sorted(path.name for path in page.iterdir())
     found = accuracies(run_script(page, "1", "--alone"))
@@ -127,6 +132,7 @@ def test_the_pages_changed_script_runs_alone_and_leaves_nothing_behind(page: Pat
     assert sorted(path.name for path in page.iterdir()) == before
 
 
+@pytest.mark.smoke
 def test_the_pages_changed_script_takes_part_in_a_federation(page: Path) -> None:
     with federation(page, trainer=(sys.executable, "train.py", "{rank}"), server_flags=("--rounds", "5")) as found:
         run_to_the_end(found)
@@ -143,6 +149,7 @@ def test_the_page_says_how_many_lines_are_new() -> None:
 # -- what is imported -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "modules", ["fedsplit, fedsplit.trainer.trainer, fedsplit.workloads.image", "fedsplit.client.relay"]
 )

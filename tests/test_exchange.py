@@ -18,8 +18,6 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import PayloadRecord
 from tests.handoffs import ROOT, blob, digest_of, kill, names_in, running, wait_until
 
-pytestmark = pytest.mark.timeout(60)
-
 HOLD = """
 import sys, time
 from fedsplit.exchange.directory import Exchange
@@ -330,7 +328,6 @@ def test_a_record_of_four_megabytes_is_refused_unread(exchange, of):
         read(exchange, of)
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("of", READERS)
 @pytest.mark.parametrize("what", ["symlink", "directory", "pipe", "dangling symlink"])
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(exchange, tmp_path, of, what):
@@ -376,7 +373,6 @@ def test_a_payload_is_believed_when_its_length_and_its_header_are_right(exchange
         exchange.check_payload(payload)
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("what", ["symlink", "directory", "pipe"])
 def test_what_is_no_regular_file_is_no_payload(exchange, tmp_path, what):
     content, path = blob("state"), exchange.payload_path("task", 1)

@@ -35,7 +35,6 @@ from fedsplit.disk.files import (
 from fedsplit.errors import CheckpointError, ExchangeError
 from tests.handoffs import kill, names_in, running, wait_until
 
-pytestmark = pytest.mark.timeout(60)
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away and drop to another user")
 
 
@@ -299,7 +298,6 @@ def test_a_link_into_a_directory_that_is_gone_is_an_error(tmp_path):
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(10)
 def test_only_a_regular_file_is_opened_for_reading(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"content")

@@ -28,8 +28,6 @@ from fedsplit.states.state_dict import decode, encode
 from tests.test_records import FAILED, FINISHED, RESULT, TASK
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.timeout(120)
-
 TRACED_CASES = 5_000
 CASES = {"records": 46_000, "headers": 47_000, "payloads": 6_000, "files": 2_000}
 

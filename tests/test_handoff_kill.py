@@ -23,8 +23,6 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.handoff import ClientSide
 from tests.handoffs import ROOT, kill, names_in
 
-pytestmark = pytest.mark.timeout(120)
-
 KILLS = 20
 ROUNDS = 60
 PAYLOAD_BYTES = 300_000
@@ -130,6 +128,7 @@ def accepted(directory: Path) -> list[int]:
     return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing_and_mix_nothing_up(directory):
     rng = random.Random(20)
     commands = {"driver": (DRIVER, directory, ROUNDS, PAYLOAD_BYTES), "worker": (WORKER, directory, PAYLOAD_BYTES)}
@@ -164,6 +163,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_mix_nothing_up(director
     assert ClientSide(exchange).held_digest() is not None
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_a_half_written_answer(tmp_path):
     """Without any kill: the record appears last, so what it names is always whole."""
     (tmp_path / "enough").touch()

@@ -50,8 +50,6 @@ from fedsplit.exchange.handoff import ClientSide, Source, TrainerSide
 from fedsplit.exchange.records import FinishedRecord, Request, ResultRecord, TaskRecord, loads
 from tests.handoffs import blob, digest_of
 
-pytestmark = pytest.mark.timeout(150)
-
 PLAN = [
     Request(run_id="run", kind=kind, server_round=server_round, total_rounds=2)
     for kind, server_round in (("initialize", 0), ("train", 1), ("evaluate", 1), ("train", 2))

@@ -16,7 +16,6 @@ from tests.test_trainer import bits
 from tests.training import Client as Federation
 from tests.training import wait_until
 
-pytestmark = pytest.mark.timeout(90)
 torch.set_num_threads(1)
 
 

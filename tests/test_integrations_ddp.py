@@ -27,8 +27,6 @@ from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import ROOT
 from tests.training import TORCHRUN, Client, end_well, federation, kill_a_process, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
-
 # -- one answer of all ------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +210,7 @@ def assert_close(found: StateDict, expected: StateDict) -> None:
         assert torch.allclose(found[name], tensor, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_five_lines_in_three_processes_are_one_trainer(processes: Processes) -> None:
     started = processes.start(five_lines, 3)
     client = processes.client
@@ -238,6 +237,7 @@ def failing(directory: Path, process: int) -> None:
     five_lines(directory, process, fail_in_process_1)
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_is_one_error_while_the_other_is_stuck_in_a_collective(processes: Processes) -> None:
     started = processes.start(failing)
     client = processes.client
@@ -265,6 +265,7 @@ def fail_in_process_0(directory: Path, process: int) -> None:
     five_lines(directory, process, hook)
 
 
+@pytest.mark.slow
 def test_an_error_in_process_0_ends_the_others_too(processes: Processes) -> None:
     started = processes.start(fail_in_process_0)
     result = processes.client.wait(processes.client.ask("train", 1, own_state(make_model())))
@@ -278,6 +279,7 @@ def reported_and_going_on(directory: Path, process: int) -> None:
             task.fail(ValueError("everywhere the same"))
 
 
+@pytest.mark.slow
 def test_a_failure_that_a_script_reports_ends_its_processes(processes: Processes) -> None:
     started = processes.start(reported_and_going_on)
     result = processes.client.wait(processes.client.ask("train", 1, own_state(make_model())))
@@ -294,6 +296,7 @@ def uneven(directory: Path, process: int) -> None:
             task.reply(dict(task.state_dict), num_examples=1)
 
 
+@pytest.mark.slow
 def test_processes_that_are_out_of_step_say_so(processes: Processes) -> None:
     started = processes.start(uneven)
     result = processes.client.wait(processes.client.ask("train", 1, own_state(make_model())))
@@ -313,6 +316,7 @@ def until_told(directory: Path, process: int) -> None:
             task.reply(dict(task.state_dict), num_examples=1)
 
 
+@pytest.mark.slow
 def test_all_processes_see_the_same_should_stop_at_the_same_call(processes: Processes) -> None:
     started = processes.start(until_told)
     version = processes.client.ask("train", 1, own_state(make_model()))
@@ -336,6 +340,7 @@ def without_ddp(directory: Path, process: int) -> None:
             task.reply(model, num_examples=1)
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_train_together_are_warned_about(processes: Processes) -> None:
     started = processes.start(without_ddp)
     processes.client.run("train", 1, own_state(make_model()))
@@ -352,6 +357,7 @@ def taken(directory: Path, process: int) -> None:
         print("refused:", exc)
 
 
+@pytest.mark.slow
 def test_a_taken_rank_is_told_in_every_process(processes: Processes) -> None:
     with Exchange(processes.directory / "exchange", 1).hold("trainer"):
         assert processes.end(processes.start(taken)) == [0, 0], processes.logs()
@@ -369,6 +375,7 @@ def dying(directory: Path, process: int) -> None:
     five_lines(directory, process, die_in_round_2)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_task_to_the_next_start_which_goes_on_as_if_nothing_was(
     processes: Processes,
 ) -> None:
@@ -387,6 +394,7 @@ def test_a_killed_process_leaves_the_task_to_the_next_start_which_goes_on_as_if_
     assert_close(state, expected_after(2))
 
 
+@pytest.mark.slow
 def test_with_another_number_of_processes_each_goes_on_from_the_local_state_of_process_0(processes: Processes) -> None:
     client = processes.client
     started = processes.start(five_lines)
@@ -413,6 +421,7 @@ def alone(directory: Path, process: int) -> None:
     assert seen == [("train", 1, 0), ("evaluate", 1, 1), ("train", 2, 1), ("evaluate", 2, 2)]
 
 
+@pytest.mark.slow
 def test_standalone_works_in_several_processes(processes: Processes) -> None:
     assert processes.end(processes.start(alone)) == [0, 0], processes.logs()
 
@@ -437,6 +446,7 @@ def train_digits(directory: Path, process: int) -> None:
         torch.save([own_state(workload.model), results], directory / f"digits-{batch_size}-{process}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(processes: Processes) -> None:
     assert processes.end(processes.start(train_digits)) == [0, 0], processes.logs()
     torch.set_num_threads(1)
@@ -473,6 +483,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_shipped_workload_on_all_of_the_ranks_examples_and_learns_it(undisturbed: Any) -> None:
     line = undisturbed.history()[-1]
     assert line["clients"]["1"]["num_examples"] == 1438
@@ -480,6 +491,7 @@ def test_torchrun_trains_the_shipped_workload_on_all_of_the_ranks_examples_and_l
     assert line["evaluate"]["accuracy"] >= 0.93
 
 
+@pytest.mark.slow
 def test_killing_a_process_in_the_middle_of_a_round_is_mended_by_starting_torchrun_again(
     tmp_path: Path, undisturbed: Any
 ) -> None:
@@ -498,6 +510,7 @@ def test_killing_a_process_in_the_middle_of_a_round_is_mended_by_starting_torchr
         assert found.final_state().read_bytes() == undisturbed.final_state().read_bytes()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_its_processes_again_after_an_error_and_the_next_task_is_done(tmp_path: Path) -> None:
     trainer = (*TORCHRUN, "--max-restarts", "3", *MODEL, "--workload", "tests.test_integrations_ddp:fails_in_round_1")
     flags = ("--rounds", "2", "--min-clients", "1")

@@ -24,8 +24,6 @@ from lightning.pytorch.callbacks import Callback
 
 from fedsplit.integrations.lightning import federate
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
-
 
 class Line(L.LightningModule):
     """Momentum, a schedule and a shuffled data set: everything that a restart may lose."""
@@ -88,6 +86,7 @@ def rounds(federation: Federation, state: StateDict, *numbers: int) -> StateDict
     return state
 
 
+@pytest.mark.slow
 def test_every_round_trains_though_max_epochs_was_reached_in_the_first(federation: Federation) -> None:
     module, trainer = Line(), lightning_trainer(max_epochs=1)
     with federation.script(script(module, trainer), module):
@@ -98,6 +97,7 @@ def test_every_round_trains_though_max_epochs_was_reached_in_the_first(federatio
     assert [step for step, _ in module.steps_seen] == list(range(9))
 
 
+@pytest.mark.slow
 def test_the_schedule_goes_on_over_rounds(federation: Federation) -> None:
     module = Line()
     with federation.script(script(module, lightning_trainer(max_epochs=1)), module):
@@ -105,6 +105,7 @@ def test_the_schedule_goes_on_over_rounds(federation: Federation) -> None:
     assert [rate for _, rate in module.steps_seen[::3]] == pytest.approx([0.05, 0.05 * 0.8, 0.05 * 0.64])
 
 
+@pytest.mark.slow
 def test_rounds_of_one_epoch_with_momentum_are_one_fit_of_as_many_epochs(federation: Federation) -> None:
     module, single, state = Line(), Line(), own_state(Line())
     with federation.script(script(module, lightning_trainer(max_epochs=1)), module):
@@ -115,6 +116,7 @@ def test_rounds_of_one_epoch_with_momentum_are_one_fit_of_as_many_epochs(federat
         assert torch.allclose(found[name], tensor, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_validation_speaks_for_its_examples_and_changes_nothing(federation: Federation) -> None:
     module = Line()
     with federation.script(script(module, lightning_trainer(max_epochs=1)), module):
@@ -126,6 +128,7 @@ def test_validation_speaks_for_its_examples_and_changes_nothing(federation: Fede
     assert [step for step, _ in module.steps_seen] == list(range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual optimization"])
 def test_a_restarted_process_goes_on_to_the_same_bits(tmp_path: Path, automatic: bool) -> None:
     states = []
@@ -141,6 +144,7 @@ def test_a_restarted_process_goes_on_to_the_same_bits(tmp_path: Path, automatic:
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "size"), [({"max_steps": 3}, 24), ({"limit_train_batches": 0}, 24), ({}, 0)],
     ids=["max_steps is reached", "no batches", "no data"],
@@ -159,6 +163,7 @@ def test_a_round_without_a_step_is_an_error_on_both_sides(
     assert result.error["type"] == "TrainingError" and "not a single step" in result.error["message"]
 
 
+@pytest.mark.slow
 def test_a_loss_under_another_name_is_asked_for(federation: Federation) -> None:
     module = Line()
     with federation.script(script(module, lightning_trainer(), loss="test_loss"), module, fails=TrainingError):
@@ -181,6 +186,7 @@ class Cancelling(Callback):
             time.sleep(0.1)  # should_stop looks at most every 50 ms
 
 
+@pytest.mark.slow
 def test_a_cancelled_round_ends_early_and_the_next_one_trains_in_full(federation: Federation) -> None:
     cancelling = Cancelling(federation)
     module = Line()

@@ -27,7 +27,6 @@ from examples.lora_languages import Windows, make_model, make_trainer
 from fedsplit.integrations.transformers import adapter_state, federate
 
 torch.set_num_threads(1)
-pytestmark = [pytest.mark.timeout(150), pytest.mark.filterwarnings("ignore")]
 
 
 class Seen(TrainerCallback):
@@ -65,6 +64,7 @@ def rounds(federation: Federation, state: StateDict, *numbers: int, **fields: An
     return state
 
 
+@pytest.mark.slow
 def test_one_schedule_spans_all_rounds_and_the_log_counts_on(tmp_path: Path) -> None:
     federation, seen, start = Federation(tmp_path), Seen(), own_state(make_model())
     with federation.script(*script(tmp_path, seen=seen)):
@@ -77,6 +77,7 @@ def test_one_schedule_spans_all_rounds_and_the_log_counts_on(tmp_path: Path) -> 
     assert seen.logs[-1] == (3, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter_only", [False, True], ids=["whole model", "adapters only"])
 def test_a_restarted_process_goes_on_to_the_same_bits(tmp_path: Path, adapter_only: bool) -> None:
     states = []
@@ -91,6 +92,7 @@ def test_a_restarted_process_goes_on_to_the_same_bits(tmp_path: Path, adapter_on
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 def test_with_adapter_only_the_base_is_no_part_of_the_federation(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     serve, source = script(tmp_path, adapter_only=True)
@@ -104,6 +106,7 @@ def test_with_adapter_only_the_base_is_no_part_of_the_federation(tmp_path: Path)
     assert sum(tensor.numel() for tensor in after.values()) < 0.4 * sum(p.numel() for p in make_model().parameters())
 
 
+@pytest.mark.slow
 def test_the_split_keeps_the_frozen_base_at_home(tmp_path: Path) -> None:
     split = (("*lora_*", False), ("*modules_to_save*", False), ("*", True))
     federation, whole = Federation(tmp_path), own_state(make_model())
@@ -118,6 +121,7 @@ def test_the_split_keeps_the_frozen_base_at_home(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path) -> None:
     from fedsplit.errors import StateMismatchError
 
@@ -138,6 +142,7 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         return iter(self.pieces)
 
 
+@pytest.mark.slow
 def test_a_stream_counts_what_was_taken_from_it(tmp_path: Path) -> None:
     federation, model, start = Federation(tmp_path), make_model(), own_state(make_model())
     trainer = make_trainer(model, 1, 2, str(tmp_path / "logs"))
@@ -146,6 +151,7 @@ def test_a_stream_counts_what_was_taken_from_it(tmp_path: Path) -> None:
         assert federation.wait(federation.ask("train", 1, start)).num_examples == 32
 
 
+@pytest.mark.slow
 def test_a_round_without_a_step_is_an_error_on_both_sides(tmp_path: Path) -> None:
     federation, model, start = Federation(tmp_path), make_model(), own_state(make_model())
     trainer = make_trainer(model, 1, 2, str(tmp_path / "logs"))

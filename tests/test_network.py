@@ -186,9 +186,7 @@ def network() -> Iterator[Network]:
         yield made
 
 
-@pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_cable_cut_in_the_middle_of_a_round_changes_no_bit_of_the_result(tmp_path: Path, network: Network) -> None:
     torch.set_num_threads(1)
     make_certificates(tmp_path / "certificates", ["10.213.1.1", "10.213.2.1"])

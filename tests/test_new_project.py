@@ -50,7 +50,7 @@ def test_the_project_bears_its_name_everywhere() -> None:
     assert not [path for path, text in texts.items() if "PROJECT" in text]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_project_is_generated_installed_and_run_by_its_five_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

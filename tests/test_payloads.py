@@ -80,7 +80,6 @@ def test_what_is_no_payload_is_refused(store, tmp_path, what):
     assert store.find(digest) is None or what == "an empty file"
 
 
-@pytest.mark.timeout(10)
 def test_a_pipe_under_a_digest_is_not_waited_for(store):
     os.mkfifo(store.path(digest_of(CONTENT)))
     assert store.find(digest_of(CONTENT)) is None

@@ -25,7 +25,6 @@ with progress.task(SimpleNamespace(kind="train", server_round=3, total_rounds=10
 """
 
 
-@pytest.mark.timeout(60)
 def test_a_loop_of_ones_own_shows_its_epochs_batches_and_loss(tmp_path: Path) -> None:
     code, shown = on_a_terminal([sys.executable, "-c", LOOP], tmp_path)
     assert code == 0, shown
@@ -38,8 +37,7 @@ def test_without_a_terminal_there_is_no_bar(tmp_path: Path) -> None:
     assert (ended.stdout, ended.stderr) == ("", "")
 
 
-@pytest.mark.processes
-@pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_the_shipped_workloads_show_it(tmp_path: Path) -> None:
     with programs(tmp_path, ranks=1, server_flags=("--rounds", "2", "--min-clients", "1")) as federation:
         federation.start("server")

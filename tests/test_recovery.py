@@ -16,11 +16,10 @@ import pytest
 import torch
 
 from fedsplit.states.state_dict import map_file
+from tests.bounds import BOUND_S
 from tests.chaos import run_chaos
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
-
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 
 def counting(directory: Path, *options: str, **settings: Any) -> Any:
@@ -37,11 +36,21 @@ def trainings(directory: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_until(condition: Any, federation: Programs, timeout_s: float = 60.0) -> None:
+def wait_until(condition: Any, federation: Programs, timeout_s: float = BOUND_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, federation.tails()
         time.sleep(0.01)
+
+
+def start_trainers_first(federation: Programs) -> None:
+    """Start all programs such that no client misses its trainer, however short it waits for it."""
+    for name in ("model-1", "model-2"):
+        federation.start(name)
+    for name in ("model-1", "model-2"):
+        federation.wait_for(name, "waiting for a client")
+    for name in ("server", "client-1", "client-2"):
+        federation.start(name)
 
 
 @pytest.fixture
@@ -53,14 +62,15 @@ def ram() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_with_the_exchange_on_disk(tmp_path: Path) -> None:
-    run_chaos(tmp_path, kills=5, seed=1, rounds=40, timeout_s=200)
+    run_chaos(tmp_path, kills=10, seed=1, rounds=100)
 
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_with_the_exchange_in_memory(tmp_path: Path, ram: Path) -> None:
-    run_chaos(tmp_path, kills=5, seed=2, rounds=40, exchange_dir=ram, timeout_s=200)
+    run_chaos(tmp_path, kills=10, seed=2, rounds=100, exchange_dir=ram)
 
 
+@pytest.mark.smoke
 def test_a_finished_result_is_not_trained_again_when_its_client_dies(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "1")) as federation:
         federation.start_all()
@@ -75,6 +85,7 @@ def test_a_finished_result_is_not_trained_again_when_its_client_dies(tmp_path: P
     assert trainings(tmp_path).count("rank 2 begins 1") == 1
 
 
+@pytest.mark.smoke
 def test_a_finished_result_is_not_trained_again_when_the_server_dies(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1.5", server_flags=("--rounds", "2")) as federation:
         federation.start_all()
@@ -90,6 +101,7 @@ def test_a_finished_result_is_not_trained_again_when_the_server_dies(tmp_path: P
     assert [line for line in trainings(tmp_path) if "begins" in line].count("rank 1 begins 2") == 1
 
 
+@pytest.mark.smoke
 def test_an_unfinished_training_is_done_again_from_the_same_state(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "2")) as federation:
         federation.start_all()
@@ -101,16 +113,16 @@ def test_an_unfinished_training_is_done_again_from_the_same_state(tmp_path: Path
     assert trainings(tmp_path).count("rank 1 begins 2") == 2
 
 
+@pytest.mark.slow
 def test_a_dead_trainer_is_noticed_although_its_child_lives_and_the_round_ends_with_the_others(tmp_path: Path) -> None:
     flags = ("--trainer-wait", "2")
     server_flags = ("--rounds", "2", "--evaluate-every", "0")
     with counting(tmp_path, "sleep=2", "fork=yes", client_flags=flags, server_flags=server_flags) as federation:
-        federation.start_all()
+        start_trainers_first(federation)
         wait_until(lambda: "rank 2 begins 1" in trainings(tmp_path), federation)
-        began = time.monotonic()
         federation.kill("model-2")
+        # Its child lives on until the end of the block, and still has the lock open.
         federation.wait_for("client-2", "no trainer holds")
-        assert time.monotonic() - began < 0.5  # the client looks every 50 ms; the rest is reading its log
         codes = federation.wait(names=["server", "client-1", "client-2", "model-1"])
         assert set(codes.values()) == {0}, federation.tails()
         lines = federation.history()
@@ -118,25 +130,22 @@ def test_a_dead_trainer_is_noticed_although_its_child_lives_and_the_round_ends_w
         assert "no trainer of rank 2" in lines[0]["refused"]["2"]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_busy_trainer_is_never_taken_for_dead(tmp_path: Path) -> None:
     with counting(
         tmp_path, "sleep=4", client_flags=("--trainer-wait", "0.5"), server_flags=("--rounds", "1")
     ) as federation:
-        # Trainers first: an absent one would be missed after half a second.
-        for rank in (1, 2):
-            federation.start(f"model-{rank}")
-            federation.wait_for(f"model-{rank}", "waiting for a client")
-        for name in ("server", "client-1", "client-2"):
-            federation.start(name)
+        start_trainers_first(federation)
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert federation.history()[0]["accepted"] == 2
 
 
+@pytest.mark.slow
 def test_a_round_that_takes_too_long_is_cancelled_and_the_trainer_told(tmp_path: Path) -> None:
     server_flags = ("--rounds", "1", "--round-timeout", "2", "--evaluate-every", "0")
     with counting(tmp_path, "sleep=60", server_flags=server_flags) as federation:
         federation.start_all()
-        assert set(federation.wait(40).values()) == {0}, federation.tails()
+        assert set(federation.wait().values()) == {0}, federation.tails()
         line = federation.history()[0]
         assert line["accepted"] == 0
         assert line["refused"] == dict.fromkeys("12", "not completed within 2 s")
@@ -145,23 +154,25 @@ def test_a_round_that_takes_too_long_is_cancelled_and_the_trainer_told(tmp_path:
     assert "came too late" in federation.log("model-1")
 
 
+@pytest.mark.slow
 def test_a_second_live_client_of_a_rank_is_refused_and_told_why(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=8", server_flags=("--rounds", "1")) as federation:
         federation.start_all()
         wait_until(lambda: "rank 1 begins 1" in trainings(tmp_path), federation)
         second = subprocess.run([*federation.command("client-1"), "--exchange-dir", str(tmp_path / "elsewhere")],
-                                capture_output=True, text=True, timeout=30, cwd=tmp_path)  # fmt: skip
+                                capture_output=True, text=True, timeout=BOUND_S, cwd=tmp_path)  # fmt: skip
         assert second.returncode == 8, second.stderr
         assert "rank 1 is taken by a live client" in second.stderr
         assert set(federation.wait().values()) == {0}, federation.tails()
 
 
+@pytest.mark.slow
 def test_sigterm_on_the_server_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "3")) as federation:
         federation.start_all()
         wait_until(lambda: "rank 1 begins 2" in trainings(tmp_path), federation)
         federation.kill("server", signal.SIGTERM)
-        assert federation.wait(20) == dict.fromkeys(federation.names, 14), federation.tails()
+        assert federation.wait() == dict.fromkeys(federation.names, 14), federation.tails()
         for name in federation.names:
             federation.start(name, *(["--resume"] if name == "server" else []))
         assert set(federation.wait().values()) == {0}, federation.tails()
@@ -169,6 +180,7 @@ def test_sigterm_on_the_server_leaves_a_run_that_goes_on(tmp_path: Path) -> None
         assert torch.equal(map_file(federation.final_state())["count"], torch.full((8,), 3.0))
 
 
+@pytest.mark.slow
 def test_resume_passes_over_a_corrupt_checkpoint_and_keeps_what_the_rules_remember(tmp_path: Path) -> None:
     """FedAdam's moments, the run's id and the history go on; undisturbed and resumed runs end with the same bits."""
     rules = ("--aggregate", "flower.FedAdam(eta=0.05)")
@@ -192,6 +204,7 @@ def test_resume_passes_over_a_corrupt_checkpoint_and_keeps_what_the_rules_rememb
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
 def test_a_run_starts_from_an_initial_checkpoint(tmp_path: Path, ending: str) -> None:
     from safetensors.torch import save_file
@@ -210,15 +223,17 @@ def test_a_run_starts_from_an_initial_checkpoint(tmp_path: Path, ending: str) ->
         assert torch.equal(found["count"], torch.full((8,), 42.0))
 
 
+@pytest.mark.slow
 def test_a_pickle_is_no_initial_checkpoint(tmp_path: Path) -> None:
     torch.save({"count": torch.zeros(8), "code": Counter()}, tmp_path / "start.pt")
     server_flags = ("--rounds", "1", "--initial-checkpoint", str(tmp_path / "start.pt"))
     with counting(tmp_path, server_flags=server_flags) as federation:
         federation.start("server")
-        assert federation.wait(30, ["server"]) == {"server": 2}
+        assert federation.wait(names=["server"]) == {"server": 2}
         assert "holds no plain state_dict" in federation.log("server")
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     small = tmp_path / "checkpoints" / "server"
     small.mkdir(parents=True, mode=0o700)

@@ -89,8 +89,7 @@ def test_a_store_that_cannot_be_written_is_told_without_its_password(tmp_path: P
         RemoteStore("nonsense://place")
 
 
-@pytest.mark.processes
-@pytest.mark.timeout(180)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["directory", "s3"])
 def test_five_programs_come_to_the_same_bits_by_way_of_a_remote_store(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest

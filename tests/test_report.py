@@ -192,7 +192,7 @@ def test_each_start_of_a_resumed_run_is_told(tmp_path: Path) -> None:
     assert page.index("--resume=False") < page.index("--resume=True")
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_report_of_a_real_run_says_how_it_was_started_and_what_it_ran_on(tmp_path: Path) -> None:
     programs = Programs(tmp_path, server_flags=("--rounds", "1", "--train-config", "note=a b"))
     programs.start_all()

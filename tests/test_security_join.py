@@ -225,8 +225,7 @@ def _ok() -> Any:
 # -- the programs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
-@pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_the_run_of_those_with_the_token_completes_and_the_others_are_told(tmp_path: Path) -> None:
     right, wrong = token_file(tmp_path / "token"), token_file(tmp_path / "wrong", "another-secret-of-many-letters")
     flags = ("--rounds", "2", "--join-token-file", str(right), "--verbose")

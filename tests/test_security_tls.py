@@ -9,7 +9,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,9 @@ import pytest
 from fedsplit.engines.certificates import make_certificates
 from fedsplit.engines.tls import check_exposure, check_server, check_server_files, client_context, is_loopback
 from fedsplit.errors import ConnectionFailedError, UsageError
-from tests.programs import ROOT, free_port, programs
+from tests.in_process import Scripts
+from tests.ports import free_port
+from tests.programs import ROOT, programs
 
 DAY = datetime.timedelta(days=1)
 
@@ -115,16 +116,15 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("command", "said"), FLAGS)
-def test_flags_that_would_not_protect_are_refused(tmp_path: Path, command: str, said: str) -> None:
+def test_flags_that_would_not_protect_are_refused(scripts: Scripts, tmp_path: Path, command: str, said: str) -> None:
     token = tmp_path / "token"
     token.write_text("a secret of many letters")
     token.chmod(0o600)
-    words = command.format(port=free_port(), token=token).split()
-    ended = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, text=True,
-                           cwd=tmp_path, timeout=60)  # fmt: skip
-    assert ended.returncode == 2, ended.stderr
-    assert said in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1
+    script, *flags = command.format(port=free_port(), token=token).split()
+    ended = scripts.run(script, *flags)
+    assert ended.code == 2, ended.errors
+    assert said in ended.errors
+    assert len(ended.errors.strip().splitlines()) == 1
 
 
 def test_a_servers_files_are_checked_before_it_listens(tmp_path: Path) -> None:
@@ -217,8 +217,7 @@ def test_two_sides_of_which_one_speaks_tls_are_told_apart(tmp_path: Path) -> Non
 # -- the programs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
-@pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_over_tls_the_run_completes_while_those_who_do_not_belong_are_refused(tmp_path: Path) -> None:
     directory = certificates(tmp_path / "certificates")
     expired = tmp_path / "expired"
@@ -254,7 +253,7 @@ def test_over_tls_the_run_completes_while_those_who_do_not_belong_are_refused(tm
         assert [line["accepted"] for line in federation.history()] == [2, 2, 2]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_client_that_expects_tls_leaves_a_server_without_it(tmp_path: Path) -> None:
     directory = certificates(tmp_path / "certificates")
     with programs(tmp_path) as federation:
@@ -265,7 +264,7 @@ def test_a_client_that_expects_tls_leaves_a_server_without_it(tmp_path: Path) ->
         assert "does not speak TLS, this client does" in federation.log("client-1")
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_server_does_not_start_with_an_expired_certificate(tmp_path: Path) -> None:
     directory = certificates(tmp_path / "certificates", begins_in_days=-10, days=5)
     with programs(tmp_path, server_flags=server_flags(directory)) as federation:

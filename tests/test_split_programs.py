@@ -16,8 +16,6 @@ from fedsplit.states.state_dict import map_file
 from tests.programs import programs
 from tests.test_five_programs import link_tests
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
-
 RULES = ("--aggregate", "body.*=median", "--aggregate", "head.*=local")
 
 
@@ -67,6 +65,7 @@ def head_after(rank: int, rounds: int) -> torch.Tensor:
         return weight.clone()
 
 
+@pytest.mark.slow
 def test_the_body_is_the_median_and_the_heads_are_nowhere_but_at_home(tmp_path: Path) -> None:
     rounds = 4
     with run(tmp_path, rounds) as federation:
@@ -101,6 +100,7 @@ def test_the_body_is_the_median_and_the_heads_are_nowhere_but_at_home(tmp_path: 
         assert not any(secret in content for secret in secrets), f"{path} has a head in it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rules", "said"),
     [

@@ -25,9 +25,7 @@ from tests.programs import programs
 from tests.reference import federated_averaging
 
 
-@pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.timeout(420)
 def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engine(tmp_path: Path) -> None:
     with programs(tmp_path, server_flags=("--rounds", "3")) as federation:
         federation.start_all()
@@ -63,9 +61,7 @@ def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engin
     assert max((checkpoints / "server").glob("round-*/state.safetensors")).read_bytes() == expected
 
 
-@pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_same_five_terminals_work_on_a_superlink_and_nobody_else_gets_in(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     make_certificates(tmp_path / "c", ["127.0.0.1"])
@@ -105,9 +101,7 @@ def test_the_same_five_terminals_work_on_a_superlink_and_nobody_else_gets_in(tmp
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_without_the_deprecated_functions_the_scripts_take_the_superlink_and_ctrl_c_ends_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,7 @@ def test_rounds_arrive_in_order_and_the_end_says_whether_the_run_was_complete(
 # -- the real libraries ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_tensorboards_own_reader_finds_the_history_of_a_real_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="pip install 'fedsplit[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

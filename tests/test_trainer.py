@@ -37,8 +37,6 @@ from fedsplit.trainer.trainer import KEEP_ROUNDS
 from tests.handoffs import digest_of, wait_until
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.timeout(60)
-
 LOCAL_HEAD = (("head.*", True), ("*", False))
 
 
@@ -664,7 +662,6 @@ def script_process(directory: Path, die_at: tuple[str, int] | None) -> None:
         script.serve(trainer)
 
 
-@pytest.mark.timeout(120)
 def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_died(tmp_path):
     undisturbed, script = Federation(tmp_path / "undisturbed"), Script()
     state = own_state(make_net())

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from fedsplit.exchange.records import ResultRecord
+from tests.bounds import BOUND_S
 from tests.programs import ROOT, Programs
 from tests.test_trainer import Federation as HandOff
 
@@ -67,13 +68,13 @@ def federation(directory: Path, **settings: object) -> Iterator[Federation]:
         found.stop()
 
 
-def run_to_the_end(found: Federation, timeout_s: float = 120.0) -> None:
+def run_to_the_end(found: Federation, timeout_s: float = BOUND_S) -> None:
     """Start all programs and see that all end well."""
     found.start_all()
     end_well(found, timeout_s)
 
 
-def end_well(found: Federation, timeout_s: float = 120.0) -> None:
+def end_well(found: Federation, timeout_s: float = BOUND_S) -> None:
     """See that all programs end, and end well."""
     codes = found.wait(timeout_s)
     assert codes == dict.fromkeys(codes, 0), f"{codes}\n{found.tails()}"
@@ -98,7 +99,7 @@ def kill_a_process(found: Federation, name: str, process: int) -> None:
     raise AssertionError(f"{name} has no process {process}\n{found.tails()}")
 
 
-def wait_until(condition: object, timeout_s: float = 60.0) -> None:
+def wait_until(condition: object, timeout_s: float = BOUND_S) -> None:
     """Wait for a condition, a function without arguments."""
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
