@@ -7,12 +7,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import RecordError, StateMismatchError, UsageError
+from fedsplit.states import state_dict
 from fedsplit.states.header import parse_header
 from fedsplit.states.state_dict import (
     StateDict,
@@ -60,6 +62,7 @@ def states() -> dict[str, StateDict]:
         "uint32": {"a": torch.tensor([2**32 - 1]).to(torch.uint32)},
         "uint64": {"a": torch.tensor([2**62]).to(torch.uint64)},
         "float8": {"a": wide.to(torch.float8_e4m3fn), "b": wide.to(torch.float8_e5m2)},
+        "float8 of AMD": {"a": wide.to(torch.float8_e4m3fnuz), "b": wide.to(torch.float8_e5m2fnuz)},
         "complex64": {"a": torch.complex(wide, -wide)}, "0-d floats": {"a": wide[0, 0], "b": wide[0, 0].bfloat16()},
         "empty": {"a": torch.empty(0), "b": torch.empty(3, 0, 2), "c": torch.empty(0, dtype=torch.int64)},
         "nothing": {}, "not a number and its kind": {"a": special, "b": special.half(), "c": special.double()},
@@ -115,6 +118,22 @@ def test_a_payload_that_is_not_aligned_is_read_all_the_same():
     numbers = torch.tensor([1.5, -2.5], dtype=torch.float64)
     content = len(text).to_bytes(8, "little") + text + b"\x07" + bits(numbers)
     assert_same(decode(bytearray(content)), {"b": torch.tensor([7], dtype=torch.uint8), "a": numbers})
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this torch has no such dtype")
+def test_scales_of_eight_bits_travel():
+    """The library's header knows them, its torch functions do not."""
+    state = {"a": torch.arange(256).to(torch.uint8).view(torch.float8_e8m0fnu)}
+    content = payload(state)
+    assert_same(decode(bytearray(content)), state)
+    assert [found["dtype"] for _, found in safetensors.deserialize(content)] == ["F8_E8M0"]
+
+
+def test_a_dtype_that_torch_lacks_is_refused_by_name(monkeypatch):
+    content = payload({"a": torch.ones(2, dtype=torch.float8_e5m2)})
+    monkeypatch.delitem(state_dict._DTYPES, "F8_E5M2")
+    with pytest.raises(RecordError, match=r"server: entry 'a' has dtype F8_E5M2, which torch \S+ lacks"):
+        decode(bytearray(content), "server")
 
 
 def test_0_d_tensors_stay_0_d():
@@ -343,7 +362,7 @@ def change(state: StateDict, **changes: torch.Tensor | None) -> StateDict:
     ("changes", "says"),
     [
         ({"body__bias": None}, "server lacks 'body.bias' of the model"),
-        ({"zzz": torch.ones(1)}, "server has 'zzz', which the model has not"),
+        ({"zzz": torch.ones(1)}, "server has 'zzz', which the model does not have"),
         ({"module__weight": torch.ones(3, 1)}, r"'module.weight': the model has shape \[1, 3\], server has \[3, 1\]"),
         ({"module__bias": torch.ones(1).double()}, "the model has torch.float32, server has torch.float64"),
         ({"module__bias": torch.tensor(1.0)}, r"'module.bias': the model has shape \[1\], server has \[\]"),

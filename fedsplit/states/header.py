@@ -2,8 +2,12 @@
 
 A payload is 8 bytes of header length (little endian), a JSON header, and the tensors' bytes. The client checks the
 header of what it relays and never looks at a tensor; the trainer and the server lay views of tensors over the bytes.
-The format: https://github.com/huggingface/safetensors#format. What is refused here is what that library refuses:
-entries that overlap, leave holes or reach past the end, sizes that do not fit the shape, a header over 100 MB.
+The format: https://github.com/huggingface/safetensors#format.
+
+As in the safetensors library, entries must not overlap, leave holes or reach past the end, their lengths must fit their
+shapes, and the header has at most 100 MB. Refused here and accepted there: two entries of one name, of which the
+library drops one; dtypes of less than a byte (F4, F6_E2M3, F6_E3M2); more than 64 dimensions; sizes whose product
+overflows beside a size of 0. Accepted here and refused there: metadata that is not text, as metadata is not read.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,8 +30,8 @@ MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 64
 _LIMIT = 2**63
 ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 
 
@@ -46,7 +51,7 @@ def build_header(sizes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byte
     Parameters
     ----------
     sizes
-        Name to (safetensors dtype, shape), in the order in which a reader shall see the names.
+        Name to (safetensors dtype, shape), in the order in which a reader is to see the names.
 
     Returns
     -------
@@ -90,14 +95,14 @@ def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> M
     """
     data_begin = 8 + header_bytes(start[:8], payload_bytes, where)
     if len(start) < data_begin:
-        raise RecordError(f"{where}: the header claims {data_begin - 8} bytes, {len(start) - 8} are there")
+        raise RecordError(f"{where}: the header should have {data_begin - 8} bytes, found {len(start) - 8}")
     try:
         return _entries(bytes(start[8:data_begin]), payload_bytes)
     except RecordError as exc:
         raise RecordError(f"{where}: {exc}") from exc.__cause__
 
 
-# The states of a run have the same header, round after round; it is looked at half a dozen times a round.
+# All states of a run have the same header, and each is read half a dozen times a round.
 @lru_cache(maxsize=4)
 def _entries(header: bytes, payload_bytes: int) -> Mapping[str, Entry]:
     data_begin = 8 + len(header)
@@ -121,7 +126,7 @@ def _entries(header: bytes, payload_bytes: int) -> Mapping[str, Entry]:
 def header_bytes(length_field: bytes | memoryview, payload_bytes: int, where: str) -> int:
     """Return the length of the JSON header, checked against the payload's length before anything is allocated."""
     if len(length_field) < 8:
-        raise RecordError(f"{where}: {payload_bytes} bytes are too few for a safetensors payload")
+        raise RecordError(f"{where}: a safetensors payload has at least 8 bytes, found {payload_bytes}")
     length = int.from_bytes(length_field[:8], "little")
     if length > min(MAX_HEADER_BYTES, payload_bytes - 8):
         raise RecordError(
@@ -152,11 +157,13 @@ def read_header(path: Path, expected_bytes: int | None = None) -> Mapping[str, E
 
 def _entry(fields: Any, data_begin: int) -> Entry:
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"dtype {dtype!r} is not supported, only {', '.join(ITEM_BYTES)}")
     if type(shape) is not list or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"a shape must be a list of at most {_MAX_DIMENSIONS} sizes")
+        raise ValueError(f"expected a shape with at most {_MAX_DIMENSIONS} dimensions")
     if not all(type(number) is int and 0 <= number < _LIMIT for number in [*shape, begin, end]):
-        raise ValueError("shapes and offsets must be integers from 0 to 2**63 - 1")
-    # Also where another size is 0: the product without it is what overflows in a tensor's strides.
+        raise ValueError("expected shapes and offsets of whole numbers from 0 to 2**63 - 1")
+    # Zeros are left out, as a tensor's strides overflow all the same.
     if math.prod(size or 1 for size in shape) >= _LIMIT:
         raise ValueError(f"shape {shape} is larger than any tensor")
     if end - begin != ITEM_BYTES[dtype] * math.prod(shape):
@@ -165,8 +172,9 @@ def _entry(fields: Any, data_begin: int) -> Entry:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Two readers may well disagree on which of two entries of one name counts.
+    # Two readers could take different ones of them.
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands there twice")
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {repeated!r} appears twice")
     return found

@@ -1,8 +1,8 @@
-"""state_dict to payload and back, without a pickle and without a needless copy.
+"""state_dict to payload and back, without pickle and without a needless copy.
 
 Names, dtypes (bfloat16, 0-d integer counters, bool), shapes and bits survive. Tied weights are written once for each
-name; tensors that are not contiguous, or not on the CPU, are brought there. What cannot travel (a sparse or quantised
-tensor, an entry that is no tensor) is refused by name.
+name. Tensors that are not contiguous or not on the CPU are copied. What cannot travel (a sparse or quantised tensor, an
+entry that is not a tensor) is refused by name.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
     "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
     "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SHOWN_KEYS = 3
-# A whole component: a submodule may well be called my_orig_mod.
+# Only a whole component of the name: a submodule may be called my_orig_mod.
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 
-# Views over received bytes are only ever read; torch cannot know and would warn about each.
+# torch warns of each view over bytes that cannot be written; nobody writes to these.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
@@ -45,6 +48,11 @@ def encode(state_dict: Mapping[str, torch.Tensor]) -> list[Buffer]:
     """Return the payload as buffers to be written one after the other: the header, then each tensor's memory.
 
     The buffers share memory with the tensors where they can: write them before the tensors change.
+
+    Raises
+    ------
+    UsageError
+        If an entry is not a dense tensor of a supported dtype; names it.
     """
     tensors = {name: _plain(name, tensor) for name, tensor in state_dict.items()}
     sizes = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -53,13 +61,21 @@ def encode(state_dict: Mapping[str, torch.Tensor]) -> list[Buffer]:
 
 
 def decode(payload: Buffer | mmap.mmap, where: str = "payload") -> StateDict:
-    """Lay tensors over a payload's bytes; nothing is copied, so the payload must outlive and not change under them."""
+    """Lay tensors over a payload's bytes. Nothing is copied, so the payload must not change while they are in use.
+
+    Raises
+    ------
+    RecordError
+        If it is not a safetensors payload, or this release of torch lacks a dtype in it; says where it came from.
+    """
     entries = parse_header(memoryview(payload), len(payload), where)
     flat = torch.frombuffer(payload, dtype=torch.uint8)
     found = {}
     for name, entry in entries.items():
         raw = flat[entry.begin : entry.end]
-        dtype = _DTYPES[entry.dtype]
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise RecordError(f"{where}: entry {name!r} has dtype {entry.dtype}, which torch {torch.__version__} lacks")
         if entry.begin % dtype.itemsize:  # other writers of the format need not align
             raw = raw.clone()
         found[name] = raw.view(dtype).reshape(entry.shape)
@@ -67,7 +83,7 @@ def decode(payload: Buffer | mmap.mmap, where: str = "payload") -> StateDict:
 
 
 def map_file(path: Path) -> StateDict:
-    """Map a payload file and lay tensors over it; the mapping is private: writing to a tensor never reaches the file.
+    """Map a payload file and lay tensors over it. The mapping is private: writing to a tensor never reaches the file.
 
     Raises
     ------
@@ -95,7 +111,7 @@ def own_state(source: ModelSource) -> StateDict:
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """Take a module out of the wrappers that torch puts around it."""
+    """Return the module inside the wrappers that torch puts around it."""
     while True:
         if isinstance(module, DistributedDataParallel | DataParallel):
             module = module.module
@@ -108,9 +124,14 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 def travel_names(names: Iterable[str]) -> dict[str, str]:
     """Map the names of a state_dict to those that travel.
 
-    A state_dict taken from a wrapped module has ``module.`` before every name, and a compiled submodule ``_orig_mod.``
-    anywhere; a submodule that merely is called ``module`` keeps its name as long as it has a sibling. A name that
-    travels stays as it is when it is put through this again.
+    A state_dict taken from a wrapped module has ``module.`` before every name; one with compiled submodules has
+    ``_orig_mod.`` anywhere. A submodule that is itself called ``module`` keeps its name if it has a sibling. Names
+    that travel are left as they are.
+
+    Raises
+    ------
+    UsageError
+        If two names would become the same.
     """
     cleaned = {name: _COMPILED.sub("", name) for name in names}
     while cleaned and all(name.startswith("module.") for name in cleaned.values()):
@@ -152,7 +173,7 @@ def describe_difference(
         if missing:
             parts.append(f"{found} lacks {_first(missing)} of {expected}")
         if extra:
-            parts.append(f"{found} has {_first(extra)}, which {expected} has not")
+            parts.append(f"{found} has {_first(extra)}, which {expected} does not have")
         return "; ".join(parts)
     for name, tensor in expected_state.items():
         other = found_state[name]
