@@ -1,0 +1,147 @@
+"""Child processes: started, watched, and always ended, together with everything that they start in turn.
+
+A child gets a session of its own, so that a terminal's Ctrl-C reaches only this process, which ends its children in
+order. If this process is killed, the kernel sends its children SIGTERM (on Linux; elsewhere they go on).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+_STOP_S = 10.0
+_POLL_S = 0.02
+_TAIL_BYTES = 65536
+_TAIL_LINES = 12
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """One child process.
+
+    Parameters
+    ----------
+    name
+        What it is called in messages, such as ``trainer of rank 1``.
+    command
+        The program and its arguments.
+    log
+        The file that takes its output; what it held before is dropped. None leaves the output on this process's stderr.
+
+    Attributes
+    ----------
+    exit_code : int or None
+        None while it runs; the negative number of the signal that ended it, as in `subprocess`.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path | None = None) -> None:
+        self.name = name
+        self.command = list(command)
+        self.log = log
+        self.exit_code: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self.poll() is None
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Start it with these environment variables; raises OSError if the program or the log cannot be opened."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        output = os.dup(sys.stderr.fileno()) if self.log is None else os.open(self.log, flags, 0o600)
+        try:
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment),
+                start_new_session=True, preexec_fn=tie_to_parent(),
+            )  # fmt: skip
+        finally:
+            os.close(output)
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+        if self._process and self.exit_code is None:
+            self.exit_code = self._process.poll()
+        return self.exit_code
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the child alone, not to what it started; does nothing once it has ended."""
+        if self._process:
+            self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """End it and everything that it started: SIGTERM, then SIGKILL after ten seconds."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._end_group(number):
+                return
+
+    def kill(self) -> None:
+        """End it and everything that it started at once."""
+        self._end_group(signal.SIGKILL)
+
+    def _end_group(self, number: signal.Signals) -> bool:
+        """Signal the whole process group; tell whether no process of it is left."""
+        if self._process is None:
+            return True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+        deadline = time.monotonic() + _STOP_S
+        while time.monotonic() < deadline:
+            self.poll()
+            try:
+                os.killpg(self._process.pid, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def describe_end(self) -> str:
+        """Say how it ended."""
+        code = self.exit_code
+        if code is None:
+            return f"the {self.name} did not end"
+        if code < 0:
+            return f"the {self.name} was killed by {signal.Signals(-code).name}"
+        return f"the {self.name} ended with exit code {code}"
+
+    def tail(self) -> str:
+        """Return the last lines of its log."""
+        if self.log is None:
+            return "(see above)"
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError as exc:
+            return f"(cannot be read: {exc.strerror})"
+        return "\n".join(lines[-_TAIL_LINES:]) or "(empty)"
+
+
+def tie_to_parent() -> Callable[[], None] | None:
+    """Return what a child calls first so that the kernel ends it with its parent; None where there is no such call."""
+    if not sys.platform.startswith("linux"):
+        return None
+    # Looked up here: between fork and exec as little as possible should happen.
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # the parent died before the call
+            os._exit(1)
+
+    return tie
+
+
+def free_port() -> int:
+    """Return a port of loopback that nothing listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,86 @@
+"""Child processes: how they end, with whom they end, and what is shown of their output."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedsplit.engines import processes
+from fedsplit.engines.processes import Child
+
+
+def start(code: str, log: Path) -> Child:
+    child = Child("child", [sys.executable, "-c", code], log)
+    child.start(os.environ)
+    return child
+
+
+def wait_for_output(child: Child) -> None:
+    while child.tail() == "(empty)":
+        time.sleep(0.01)
+
+
+def test_the_exit_code_and_the_signal_of_a_child_are_named(tmp_path: Path) -> None:
+    child = Child("child", [sys.executable, "-c", "import sys; print('because'); sys.exit(7)"], tmp_path / "log")
+    assert not child.is_running and child.describe_end() == "the child did not end"
+    child.start(os.environ)
+    while child.is_running:
+        time.sleep(0.01)
+    assert child.describe_end() == "the child ended with exit code 7"
+    assert child.tail() == "because"
+    child.send(signal.SIGINT)  # to nobody: it has ended
+    child.stop()
+
+
+def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_STOP_S", 0.3)
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True); "
+        "time.sleep(600)"
+    )
+    child = start(code, tmp_path / "log")
+    wait_for_output(child)
+    grandchild = int(child.tail())
+    child.stop()
+    child.kill()
+    assert child.describe_end() == "the child was killed by SIGKILL"
+    # It may be left to init as a zombie for a moment.
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(grandchild) and psutil.Process(grandchild).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_killed_parent_takes_its_children_along(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from fedsplit.engines.processes import Child; "
+        "child = Child('c', [sys.executable, '-c', 'import time; time.sleep(600)'], Path(sys.argv[1])); "
+        "child.start(os.environ); print(child._process.pid, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_long_log_is_shown_by_its_end(tmp_path: Path) -> None:
+    child = Child("talker", ["talker"], tmp_path / "talker.log")
+    assert child.log is not None
+    child.log.write_bytes(b"x" * 100_000 + b"\n" + "\n".join(map(str, range(100))).encode() + b"\xff")
+    assert child.tail().splitlines()[0] == "88"
+    assert len(child.tail().splitlines()) == 12
