@@ -17,15 +17,16 @@ from pathlib import Path
 
 from fedsplit import cli
 from fedsplit.engines import embedded, tls
+from fedsplit.engines.assembly import check_trackers, open_server
 from fedsplit.errors import UsageError
-from fedsplit.server.options import ServerOptions
+from fedsplit.server.settings import ServerSettings
 from fedsplit.wire.join import read_token
 from fedsplit.wire.protocol import EMBEDDED
 
 # Options that are what their flag gives.
 _PLAIN = (
-    "rounds", "min_clients", "min_results", "fraction_train", "evaluate_every", "checkpoint_dir", "keep_checkpoints",
-    "resume", "initial_checkpoint", "round_timeout", "client_wait", "payload_store", "seed",
+    "rounds", "min_clients", "min_results", "fraction_train", "evaluate_every", "strategy", "checkpoint_dir",
+    "keep_checkpoints", "resume", "initial_checkpoint", "round_timeout", "client_wait", "payload_store", "seed",
 )  # fmt: skip
 
 
@@ -66,6 +67,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="RULE",
         help="how the state_dict is merged: NAME, NAME(key=value), PATTERN=RULE or @FILE.toml; repeatable, "
         "first match wins (default: fedavg)",
+    )
+    add(
+        "--strategy",
+        metavar="CLASS",
+        help="let a Flower strategy choose the clients and merge, instead of --aggregate: package.module:Class, or a "
+        "class of flwr.server.strategy, with parameters as in 'FedAdam(eta=0.01)'",
     )
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="where server/ is kept")
     add(
@@ -145,14 +152,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     """Run the server."""
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
-    options = ServerOptions(
+    settings = ServerSettings(
         **{name: getattr(arguments, name) for name in _PLAIN},
         aggregate=tuple(arguments.aggregate),
         train_config=tuple((key, cli.scalar(value)) for key, value in arguments.train_config),
         tracker=tuple(arguments.tracker),
     )
-    # A rule that cannot be read is told of before anything is started.
-    options.settings()
+    check_trackers(settings)
     host, _ = embedded.parse_address(arguments.address)
     certificates = cli.read_certificates(arguments.ssl_ca_certfile, arguments.ssl_certfile, arguments.ssl_keyfile)
     join_key = read_token(arguments.join_token_file)
@@ -174,13 +180,13 @@ def main(arguments: argparse.Namespace) -> int:
                 ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile
             )
         superlink.serve(
-            options, arguments.address, tls=files, node_keys=arguments.supernode_public_key, verbose=arguments.verbose
+            settings, arguments.address, tls=files, node_keys=arguments.supernode_public_key, verbose=arguments.verbose
         )
         return 0
     if arguments.supernode_public_key:
         raise UsageError("--supernode-public-key is of --engine superlink; here it is --join-token-file")
     live = arguments.log_format == "text" and not arguments.verbose
-    with options.server(EMBEDDED, join_key=join_key, live=live, command=["python", *sys.argv]) as server:
+    with open_server(settings, EMBEDDED, join_key=join_key, live=live, command=["python", *sys.argv]) as server:
         embedded.serve(server, arguments.address, certificates=certificates)
     if server.failure:
         raise server.failure

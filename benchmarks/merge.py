@@ -105,12 +105,10 @@ def files(size: int, updates: int, directory: Path) -> Callable[[], Any]:
 
 
 def _ours(size: int, updates: int, directory: Path, keep: Callable[[Path], Any]) -> Callable[[], Any]:
-    from fedsplit.aggregation import parse_rules
     from fedsplit.disk.files import write_chunks
     from fedsplit.engines.allocator import keep_freed_memory
-    from fedsplit.server.settings import StrategySettings
-    from fedsplit.server.strategy import Strategy
-    from fedsplit.states.state_dict import encode
+    from fedsplit.server.strategy import Strategy, read_update
+    from fedsplit.states.state_dict import decode, encode
 
     # As the server does when it begins.
     keep_freed_memory()
@@ -123,16 +121,19 @@ def _ours(size: int, updates: int, directory: Path, keep: Callable[[Path], Any])
         path = directory / f"update-{size}-{index}.safetensors"
         write_chunks(path, encode(state))
         contents.append(keep(path))
-    strategy = Strategy(StrategySettings(rules=tuple(parse_rules(["fedavg"]))), total_rounds=1)
-    strategy.set_state(_content(contents[0]))
-    strategy.resolve_split({})
+    strategy = Strategy("fedavg")
+    reference = decode(_content(contents[0]))
+    strategy.begin_run(reference, {})
 
     def merge() -> object:
-        round_ = strategy.begin_merge(1)
+        round_ = strategy.start_fit(1)
         for rank, content in enumerate(contents, start=1):
-            if reason := round_.offer(rank, _content(content), rank, {}):
-                raise BenchmarkError(reason)
-        return round_.finish()
+            update = read_update(rank, _content(content), rank, {}, reference)
+            if isinstance(update, str):
+                raise BenchmarkError(update)
+            round_.add(update)
+        state, _ = strategy.end_fit(1, round_, [])
+        return encode(state or {})
 
     return merge
 

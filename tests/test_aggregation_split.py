@@ -73,7 +73,7 @@ def test_each_key_goes_to_the_first_pattern_that_matches_it():
 
 
 def test_the_table_has_entries_bytes_and_rule_of_each_part():
-    rows = split_of("head.*=local", "trimmed-mean(fraction=0.2)").describe()
+    rows = split_of("head.*=local", "trimmed-mean(fraction=0.2)").rows
     assert [tuple(row) for row in rows] == [
         ("head.*", 2, 3 * 2 + 4, "local"),
         ("*", 2, 4 * 4 + 8, "trimmed-mean(fraction=0.2)"),

@@ -19,7 +19,7 @@ from fedsplit.client.relay import Relay
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import Request
-from fedsplit.server.conversation import Conversation, Terms
+from fedsplit.server.conversation import Conversation, RoundContext
 from fedsplit.states.state_dict import decode, encode
 from fedsplit.wire.protocol import SUPERLINK, TENSOR_TYPE, ask_record, pack, unpack
 from tests.handoffs import digest_of, request
@@ -169,10 +169,10 @@ def test_the_server_keeps_what_came_along(
     store.open()
     client = Client({"status": "ok", "loss": 0.5, "num_examples": 4, "then": then}, STATE if has_blob else None)
     roster: Any = client
-    terms = Terms(roster=roster, store=store, remote=None, client_wait_s=1.0, deadline=None, deadline_s=None,
-                  stop=threading.Event(), engine=SUPERLINK)  # fmt: skip
+    context = RoundContext(roster=roster, store=store, remote=None, client_wait_s=1.0, deadline=None,
+                           deadline_s=None, stop=threading.Event(), engine=SUPERLINK)  # fmt: skip
     state = StoredPayload(digest=DIGEST, bytes=len(STATE), path=tmp_path / "state")
-    conversation = Conversation(terms, 1, EVALUATE, state, replace(TRAIN))
+    conversation = Conversation(context, 1, EVALUATE, state, replace(TRAIN))
     answer = conversation.until_done()
     assert (answer.failure, answer.loss, answer.blob) == (None, 0.5, None)
     assert client.asked[0]["then"]["kind"] == "train"

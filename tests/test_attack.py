@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.aggregation.spec import parse_rules
 from fedsplit.run.history import weighted_mean
-from fedsplit.server.settings import StrategySettings
-from fedsplit.server.strategy import Strategy
+from fedsplit.server.strategy import Strategy, read_update
 from fedsplit.states.state_dict import StateDict, decode, encode
 from fedsplit.workloads import WorkloadContext, create_workload
 
@@ -29,24 +27,25 @@ def accuracy(rule: str, *, attacked: bool) -> float:
         rank: create_workload("digits", WorkloadContext(rank=rank, num_partitions=RANKS, seed=0))
         for rank in range(1, RANKS + 1)
     }
-    settings = StrategySettings(rules=parse_rules([rule]), min_clients=RANKS)
-    strategy = Strategy(settings, ROUNDS)
+    strategy = Strategy(rule, min_clients=RANKS, rounds=ROUNDS)
     state = payload({name: tensor.clone() for name, tensor in workloads[1].model.state_dict().items()})
-    strategy.set_state(state)
-    strategy.resolve_split({})
     for server_round in range(1, ROUNDS + 1):
-        merge = strategy.begin_merge(server_round)
+        reference = decode(state)
+        strategy.begin_run(reference, {})
+        merge = strategy.start_fit(server_round)
         for rank, workload in workloads.items():
             update, num_examples = train(workload, state, server_round)
             if attacked and rank == ATTACKER:
                 start = decode(state)
                 update = {name: start[name] - 100 * (update[name] - start[name]) for name in update}
-            refused = merge.offer(rank, payload(update), num_examples, {})
-            assert refused is None or (rule == "fedavg" and "NaN" in refused), refused
-        chunks = merge.finish()
-        if chunks is not None:
-            state = b"".join(chunks)
-            strategy.set_state(state)
+            read = read_update(rank, payload(update), num_examples, {}, reference)
+            if isinstance(read, str):
+                assert rule == "fedavg" and "NaN" in read, read
+            else:
+                merge.add(read)
+        merged, _ = strategy.end_fit(server_round, merge, [])
+        if merged is not None:
+            state = payload(merged)
     return evaluate(workloads, state)
 
 

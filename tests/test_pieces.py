@@ -14,8 +14,8 @@ from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.handoff import TrainerSide
-from fedsplit.server.conversation import Answer, Conversation, Terms
-from fedsplit.server.roster import PeerLostError
+from fedsplit.server.conversation import Conversation, Reply, RoundContext
+from fedsplit.server.peer import PeerLostError
 from fedsplit.wire.protocol import TENSOR_TYPE, ask_record, pack, unpack
 from tests.handoffs import blob, digest_of, names_in, request
 
@@ -115,11 +115,11 @@ class Pulled:
 def fetch(tmp_path: Path, client: Pulled, size: int = len(STATE)) -> bytes:
     store = PayloadStore(tmp_path / "payloads")
     store.open()
-    terms = Terms(roster=client, store=store, remote=None, client_wait_s=1.0, deadline=None, deadline_s=None,
-                  stop=threading.Event())  # fmt: skip
+    context = RoundContext(roster=client, store=store, remote=None, client_wait_s=1.0, deadline=None,
+                           deadline_s=None, stop=threading.Event())  # fmt: skip
     try:
-        content = Conversation(terms, 1, request(), None).fetch(
-            Answer(rank=1, digest=DIGEST, payload_bytes=size, via="pull")
+        content = Conversation(context, 1, request(), None).fetch(
+            Reply(rank=1, digest=DIGEST, payload_bytes=size, via="pull")
         )
         return bytes(content)
     finally:

@@ -17,7 +17,7 @@ from fedsplit.engines.certificates import make_certificates
 from fedsplit.engines.superlink.app_log import Reports
 from fedsplit.errors import UsageError
 from fedsplit.run.history import read_history
-from fedsplit.server.options import ServerOptions
+from fedsplit.server.settings import ServerSettings
 from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.deployed import deployed, make_node_key
@@ -164,15 +164,15 @@ def is_ours(process: psutil.Process, directory: Path) -> bool:
 def test_a_run_config_says_what_the_flags_say(tmp_path: Path) -> None:
     initial = tmp_path / "initial.pt"
     initial.touch()
-    options = ServerOptions(
+    options = ServerSettings(
         rounds=7, min_clients=3, fraction_train=0.5, aggregate=("bn*=local", "trimmed-mean(fraction=0.2)"),
         checkpoint_dir=tmp_path, initial_checkpoint=initial, round_timeout=2.5, resume=True,
         train_config=(("lr", 0.1), ("name", "a b")),
     )  # fmt: skip
     config = options.to_run_config()
     assert all(isinstance(value, bool | int | float | str) for value in config.values())
-    assert ServerOptions.from_run_config(config) == options
-    assert ServerOptions.from_run_config(ServerOptions().to_run_config()).settings() == ServerOptions().settings()
+    assert ServerSettings.from_run_config(config) == options
+    assert ServerSettings.from_run_config(ServerSettings().to_run_config()) == ServerSettings()
 
 
 @pytest.mark.parametrize(("key", "value"), [
@@ -181,7 +181,7 @@ def test_a_run_config_says_what_the_flags_say(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_a_mistake_in_a_run_config_is_named(key: str, value: object) -> None:
     with pytest.raises(UsageError, match=key):
-        ServerOptions.from_run_config({key: value})
+        ServerSettings.from_run_config({key: value})
 
 
 def test_the_project_offers_every_option_as_run_config() -> None:
@@ -190,7 +190,7 @@ def test_the_project_offers_every_option_as_run_config() -> None:
     from tests.programs import ROOT
 
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    defaults = ServerOptions().to_run_config() | {
+    defaults = ServerSettings().to_run_config() | {
         "checkpoint-dir": "checkpoints",
         "report-file": "",
         "script-command": "",

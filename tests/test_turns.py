@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
-from fedsplit.server.conversation import Turns
+from fedsplit.server.turns import Turns
 
 
 def test_ranks_pass_in_order_whatever_the_order_they_come_in() -> None:

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsplit.aggregation.attributes import Attributes, decode
 from fedsplit.aggregation.base import AggregationContext, FunctionRule, Rule, StateDict, Update
 from fedsplit.aggregation.numeric import floating_keys, is_floating, max_of, widened
 from fedsplit.errors import AggregationError, UsageError
 
 if TYPE_CHECKING:
-    from flwr.common import FitRes, Parameters
+    from flwr.common import FitRes
     from flwr.server.strategy import Strategy
 
 NDArrays = list[Any]
@@ -144,14 +145,14 @@ class _Adapter:
             previous = {key: context.previous[key] for key in keys}
             merged = self._merge(previous, updates, context.memory)
             for (key, tensor), array in zip(previous.items(), merged, strict=True):
-                result[key] = _from_numpy(array, tensor)
+                result[key] = from_numpy(array, tensor)
         return {key: result[key] for key in first}
 
     def _merge(self, previous: StateDict, updates: Sequence[Update], memory: dict[str, Any]) -> NDArrays:
         from flwr.common import parameters_to_ndarrays
 
-        strategy = self.make([_to_numpy(tensor) for tensor in previous.values()])
-        fresh = dict(vars(strategy))
+        strategy = self.make([to_numpy(tensor) for tensor in previous.values()])
+        attributes = Attributes(strategy)
         _restore(strategy, memory.get("attributes", {}), previous)
         # Its own count, as FedAvgM and FedAdam take round 1 for the first merge, and rounds may pass without
         # one.
@@ -160,7 +161,7 @@ class _Adapter:
         parameters, _ = strategy.aggregate_fit(merges, results, [])
         if parameters is None:
             raise AggregationError(f"{self._kind.__name__} returned nothing")
-        memory["attributes"] = _changed(strategy, fresh)
+        memory["attributes"] = attributes.changed()
         memory["merges"] = merges
         return parameters_to_ndarrays(parameters)
 
@@ -174,80 +175,55 @@ def _fit_result(update: Update, keys: Mapping[str, Tensor]) -> FitRes:
 
     return FitRes(
         status=Status(Code.OK, ""),
-        parameters=ndarrays_to_parameters([_to_numpy(update.state_dict[key]) for key in keys]),
+        parameters=ndarrays_to_parameters([to_numpy(update.state_dict[key]) for key in keys]),
         num_examples=update.num_examples,
         metrics=dict(update.metrics),
     )
 
 
-def _to_numpy(tensor: Tensor) -> Any:
-    """At least float32, as numpy has no bfloat16 and would average float16 in float16; complex as pairs."""
-    wide = widened(tensor).resolve_conj()
+def to_numpy(tensor: Tensor) -> Any:
+    """Return an entry as Flower's strategies see it.
+
+    Floating entries are in float32 at least, as numpy has no bfloat16 and would average float16 in float16; complex
+    ones are pairs.
+    """
+    wide = widened(tensor).resolve_conj() if is_floating(tensor) else tensor
     return (torch.view_as_real(wide) if wide.is_complex() else wide).numpy(force=True)
 
 
-def _from_numpy(array: Any, like: Tensor) -> Tensor:
+def from_numpy(array: Any, like: Tensor) -> Tensor:
+    """Return an array of a strategy's as an entry of the dtype of ``like``; whole numbers are rounded to."""
     tensor = torch.from_numpy(np.array(array))
     if like.is_complex():
         tensor = torch.view_as_complex(tensor)
+    elif not is_floating(like) and is_floating(tensor):
+        # A mean of counters: to cut off its fraction would turn 4.9999 into 4.
+        tensor = tensor.round()
     return tensor.to(like.dtype)
 
 
-def _changed(strategy: Strategy, fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes that a strategy made anew would not have, as a checkpoint can hold them."""
-    changed = {}
-    for name, value in vars(strategy).items():
-        if name in fresh and (value is fresh[name] or (_is_plain(value) and value == fresh[name])):
-            continue
-        changed[name] = _encode(name, value)
-    return changed
-
-
-def _restore(strategy: Strategy, attributes: Mapping[str, Any], previous: StateDict) -> None:
-    for name, value in attributes.items():
+def _restore(strategy: Strategy, saved: Mapping[str, Any], previous: StateDict) -> None:
+    for name, encoded in saved.items():
+        value = decode(encoded)
         # An attribute a new strategy already has arrays in is its copy of the global state. The one it kept
         # is more precise, but may only be used if it is the same state: noise may have been added, or a part
         # replaced.
-        is_copy = _holds_arrays(getattr(strategy, name, None)) and isinstance(value, dict | list)
-        if is_copy and not _is_state(value, previous):
-            continue
-        setattr(strategy, name, _decode(value))
+        is_copy = _holds_arrays(getattr(strategy, name, None)) and _holds_arrays(value)
+        if not is_copy or _is_state(value, previous):
+            setattr(strategy, name, value)
 
 
 def _is_state(value: Any, previous: StateDict) -> bool:
-    tensors = value["parameters"] if isinstance(value, dict) else value
-    return len(tensors) == len(previous) and all(
-        torch.equal(widened(_from_numpy(kept.numpy(), tensor)), widened(tensor))
-        for kept, tensor in zip(tensors, previous.values(), strict=True)
+    from flwr.common import Parameters, parameters_to_ndarrays
+
+    arrays = parameters_to_ndarrays(value) if isinstance(value, Parameters) else value
+    return len(arrays) == len(previous) and all(
+        torch.equal(widened(from_numpy(array, tensor)), widened(tensor))
+        for array, tensor in zip(arrays, previous.values(), strict=True)
     )
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, None | bool | int | float | str)
 
 
 def _holds_arrays(value: object) -> bool:
     from flwr.common import Parameters
 
     return isinstance(value, Parameters | list)
-
-
-def _encode(name: str, value: Any) -> Any:
-    from flwr.common import Parameters, parameters_to_ndarrays
-
-    if _is_plain(value):
-        return value
-    if isinstance(value, Parameters):
-        return {"parameters": [torch.from_numpy(np.array(array)) for array in parameters_to_ndarrays(value)]}
-    if isinstance(value, list) and all(isinstance(item, np.ndarray | np.generic) for item in value):
-        return [torch.from_numpy(np.array(item)) for item in value]
-    raise AggregationError(f"{name!r} of the strategy is a {type(value).__name__}: no checkpoint can hold that")
-
-
-def _decode(value: Any) -> Any:
-    from flwr.common import ndarrays_to_parameters
-
-    if isinstance(value, dict):
-        parameters: Parameters = ndarrays_to_parameters([tensor.numpy() for tensor in value["parameters"]])
-        return parameters
-    return [tensor.numpy() for tensor in value] if isinstance(value, list) else value

@@ -63,9 +63,8 @@ def check_output(result: object, previous: Mapping[str, Tensor]) -> None:
     missing = [key for key in previous if key not in result]
     unexpected = [key for key in result if key not in previous]
     if missing or unexpected:
-        found = [f"without {named(missing)}"] * bool(missing) + [f"with unexpected {named(unexpected)}"] * bool(
-            unexpected
-        )
+        found = [f"without {named(missing)}"] if missing else []
+        found += [f"with unexpected {named(unexpected)}"] if unexpected else []
         raise AggregationError(f"it returned a state {' and '.join(found)}")
     for key, expected in previous.items():
         _check_entry(key, result[key], expected)

@@ -12,9 +12,10 @@ round. After an `AggregationError` it may hold half a round; the last checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -31,15 +32,7 @@ from fedsplit.aggregation.loading import load_rule
 from fedsplit.aggregation.spec import RuleSpec, first_match
 from fedsplit.aggregation.validation import named
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
-
-
-class SplitRow(NamedTuple):
-    """One line of the table the server prints: a part, how many entries and bytes it has, its rule."""
-
-    part: str
-    entries: int
-    bytes: int
-    rule: str
+from fedsplit.run.parts import PartRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +54,7 @@ class Split:
     """The parts of a model, in the order of their rules; those of a bare rule without keys left out."""
 
     parts: tuple[Part, ...]
-    rows: tuple[SplitRow, ...]
+    rows: tuple[PartRow, ...]
 
     @classmethod
     def resolve(
@@ -112,10 +105,6 @@ class Split:
         """With fewer updates in a round than this, one of the rules refuses."""
         return max((part.rule.min_updates for part in self.parts if part.rule is not None), default=1)
 
-    def describe(self) -> list[SplitRow]:
-        """The resolved split, a row for each part, for printing."""
-        return list(self.rows)
-
     def start_round(
         self,
         *,
@@ -158,6 +147,8 @@ class RoundMerger:
 
     Attributes
     ----------
+    count : int
+        How many updates were added.
     retains : bool
         Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
     """
@@ -168,13 +159,8 @@ class RoundMerger:
         self._parts = parts
         self._previous = previous
         self._local_keys = local_keys
-        self._count = 0
+        self.count = 0
         self.retains = not all(part.rule.one_pass for part in parts)
-
-    @property
-    def count(self) -> int:
-        """How many updates were added."""
-        return self._count
 
     def add(self, update: Update) -> None:
         """Merge, or keep, one update. To be called in rank order.
@@ -184,7 +170,7 @@ class RoundMerger:
         AggregationError
             If a rule fails on it, naming the rule and the part.
         """
-        self._count += 1
+        self.count += 1
         for part in self._parts:
             part.add(update)
 
@@ -203,7 +189,7 @@ class RoundMerger:
             remembers what no checkpoint can hold; naming the rule, the part, and what it did.
         """
         merged = dict(self._previous)
-        if self._count:
+        if self.count:
             for part in self._parts:
                 merged |= part.finish()
         return {key: tensor for key, tensor in merged.items() if key not in self._local_keys}
@@ -238,33 +224,25 @@ class _PartMerger:
             check_memory(self._context.memory)
         return result
 
-    def _naming(self) -> _Naming:
-        return _Naming(f"the rule {self.rule.name} of part {self._context.part!r}")
-
-
-class _Naming:
-    """Turns what a rule raises into an `AggregationError` that names it."""
-
-    def __init__(self, who: str) -> None:
-        self._who = who
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, FedSplitError):
-            raise AggregationError(f"{self._who}: {exc}") from exc
-        if isinstance(exc, Exception):
-            raise AggregationError(f"{self._who} failed: {type(exc).__name__}: {exc}") from exc
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn what a rule raises into an `AggregationError` that names it."""
+        who = f"the rule {self.rule.name} of part {self._context.part!r}"
+        try:
+            yield
+        except FedSplitError as exc:
+            raise AggregationError(f"{who}: {exc}") from exc
+        except Exception as exc:  # a rule may be anybody's code
+            raise AggregationError(f"{who} failed: {type(exc).__name__}: {exc}") from exc
 
 
 def _part(spec: RuleSpec, keys: Sequence[str]) -> Part:
     return Part(spec=spec, keys=tuple(keys), rule=None if spec.name == "local" else load_rule(spec))
 
 
-def _row(part: Part, reference: Mapping[str, Tensor]) -> SplitRow:
+def _row(part: Part, reference: Mapping[str, Tensor]) -> PartRow:
     size = sum(reference[key].numel() * reference[key].element_size() for key in part.keys)
-    return SplitRow(part=part.name, entries=len(part.keys), bytes=size, rule=part.spec.rule)
+    return PartRow(part=part.name, entries=len(part.keys), bytes=size, rule=part.spec.rule)
 
 
 def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor]) -> str:

@@ -18,9 +18,8 @@ from fedsplit.commands.report_page import Report, render
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
-from fedsplit.run.directory import STATE_FILE
 from fedsplit.run.history import read_history
-from fedsplit.run.paths import Places
+from fedsplit.run.paths import STATE_FILE, Places
 
 _ENDINGS = (".html", ".htm")
 

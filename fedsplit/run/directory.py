@@ -1,15 +1,4 @@
-"""What a run has on the server's disk: ``<checkpoint_dir>/server/``, and how a run begins or goes on there.
-
-==================  ============================================================================================
-``server.lock``     held for life: one server a directory
-``run.json``        the run's id and settings, written before anything else
-``history.jsonl``   one line a round
-``round-…/``        checkpoints
-``plot.png``        loss, accuracy and time, drawn as the run ends
-``payloads/``       the payload store; nothing in it outlives the run
-``old-runs/<id>/``  what a run that was not resumed left here
-==================  ============================================================================================
-"""
+"""A run on the server's disk: how it begins or goes on there, and what it notes. `fedsplit.run.paths` has the files."""
 
 from __future__ import annotations
 
@@ -31,15 +20,14 @@ from fedsplit.disk.files import Buffer, link_or_copy, make_private_directory, wr
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.errors import CheckpointError
 from fedsplit.run.history import History
-from fedsplit.server.observer import PartRow
+from fedsplit.run.parts import PartRow
+from fedsplit.run.paths import STATE_FILE, Places
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("fedsplit")
 
-STATE_FILE = "state.safetensors"
-PLOT_FILE = "plot.png"
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -69,9 +57,10 @@ class Run:
         settings: Mapping[str, Any] | None = None,
         initial: Callable[[], list[Buffer]] | None = None,
     ) -> None:
-        self.directory = checkpoint_dir / "server"
+        self.places = Places(checkpoint_dir)
+        self.directory = self.places.server
         self.checkpoints = CheckpointStore(self.directory, keep_checkpoints)
-        self.payloads = PayloadStore(self.directory / "payloads")
+        self.payloads = PayloadStore(self.places.payloads)
         self.initial = initial
         self.resumed: Checkpoint | None = None
         self._resume = resume
@@ -92,7 +81,7 @@ class Run:
 
     def __enter__(self) -> Self:
         make_private_directory(self.directory, CheckpointError)
-        lock = FileLock(self.directory / "server.lock", fallback_to_soft=False, mode=0o600)
+        lock = FileLock(self.places.lock, fallback_to_soft=False, mode=0o600)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -107,7 +96,7 @@ class Run:
         else:
             self._begin(previous)
         self.payloads.open()
-        self.history = History(self.directory / "history.jsonl")
+        self.history = History(self.places.history)
         self.history.keep_up_to(self.resumed.server_round if self.resumed else 0)
         return self
 
@@ -179,7 +168,7 @@ class Run:
 
     def _previous_record(self) -> dict[str, Any] | None:
         try:
-            record = json.loads((self.directory / "run.json").read_bytes())
+            record = json.loads(self.places.run.read_bytes())
             return record if isinstance(record.get("run_id"), str) else None
         except (OSError, ValueError, AttributeError):
             return None
@@ -188,11 +177,9 @@ class Run:
         if self._resume:
             log.warning("there is no run to resume in %s: a new one begins", self.directory)
         if previous:
-            self.checkpoints.put_aside(
-                previous["run_id"],
-                *(self.directory / name for name in ("run.json", "history.jsonl", PLOT_FILE)),
-            )
-            log.info("the run that was here is now in %s", self.directory / "old-runs" / previous["run_id"])
+            places = self.places
+            self.checkpoints.put_aside(previous["run_id"], places.run, places.history, places.final_plot)
+            log.info("the run that was here is now in %s", places.old_run(previous["run_id"]))
         self._record = {
             "run_id": uuid.uuid4().hex[:16], "began": time.strftime("%Y-%m-%d %H:%M:%S"), "settings": self._settings,
         }  # fmt: skip
@@ -200,7 +187,7 @@ class Run:
         self._write_record()
 
     def _write_record(self) -> None:
-        write_json(self.directory / "run.json", self._record, durable=True)
+        write_json(self.places.run, self._record, durable=True)
 
 
 def without_password(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """``history.jsonl``: one line a round, written as the round ends; what people and plots read.
 
 A line: ``{"round": 3, "seconds": 1.2, "train": {"loss": …}, "evaluate": {"loss": …, "accuracy": …},
-"clients": {"1": {"num_examples": …, …}}, "refused": {"2": "reason"}}``. Numbers that are not finite stand as null.
+"clients": {"1": {"num_examples": …, …}}, "refused": {"2": "reason"}}``; and with a strategy that evaluates the state on
+the server ``"central": {"loss": …}``. Numbers that are not finite stand as null.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class History:
         for line in lines:
             self.lines.append(line)
             for name, sign in _JUDGED_BY.items():
-                value: Any = (line.get("evaluate") or {}).get(name)
-                if _is_number(value):
+                value: Any = (line.get("evaluate") or line.get("central") or {}).get(name)
+                if is_number(value):
                     # Of equal rounds the first.
                     score = (sign * value, -line["round"])
                     self._best[name] = max(self._best.get(name, score), score)
@@ -89,13 +90,14 @@ def weighted_mean(rows: Iterable[tuple[float, Mapping[str, Any]]]) -> dict[str, 
     sums: dict[str, tuple[float, float]] = {}
     for weight, metrics in rows:
         for name, value in metrics.items():
-            if _is_number(value) and weight > 0:
+            if is_number(value) and weight > 0:
                 total, weights = sums.get(name, (0.0, 0.0))
                 sums[name] = total + weight * value, weights + weight
     return {name: total / weights for name, (total, weights) in sums.items()}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number, which a truth value is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

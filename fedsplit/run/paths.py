@@ -1,4 +1,17 @@
-"""Where the commands look in a checkpoint directory, and what the demo adds to it."""
+"""Every path of a run on the server's disk.
+
+==================  ============================================================================================
+``server.lock``     held for life: one server a directory
+``run.json``        the run's id and settings, written before anything else
+``history.jsonl``   one line a round
+``round-…/``        checkpoints; the global state in each is ``state.safetensors``
+``plot.png``        loss, accuracy and time, drawn as the run ends
+``payloads/``       the payload store; nothing in it outlives the run
+``old-runs/<id>/``  what a run that was not resumed left here
+==================  ============================================================================================
+
+All of these are in ``<checkpoint_dir>/server/``. The demo puts the logs of its programs and a plot beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +19,11 @@ import json
 from pathlib import Path
 
 HISTORY_FILE = "history.jsonl"
+STATE_FILE = "state.safetensors"
 
 
 class Places:
-    """The paths that commands use in a checkpoint directory.
+    """The paths in a checkpoint directory.
 
     Parameters
     ----------
@@ -19,10 +33,17 @@ class Places:
 
     def __init__(self, checkpoint_dir: Path) -> None:
         self.server = checkpoint_dir / "server"
+        self.lock = self.server / "server.lock"
         self.run = self.server / "run.json"
         self.history = self.server / HISTORY_FILE
+        self.payloads = self.server / "payloads"
+        self.final_plot = self.server / "plot.png"
         self.logs = checkpoint_dir / "logs"
         self.plot = checkpoint_dir / "plot.png"
+
+    def old_run(self, run_id: str) -> Path:
+        """Return where the files of a run go that was here and was not resumed."""
+        return self.server / "old-runs" / run_id
 
     def run_id(self) -> str | None:
         """Return the id of the run that is here, or None: it may not have begun yet."""

@@ -6,8 +6,12 @@ While ranks train at the same time, a second is accounted to what the rank that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
+
+from fedsplit.run.events import format_bytes
+from fedsplit.run.history import is_number
 
 STAGES = {
     "training": "the trainer of the slowest rank at work",
@@ -17,6 +21,34 @@ STAGES = {
     "evaluation": "all ranks evaluating the new state",
     "waiting": "for clients, trainers, answers that were not counted, or the disk",
 }
+
+
+class Stages:
+    """Measures where the seconds of a round, or of one rank in it, go: every second belongs to exactly one stage."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def end(self, stage: str, **parts: float) -> None:
+        """Give the seconds since the last call to a stage.
+
+        Parameters
+        ----------
+        parts
+            Seconds of these that are known to belong to other stages; they are given to those first.
+        """
+        now = time.monotonic()
+        left = now - self._last
+        for name, seconds in parts.items():
+            self.seconds[name] = round(min(seconds, left), 6)
+            left -= self.seconds[name]
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + max(0.0, left), 6)
+        self._last = now
+
+    def total(self) -> float:
+        """Return the seconds from the beginning to the last call of `end`."""
+        return round(self._last - self._began, 6)
 
 
 def account(line: Mapping[str, Any]) -> dict[str, float]:
@@ -41,11 +73,6 @@ def account(line: Mapping[str, Any]) -> dict[str, float]:
     known = sum(server.get(name, 0.0) for name in ("train", "train ahead", "merge", "evaluate"))
     seconds["waiting"] += max(0.0, _number(line, "seconds") - known)
     return seconds
-
-
-def update_bytes(line: Mapping[str, Any]) -> int:
-    """Return the size of all updates that a round took in."""
-    return int(sum(_number(row, "bytes") for row in line.get("clients", {}).values()))
 
 
 def _account_training(seconds: dict[str, float], total: float, ranks: list[dict[str, float]]) -> None:
@@ -81,12 +108,26 @@ def _at_work(stages: Mapping[str, float]) -> float:
 def _numbers(row: Any) -> dict[str, float]:
     if not isinstance(row, dict):
         return {}
-    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in row.items() if is_number(value)}
 
 
 def _number(row: Mapping[str, Any], name: str) -> float:
-    value = row.get(name)
-    return float(value) if isinstance(value, int | float) else 0.0
+    value: Any = row.get(name)
+    return float(value) if is_number(value) else 0.0
+
+
+def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
+    """Return a round's line for people."""
+    parts = [f"round {line['round']}/{total_rounds}", f"{line['accepted']}/{line['asked']} updates"]
+    phases = (("train", line["train"]), ("test", line["evaluate"]), ("test on the server", line.get("central", {})))
+    for phase, metrics in phases:
+        if shown := ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None):
+            parts.append(f"{phase} {shown}")
+    if spent := describe_privacy(line):
+        parts.append(spent)
+    if line["refused"]:
+        parts.append("not counted: rank " + ", ".join(line["refused"]))
+    return " | ".join([*parts, f"{line['seconds']:.2f} s", f"updates {format_bytes(update_bytes(line))}"])
 
 
 def describe_privacy(line: Mapping[str, Any]) -> str:
@@ -96,3 +137,9 @@ def describe_privacy(line: Mapping[str, Any]) -> str:
         return ""
     epsilon = "unbounded" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3g}"
     return f"privacy spent: epsilon {epsilon} at delta {privacy['delta']:g}"
+
+
+def update_bytes(line: Mapping[str, Any]) -> int:
+    """Return the size of all updates that a round took in."""
+    sizes = (row.get("bytes") for row in line.get("clients", {}).values())
+    return int(sum(size for size in sizes if is_number(size)))

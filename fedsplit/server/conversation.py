@@ -10,7 +10,6 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.errors import ExchangeError, RecordError
 from fedsplit.exchange.records import Request
 from fedsplit.server.observer import Observer
-from fedsplit.server.roster import Peer, PeerLostError, Roster
+from fedsplit.server.peer import Peer, PeerLostError
+from fedsplit.server.roster import Roster
 from fedsplit.wire.protocol import EMBEDDED, Engine, ask_record
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Reply:
     """How a rank's task ended.
 
     Attributes
@@ -60,10 +60,15 @@ class Answer:
     via: str = ""
     blob: bytes | None = None
 
+    @property
+    def all_metrics(self) -> dict[str, Any]:
+        """The metrics, the loss among them."""
+        return ({} if self.loss is None else {"loss": self.loss}) | self.metrics
+
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
-    """What holds for every conversation of a phase.
+class RoundContext:
+    """What is the same for all ranks that are asked in a round.
 
     Attributes
     ----------
@@ -92,8 +97,8 @@ class Conversation:
 
     Parameters
     ----------
-    terms
-        The phase's terms.
+    context
+        What is the same for all ranks.
     rank
         Whom to ask.
     request
@@ -101,45 +106,50 @@ class Conversation:
     state
         The state it starts from; None for ``initialize``.
     then
-        What to begin next, from the same state.
+        A task to begin next, from the same state.
 
     Attributes
     ----------
-    ahead : Answer or None
-        How what was to be begun next ended, if it did before the answer had to be sent.
+    ahead : Reply or None
+        How the task asked for next ended, if it did before the reply had to be sent.
     ahead_s : float
-        Seconds in which the answer waited for that.
+        Seconds in which the reply was held back for that.
     waited_s : float
         Seconds in which there was no client, or no trainer, to do it.
     """
 
     def __init__(
-        self, terms: Terms, rank: int, request: Request, state: StoredPayload | None, then: Request | None = None
+        self,
+        context: RoundContext,
+        rank: int,
+        request: Request,
+        state: StoredPayload | None,
+        then: Request | None = None,
     ) -> None:
-        self._terms = terms
+        self._context = context
         self._rank = rank
         self._request = request
         self._state = state
         self._then = then
         self._waiting_for: str | None = None
-        self.ahead: Answer | None = None
+        self.ahead: Reply | None = None
         self.ahead_s = 0.0
         self.waited_s = 0.0
 
-    def until_done(self) -> Answer:
+    def until_done(self) -> Reply:
         """Ask until there is a result or a failure."""
         while True:
             peer, failure = self._find_peer()
             if peer is None:
-                return Answer(rank=self._rank, failure=failure)
+                return Reply(rank=self._rank, failure=failure)
             try:
                 return self._ask(peer)
             except PeerLostError:
-                self._terms.roster.drop(peer)
+                self._context.roster.drop(peer)
             except RecordError as exc:
-                return Answer(rank=self._rank, failure=str(exc))
+                return Reply(rank=self._rank, failure=str(exc))
 
-    def fetch(self, answer: Answer) -> Buffer | Any:
+    def fetch(self, answer: Reply) -> Buffer | Any:
         """Get the payload of a result: mapped from the store, or out of a message; its bytes match its digest.
 
         Raises
@@ -150,11 +160,11 @@ class Conversation:
         while True:
             digest = str(answer.digest)
             if answer.via == "store":
-                if self._terms.remote is None:
-                    return self._terms.store.map(digest)
+                if self._context.remote is None:
+                    return self._context.store.map(digest)
                 # Checked on the way; large states wait for their merge in a file, not in memory.
-                self._terms.remote.download(digest, self._terms.store.path(digest))
-                return self._terms.store.map(digest, own=True)
+                self._context.remote.download(digest, self._context.store.path(digest))
+                return self._context.store.map(digest, own=True)
             if answer.blob is not None:
                 if hashlib.sha256(answer.blob).hexdigest() != digest:
                     raise RecordError(f"the result of rank {self._rank} does not have the digest that it announced")
@@ -166,11 +176,11 @@ class Conversation:
             if answer.failure or not answer.digest:
                 raise RecordError(answer.failure or "no payload")
 
-    def _ask(self, peer: Peer) -> Answer:
+    def _ask(self, peer: Peer) -> Reply:
         force_send = False
         while True:
             asked = time.monotonic()
-            if self._terms.stop.is_set():
+            if self._context.stop.is_set():
                 raise StoppedError
             cancel = self._is_late()
             hold_s = 0.0 if cancel else self._hold_s()
@@ -199,16 +209,16 @@ class Conversation:
     def _bring(self, peer: Peer) -> bytes | None:
         """Bring the state to a client: returns a small one, to go along with the question, and sends a large one."""
         assert self._state is not None
-        size, step = self._state.bytes, self._terms.engine.piece_bytes
+        size, step = self._state.bytes, self._context.engine.piece_bytes
         if size <= step:
             return self._state.read()
         have = 0
         while have < size:
-            if self._terms.stop.is_set():
+            if self._context.stop.is_set():
                 raise StoppedError
             if self._is_late():
                 return None
-            with self._terms.sending:
+            with self._context.sending:
                 reply = peer.push(self._state.digest, size, have, self._state.read_part(have, step))
             if error := reply.get("error"):
                 raise RecordError(f"the state could not be sent: {error.get('message')}")
@@ -226,22 +236,22 @@ class Conversation:
     def _receive(self, digest: str, size: int) -> Any:
         """Fetch a result piece by piece, over as many connections as it takes; None if the client has lost it."""
         try:
-            incoming = self._terms.store.receive(digest, size)
+            incoming = self._context.store.receive(digest, size)
         except ExchangeError as exc:
             # What a client says of its size is no reason to end everybody's run.
             raise RecordError(str(exc)) from exc
         try:
             while not incoming.is_whole:
-                if self._terms.stop.is_set():
+                if self._context.stop.is_set():
                     raise StoppedError
                 peer, failure = self._find_peer()
                 if peer is None:
                     raise RecordError(failure)
-                step = min(self._terms.engine.piece_bytes, size - incoming.have)
+                step = min(self._context.engine.piece_bytes, size - incoming.have)
                 try:
                     piece = peer.pull(digest, incoming.have, step)
                 except PeerLostError:
-                    self._terms.roster.drop(peer)
+                    self._context.roster.drop(peer)
                     continue
                 if not piece:
                     return None
@@ -252,24 +262,24 @@ class Conversation:
 
     def _find_peer(self) -> tuple[Peer | None, str]:
         began, said = time.monotonic(), False
-        while not self._terms.stop.is_set():
-            if peer := self._terms.roster.wait_for_rank(self._rank, _LOOK_S if said else 0.05):
+        while not self._context.stop.is_set():
+            if peer := self._context.roster.wait_for_rank(self._rank, _LOOK_S if said else 0.05):
                 if said:
-                    self._terms.observer.waiting(self._rank, None)
+                    self._context.observer.waiting(self._rank, None)
                 return peer, ""
             if not said:
                 said = True
-                self._terms.observer.waiting(self._rank, "client")
-                log.warning("rank %d: waiting up to %g s for its client", self._rank, self._terms.client_wait_s)
-            if time.monotonic() - began > self._terms.client_wait_s:
-                return None, f"its client stayed away for {self._terms.client_wait_s:g} s"
+                self._context.observer.waiting(self._rank, "client")
+                log.warning("rank %d: waiting up to %g s for its client", self._rank, self._context.client_wait_s)
+            if time.monotonic() - began > self._context.client_wait_s:
+                return None, f"its client stayed away for {self._context.client_wait_s:g} s"
             if self._is_late():
-                return None, f"its client was away when the round's {self._terms.deadline_s:g} s were over"
+                return None, f"its client was away when the round's {self._context.deadline_s:g} s were over"
         raise StoppedError
 
-    def _read(self, reply: dict[str, Any], blob: bytes | None) -> Answer:
+    def _read(self, reply: dict[str, Any], blob: bytes | None) -> Reply:
         payload = reply.get("payload") or {}
-        answer = Answer(
+        answer = Reply(
             rank=self._rank, num_examples=int(reply.get("num_examples", 0)), loss=reply.get("loss"),
             metrics=dict(reply.get("metrics") or {}), seconds=float(reply.get("seconds", 0.0)),
         )  # fmt: skip
@@ -280,27 +290,27 @@ class Conversation:
             via=str(payload.get("via")), blob=blob,
         )  # fmt: skip
 
-    def _ended(self, reply: dict[str, Any], blob: bytes | None) -> Answer | None:
+    def _ended(self, reply: dict[str, Any], blob: bytes | None) -> Reply | None:
         """Read how a task ended; None if it has not."""
         if reply.get("status") == "error":
             return self._failed(reply.get("error") or {})
         return self._read(reply, blob) if reply.get("status") == "ok" else None
 
-    def _failed(self, error: dict[str, Any]) -> Answer:
+    def _failed(self, error: dict[str, Any]) -> Reply:
         kind, message = error.get("type", "an error"), error.get("message", "")
-        return Answer(rank=self._rank, failure=f"{kind}: {message}", traceback=str(error.get("traceback", "")))
+        return Reply(rank=self._rank, failure=f"{kind}: {message}", traceback=str(error.get("traceback", "")))
 
-    def _too_late(self) -> Answer:
-        return Answer(rank=self._rank, failure=f"not completed within {self._terms.deadline_s:g} s")
+    def _too_late(self) -> Reply:
+        return Reply(rank=self._rank, failure=f"not completed within {self._context.deadline_s:g} s")
 
     def _is_late(self) -> bool:
-        return self._terms.deadline is not None and time.monotonic() >= self._terms.deadline
+        return self._context.deadline is not None and time.monotonic() >= self._context.deadline
 
     def _hold_s(self) -> float:
-        hold_s = self._terms.engine.hold_s
-        if self._terms.deadline is None:
+        hold_s = self._context.engine.hold_s
+        if self._context.deadline is None:
             return hold_s
-        return max(0.0, min(hold_s, self._terms.deadline - time.monotonic()))
+        return max(0.0, min(hold_s, self._context.deadline - time.monotonic()))
 
     def _note(self, waiting_for: str | None, seconds: float) -> None:
         if waiting_for:
@@ -308,34 +318,5 @@ class Conversation:
         if waiting_for and waiting_for != self._waiting_for:
             log.warning("rank %d: its client waits for a %s", self._rank, waiting_for)
         if waiting_for != self._waiting_for:
-            self._terms.observer.waiting(self._rank, waiting_for)
+            self._context.observer.waiting(self._rank, waiting_for)
         self._waiting_for = waiting_for
-
-
-class Turns:
-    """Lets ranks pass one at a time, in rank order, each as early as that order allows.
-
-    Whoever waits is woken when it may pass and not before: waking all at each turn would be quadratic in their number.
-    """
-
-    def __init__(self, ranks: Sequence[int]) -> None:
-        self._left = sorted(ranks)
-        self._waiting: dict[int, tuple[int, threading.Event]] = {}
-        self._lock = threading.Lock()
-
-    def wait(self, rank: int, *, ahead: int = 0) -> None:
-        """Wait until every lower rank is done but ``ahead`` of them."""
-        with self._lock:
-            if rank in self._left[: ahead + 1]:
-                return
-            may_pass = threading.Event()
-            self._waiting[rank] = (ahead, may_pass)
-        may_pass.wait()
-
-    def done(self, rank: int) -> None:
-        """Let the next rank pass; also called by a rank that failed before its turn."""
-        with self._lock:
-            self._left.remove(rank)
-            for place, other in enumerate(self._left):
-                if other in self._waiting and place <= self._waiting[other][0]:
-                    self._waiting.pop(other)[1].set()

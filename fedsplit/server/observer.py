@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from fedsplit.run.history import Line
+from fedsplit.run.parts import PartRow
 
 log = logging.getLogger("fedsplit")
-
-
-class PartRow(NamedTuple):
-    """A part of the resolved split."""
-
-    part: str
-    entries: int
-    bytes: int
-    rule: str
 
 
 class Observer:
@@ -58,38 +49,29 @@ class Observers(Observer):
         self._observers.append(observer)
 
     def split_resolved(self, rows: Sequence[PartRow]) -> None:
-        """Pass it on."""
-        self._tell(lambda each: each.split_resolved(rows))
+        self._tell("split_resolved", rows)
 
     def clients_awaited(self, ranks: Sequence[int], needed: int) -> None:
-        """Pass it on."""
-        self._tell(lambda each: each.clients_awaited(ranks, needed))
+        self._tell("clients_awaited", ranks, needed)
 
     def asked(self, kind: str, server_round: int, total_rounds: int, ranks: Sequence[int]) -> None:
-        """Pass it on."""
-        self._tell(lambda each: each.asked(kind, server_round, total_rounds, ranks))
+        self._tell("asked", kind, server_round, total_rounds, ranks)
 
     def waiting(self, rank: int, what: str | None) -> None:
-        """Pass it on."""
-        self._tell(lambda each: each.waiting(rank, what))
+        self._tell("waiting", rank, what)
 
     def answered(self, rank: int, refused: str | None) -> None:
-        """Pass it on."""
-        self._tell(lambda each: each.answered(rank, refused))
+        self._tell("answered", rank, refused)
 
     def round_ended(self, line: Line, total_rounds: int) -> None:
-        """Pass it on."""
-        self._tell(lambda each: each.round_ended(line, total_rounds))
+        self._tell("round_ended", line, total_rounds)
 
-    def _tell(self, tell: Callable[[Observer], None]) -> None:
+    def _tell(self, event: str, *details: object) -> None:
         for observer in list(self._observers):
             try:
-                tell(observer)
+                getattr(observer, event)(*details)
             except Exception as exc:  # noqa: BLE001  (whatever it is, the run goes on without that observer)
-                self._drop(observer)
+                with contextlib.suppress(ValueError):  # another thread's event failed at the same time
+                    self._observers.remove(observer)
                 name = type(observer).__name__
                 log.warning("%s failed and is told nothing more: %s: %s", name, type(exc).__name__, exc)
-
-    def _drop(self, observer: Observer) -> None:
-        with contextlib.suppress(ValueError):  # another thread's event failed at the same time
-            self._observers.remove(observer)

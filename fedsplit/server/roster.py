@@ -12,31 +12,25 @@ died without a word, the client by the silence.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
 # isort: split
-from flwr.common import (
-    Code,
-    EvaluateIns,
-    FitIns,
-    GetParametersIns,
-    GetPropertiesIns,
-    Parameters,
-    ReconnectIns,
-)  # fmt: skip
+from flwr.common import GetPropertiesIns, ReconnectIns
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.criterion import Criterion
 
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError
+from fedsplit.server.observer import Observer
+from fedsplit.server.peer import GREETING_S, Peer, PeerLostError, RankProxy
 from fedsplit.wire.join import Transcript, is_nonce, new_nonce
-from fedsplit.wire.protocol import BYTES_PER_S, TENSOR_TYPE, pack, unpack
+from fedsplit.wire.protocol import pack, unpack
 
 if TYPE_CHECKING:
     from fedsplit.disk.remote_store import RemoteStore
@@ -45,93 +39,13 @@ log = logging.getLogger("fedsplit")
 
 # A client that trains answers every second; one that was silent for longer is asked before it is believed to live.
 _HEARD_S = 3.0
-
-_GREETING_S = 30.0
-# What a relay may take to answer beyond what it was told to hold: it never waits for the trainer any longer.
-_GRACE_S = 30.0
+_REMIND_S = 30.0
 # One that was refused may ask again after this long, on an engine where a node outlives its questions.
 _REFUSED_S = 60.0
 
 
-class PeerLostError(Exception):
-    """The connection broke in the middle of a question. Internal: the rank may come back."""
-
-
 class _TurnedAwayError(Exception):
     """A client may not take part; the message is what it is told. Internal."""
-
-
-class Peer:
-    """A connected client that has said who it is.
-
-    Attributes
-    ----------
-    held : str or None
-        Digest of the state that its exchange directory holds.
-    sees_store : bool
-        Whether payloads travel by reference.
-    """
-
-    def __init__(self, proxy: ClientProxy, hello: dict[str, Any], *, sees_store: bool) -> None:
-        self.proxy = proxy
-        self.rank = int(hello["rank"])
-        self.exchange_id = str(hello["exchange_id"])
-        self.held: str | None = hello.get("held")
-        self.sees_store = sees_store
-        self.last_heard = time.monotonic()
-        # Flower's bridge takes one question at a time.
-        self._lock = threading.Lock()
-
-    def was_heard_within(self, seconds: float) -> bool:
-        """Tell whether the client answered anything lately; while it trains it does so every second."""
-        return time.monotonic() - self.last_heard < seconds
-
-    def control(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Send ``hello``, ``finish`` or ``refuse``."""
-        reply = self._call(lambda: self.proxy.get_properties(GetPropertiesIns(pack(record)), _GREETING_S, None))
-        return unpack(reply.properties, f"the client of rank {self.rank}")
-
-    def ask(self, record: dict[str, Any], blob: bytes | None) -> tuple[dict[str, Any], bytes | None]:
-        """Ask for a task; returns the reply's record and the result's bytes if they came along."""
-        parameters = Parameters([blob] if blob is not None else [], TENSOR_TYPE)
-        timeout = record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S
-        # Flower's answer to an evaluation has no room for what may come along with it.
-        if record["kind"] == "evaluate" and "then" not in record:
-            evaluated = self._call(lambda: self.proxy.evaluate(EvaluateIns(parameters, pack(record)), timeout, None))
-            return unpack(evaluated.metrics, f"the client of rank {self.rank}"), None
-        fitted = self._call(lambda: self.proxy.fit(FitIns(parameters, pack(record)), timeout, None))
-        blobs = fitted.parameters.tensors
-        return unpack(fitted.metrics, f"the client of rank {self.rank}"), blobs[0] if blobs else None
-
-    def push(self, digest: str, total_bytes: int, offset: int, piece: bytes) -> dict[str, Any]:
-        """Send a piece of a state; returns the reply's record, with how many bytes the client ``have``."""
-        record = pack({"op": "push", "digest": digest, "bytes": total_bytes, "offset": offset})
-        ins = FitIns(Parameters([piece], TENSOR_TYPE), record)
-        timeout = _GRACE_S + len(piece) / BYTES_PER_S
-        reply = self._call(lambda: self.proxy.fit(ins, timeout, None))
-        return unpack(reply.metrics, f"the client of rank {self.rank}")
-
-    def pull(self, digest: str, offset: int, piece_bytes: int) -> bytes | None:
-        """Fetch a piece of the payload of a result; None if the client no longer has it."""
-        timeout = _GRACE_S + piece_bytes / BYTES_PER_S
-        ins = GetParametersIns(pack({"op": "pull", "digest": digest, "offset": offset, "bytes": piece_bytes}))
-        reply = self._call(lambda: self.proxy.get_parameters(ins, timeout, None))
-        return reply.parameters.tensors[0] if reply.status.code == Code.OK and reply.parameters.tensors else None
-
-    def ping_if_silent(self, for_s: float) -> None:
-        """Ask for a sign of life, unless a question is under way or one was answered in the last ``for_s`` seconds."""
-        if self._lock.locked() or time.monotonic() - self.last_heard < for_s:
-            return
-        self.control({"op": "ping"})
-
-    def _call(self, call: Callable[[], Any]) -> Any:
-        with self._lock:
-            try:
-                answer = call()
-            except Exception as exc:
-                raise PeerLostError(f"{type(exc).__name__}: {exc}") from exc
-            self.last_heard = time.monotonic()
-            return answer
 
 
 class Roster(ClientManager):
@@ -147,6 +61,8 @@ class Roster(ClientManager):
         What a client must prove to know; None lets everybody in.
     ping_s
         Seconds of silence after which a rank is pinged; None for never.
+    observer
+        Is told while clients are waited for.
     """
 
     def __init__(
@@ -156,16 +72,20 @@ class Roster(ClientManager):
         *,
         join_key: bytes | None = None,
         ping_s: float | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._run_id = run_id
         self._store = store
         self._join_key = join_key
         self._ping_s = ping_s
+        self._observer = observer or Observer()
+        self._random = random.Random()
         self._pinging: threading.Thread | None = None
         self._greeting: set[str] = set()
         self._refused: dict[str, float] = {}
         self._proxies: dict[str, ClientProxy] = {}
         self._peers: dict[int, Peer] = {}
+        self._rank_proxies: dict[int, RankProxy] = {}
         self._changed = threading.Condition()
         self.known_ranks: set[int] = set()
 
@@ -194,6 +114,11 @@ class Roster(ClientManager):
                 del self._peers[peer.rank]
                 log.warning("rank %d: the client is gone", peer.rank)
                 self._changed.notify_all()
+
+    def connections(self) -> list[ClientProxy]:
+        """Return every connection, also those that have not yet said who they are."""
+        with self._changed:
+            return list(self._proxies.values())
 
     def finish(self, outcome: str, reason: str, farewell_s: float) -> None:
         """Tell every rank that the run is over, also those that are away and come back in time."""
@@ -251,22 +176,37 @@ class Roster(ClientManager):
         return len(self.ranks())
 
     def all(self) -> dict[str, ClientProxy]:
-        """Return every connection, also those that have not yet said who they are."""
+        """Return the connected ranks under their ids."""
         with self._changed:
-            return dict(self._proxies)
+            return {str(rank): self._rank_proxies[rank] for rank in sorted(self._peers)}
 
-    def wait_for(self, num_clients: int, timeout: int = 86400) -> bool:
-        """Wait until so many ranks are connected."""
-        return self.wait_for_ranks(num_clients, timeout)
+    def wait_for(self, num_clients: int, timeout: float = 86400) -> bool:
+        """Wait until so many ranks are connected, and say so meanwhile."""
+        deadline, reminded = time.monotonic() + timeout, -_REMIND_S
+        while not self.wait_for_ranks(num_clients, max(0.0, min(1.0, deadline - time.monotonic()))):
+            ranks = self.ranks()
+            self._observer.clients_awaited(ranks, num_clients)
+            if time.monotonic() - reminded > _REMIND_S:
+                reminded = time.monotonic()
+                log.info("waiting for clients: %d of %d are here (ranks %s)", len(ranks), num_clients, ranks or "none")
+            if time.monotonic() >= deadline:
+                return False
+        return True
+
+    def begin_round(self, seed: int, server_round: int) -> None:
+        """Let `sample` draw as it does for this round in every run with this seed, resumed or not."""
+        self._random = random.Random(f"{seed}/{server_round}")
 
     def sample(
         self, num_clients: int, min_num_clients: int | None = None, criterion: Criterion | None = None
     ) -> list[ClientProxy]:
-        """Return the connections of the lowest ranks; which ranks train in a round is the strategy's choice."""
+        """Draw ranks once enough are connected; none if fewer are left than asked for, as Flower's own manager does."""
         self.wait_for(num_clients if min_num_clients is None else min_num_clients)
-        with self._changed:
-            proxies = [self._peers[rank].proxy for rank in sorted(self._peers)]
-        return [proxy for proxy in proxies if criterion is None or criterion.select(proxy)][:num_clients]
+        found = [client for client in self.all().values() if criterion is None or criterion.select(client)]
+        if num_clients > len(found):
+            log.info("the strategy asked for %d clients, %d are available: none is sampled", num_clients, len(found))
+            return []
+        return self._random.sample(found, num_clients)
 
     def _greet(self, proxy: ClientProxy) -> None:
         try:
@@ -316,7 +256,7 @@ class Roster(ClientManager):
             log.warning("rank %s: turned away: its client has no join token", reply.get("rank"))
             raise _TurnedAwayError("this server asks for a join token; start the client with its --join-token-file")
         if not is_nonce(reply.get("nonce")):
-            raise RecordError("its challenge is none")
+            raise RecordError("its answer has no challenge: expected 64 hexadecimal digits as nonce")
         transcript = Transcript(
             run_id=self._run_id, rank=int(reply["rank"]), exchange_id=str(reply["exchange_id"]),
             server_nonce=server_nonce, client_nonce=reply["nonce"],
@@ -328,7 +268,7 @@ class Roster(ClientManager):
 
     @staticmethod
     def _question(proxy: ClientProxy, record: dict[str, Any]) -> dict[str, Any]:
-        reply = proxy.get_properties(GetPropertiesIns(pack(record)), _GREETING_S, None)
+        reply = proxy.get_properties(GetPropertiesIns(pack(record)), GREETING_S, None)
         return unpack(reply.properties, "a client")
 
     def _admit(self, peer: Peer) -> None:
@@ -345,6 +285,7 @@ class Roster(ClientManager):
             if peer.proxy.cid not in self._proxies:
                 return
             self._peers[peer.rank] = peer
+            self._rank_proxies.setdefault(peer.rank, RankProxy(peer.rank))
             came_back = peer.rank in self.known_ranks
             self.known_ranks.add(peer.rank)
             self._changed.notify_all()
@@ -400,7 +341,7 @@ class Roster(ClientManager):
         with self._changed:
             self._refused[proxy.cid] = time.monotonic()
         try:
-            proxy.get_properties(GetPropertiesIns(pack({"op": "refuse", "reason": reason})), _GREETING_S, None)
-            proxy.reconnect(ReconnectIns(seconds=None), _GREETING_S, None)
+            proxy.get_properties(GetPropertiesIns(pack({"op": "refuse", "reason": reason})), GREETING_S, None)
+            proxy.reconnect(ReconnectIns(seconds=None), GREETING_S, None)
         except Exception as exc:  # noqa: BLE001  (it is being sent away; whether it hears why is not ours to ensure)
             log.debug("the refused client did not listen: %s", exc)

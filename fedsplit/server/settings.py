@@ -1,39 +1,88 @@
-"""The server's settings, checked; free of torch, so that a wrong flag is told of at once."""
+"""What a server is started with: the flags of ``server_main.py`` and the run config of ``flwr run``, one to one.
+
+A run config holds only numbers, texts and truth values. So what may be absent is an empty text or 0 there, and what may
+be given several times is one text with semicolons: ``aggregate = "bn*=local; fedavg"``.
+
+This module imports neither torch nor Flower, so that a wrong flag is told of at once.
+"""
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from fedsplit.aggregation.spec import RuleSpec
-from fedsplit.disk.files import Buffer
+from fedsplit.aggregation.grammar import parse_call
+from fedsplit.aggregation.spec import RuleSpec, parse_rules
 from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 
+_SEPARATOR = ";"
+_REPEATABLE = ("aggregate", "tracker")
+_ABSENT: dict[str, Scalar] = {"initial_checkpoint": "", "round_timeout": 0, "strategy": ""}
+# What a Flower strategy decides itself, so that a flag beside --strategy would say nothing.
+_OF_THE_RULES = ("aggregate", "fraction_train", "min_results")
+
 
 @dataclass(frozen=True, kw_only=True)
-class StrategySettings:
-    """How rounds are shaped; the fields are the server's flags."""
+class ServerSettings:
+    """A server's settings, checked; the fields are its flags, with their defaults.
 
-    rules: tuple[RuleSpec, ...]
+    Raises
+    ------
+    UsageError
+        For a value out of its range, a rule that cannot be read, or flags that exclude each other.
+    """
+
+    rounds: int = 3
     min_clients: int = 2
     min_results: int = 1
     fraction_train: float = 1.0
     evaluate_every: int = 1
-    train_config: Mapping[str, Scalar] = field(default_factory=dict)
+    aggregate: tuple[str, ...] = ()
+    strategy: str | None = None
+    checkpoint_dir: Path = Path("checkpoints")
+    keep_checkpoints: int = 3
+    resume: bool = False
+    initial_checkpoint: Path | None = None
+    round_timeout: float | None = None
+    client_wait: float = 300.0
+    train_config: tuple[tuple[str, Scalar], ...] = ()
+    payload_store: str = "auto"
     seed: int = 0
+    tracker: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("min_clients", "min_results"):
+        for name in ("rounds", "min_clients", "min_results"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if not 0.0 < self.fraction_train <= 1.0:
             raise UsageError(f"--fraction-train must be above 0 and at most 1, not {self.fraction_train}")
         if self.evaluate_every < 0:
             raise UsageError(f"--evaluate-every must be 0 (never) or more, not {self.evaluate_every}")
+        if self.keep_checkpoints < 2:
+            raise UsageError("--keep-checkpoints must be at least 2: the newest checkpoint may be the corrupt one")
+        if self.initial_checkpoint and not self.initial_checkpoint.is_file():
+            raise UsageError(f"--initial-checkpoint {self.initial_checkpoint} does not exist")
+        if self.strategy is not None:
+            parse_call(self.strategy)
+            self._check_beside_strategy()
+        _ = self.rules
+
+    def _check_beside_strategy(self) -> None:
+        for field in fields(self):
+            if field.name in _OF_THE_RULES and getattr(self, field.name) != field.default:
+                raise UsageError(
+                    f"--{field.name.replace('_', '-')} cannot go with --strategy: the strategy itself decides who "
+                    "trains and how updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
+                )
+
+    @cached_property
+    def rules(self) -> tuple[RuleSpec, ...]:
+        """The rules of the split."""
+        return parse_rules(list(self.aggregate))
 
     @property
     def local_patterns(self) -> tuple[tuple[str, bool], ...]:
@@ -44,20 +93,65 @@ class StrategySettings:
         """Tell whether a round ends with an evaluation."""
         return self.evaluate_every > 0 and server_round % self.evaluate_every == 0
 
-    def sample(self, server_round: int, ranks: Sequence[int]) -> list[int]:
-        """Draw the ranks that train in a round: the same ones whenever the same ranks are there."""
-        number = max(1, math.ceil(self.fraction_train * len(ranks)), min(self.min_results, len(ranks)))
-        return sorted(random.Random(f"{self.seed}/{server_round}").sample(sorted(ranks), number))
+    def to_run_config(self) -> dict[str, Scalar]:
+        """Return the settings as a run config; paths become absolute, since the app runs elsewhere."""
+        config: dict[str, Scalar] = {}
+        for name, value in asdict(self).items():
+            key = name.replace("_", "-")
+            if name in _REPEATABLE:
+                config[key] = f"{_SEPARATOR} ".join(value)
+            elif name == "train_config":
+                config[key] = f"{_SEPARATOR} ".join(f"{each}={content}" for each, content in value)
+            elif isinstance(value, Path):
+                config[key] = str(value.absolute())
+            else:
+                config[key] = _ABSENT[name] if value is None else value
+        return config
+
+    @classmethod
+    def from_run_config(cls, config: Mapping[str, Any]) -> ServerSettings:
+        """Read a run config; keys that are no setting are left alone, they may be another's.
+
+        Raises
+        ------
+        UsageError
+            If a value is of the wrong kind.
+        """
+        values = {}
+        for field in fields(cls):
+            key = field.name.replace("_", "-")
+            if key in config:
+                values[field.name] = _read(field.name, config[key], field.default)
+        return cls(**values)
 
 
-def initial_from(path: Path | None) -> Callable[[], list[Buffer]] | None:
-    """Return what reads a state to start from, once torch may be imported; None without a file."""
-    if path is None:
+def _read(name: str, value: Any, default: Any) -> Any:
+    if name in _REPEATABLE:
+        return tuple(_split(name, value))
+    if name == "train_config":
+        return tuple(_pair(text) for text in _split(name, value))
+    if name in _ABSENT and not value:
         return None
+    if name in ("checkpoint_dir", "initial_checkpoint") and isinstance(value, str):
+        return Path(value)
+    kind = {"round_timeout": float, "strategy": str}.get(name, type(default))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UsageError(f"run config: {name.replace('_', '-')} must be of type {kind.__name__}, not {value!r}")
+    return value
 
-    def read() -> list[Buffer]:
-        from fedsplit.states.portable import read_initial_checkpoint
 
-        return read_initial_checkpoint(path)
+def _split(name: str, value: Any) -> list[str]:
+    if not isinstance(value, str):
+        raise UsageError(f"run config: {name.replace('_', '-')}: expected a text with semicolons, not {value!r}")
+    return [text.strip() for text in value.split(_SEPARATOR) if text.strip()]
 
-    return read
+
+def _pair(text: str) -> tuple[str, Scalar]:
+    from fedsplit.cli import scalar
+
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise UsageError(f"run config: train-config: expected key=value, not {text!r}")
+    return key.strip(), scalar(value.strip())

@@ -1,4 +1,8 @@
-"""The Flower strategy: who takes part, what they are told, and how their updates become the next state.
+"""Flower's strategy, merging each update as it arrives, and ours: a rule of its own for every part of the model.
+
+`Strategy` is Flower's interface over `fedsplit.aggregation`. It runs in this project's server, and as well in Flower's
+own: ``start_server(strategy=fedsplit.Strategy(...))`` with any `NumPyClient`, or ``ServerApp(server_fn=...)``. There an
+entry has no name but its place among the arrays, unless ``keys`` gives it one.
 
 Importing this module imports torch. The server does so once it listens, while the clients are still on their way.
 """
@@ -7,16 +11,29 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping
+import math
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
 # isort: split
-from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters
+from flwr.common import (
+    Code,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    Parameters,
+    Status,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)  # fmt: skip
 from flwr.common.typing import Scalar as FlowerScalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -24,170 +41,246 @@ from flwr.server.strategy import Strategy as FlowerStrategy
 
 from fedsplit.aggregation import Split, Update, check_update
 from fedsplit.aggregation.loading import check_rules
-from fedsplit.disk.files import Buffer
-from fedsplit.errors import RecordError
+from fedsplit.errors import RecordError, UsageError
 from fedsplit.exchange.records import Scalar
 from fedsplit.run.history import weighted_mean
-from fedsplit.server.settings import StrategySettings
-from fedsplit.states.local_keys import is_local
+from fedsplit.run.parts import PartRow
+from fedsplit.server.settings import ServerSettings
 from fedsplit.states.state_dict import StateDict, decode, encode
+from fedsplit.wire.protocol import TENSOR_TYPE
 
 log = logging.getLogger("fedsplit")
 
+FitFailures = list[tuple[ClientProxy, FitRes] | BaseException]
+EvaluateFailures = list[tuple[ClientProxy, EvaluateRes] | BaseException]
 
-class Merge:
-    """One round's merging: takes updates in rank order, refuses what must not be merged.
+
+class Merge(Protocol):
+    """A round's updates on their way into the next state."""
+
+    retains: bool
+    """Whether updates are kept until the end. If not, the server may drop each payload after `add`."""
+
+    def add(self, update: Update) -> None:
+        """Take an update that was checked; one at a time, in rank order."""
+
+
+class StreamingStrategy(FlowerStrategy):
+    """A Flower strategy that takes updates one by one. What the server runs.
+
+    A round is `configure_fit`, `start_fit`, the merge's ``add`` for each update, `end_fit`, `evaluate`,
+    `configure_evaluate` and `aggregate_evaluate`. What takes the updates one by one ends in the same state as
+    `aggregate_fit` over all of them.
 
     Attributes
     ----------
-    accepted : int
-        How many updates were merged so far.
-    retains : bool
-        Whether some rule must see all updates at once, so that each is kept until the end.
+    memory_file : str
+        What the file with the strategy's memory is called in a checkpoint.
+    asks_everyone : bool
+        Whether every connected client trains in every round, with the configuration of the evaluation before it.
+    remembers_evaluations : bool
+        Whether evaluations may change the memory, so that a checkpoint has to wait for them.
     """
 
-    def __init__(self, strategy: Strategy, server_round: int, total_rounds: int, reference: StateDict) -> None:
-        self._settings = strategy.settings
-        self._reference = reference
-        self._merger = strategy.split.start_round(
-            server_round=server_round, total_rounds=total_rounds, previous=reference,
-            seed=strategy.settings.seed, memory=strategy.memory,
-        )  # fmt: skip
-        self._needed = max(strategy.settings.min_results, strategy.split.min_updates)
-        self.retains = self._merger.retains
-        self.accepted = 0
+    memory_file: ClassVar[str]
+    asks_everyone: bool = False
+    remembers_evaluations: bool = False
 
-    def check(self, rank: int, content: Any, num_examples: int, metrics: Mapping[str, Scalar]) -> Update | str:
-        """Read an update and look at every number in it; returns why it is refused if it is. Any thread may call this.
+    @abstractmethod
+    def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
+        """Get to know the entries of the state, before the first round or the first after a resume.
 
         Parameters
         ----------
-        content
-            The payload as a buffer; used until the round ends if `retains`, else only until `add` returns.
+        state
+            What the server holds.
+        local_entries
+            The entries that stay with the clients, without data.
+
+        Returns
+        -------
+        list of PartRow
+            Which part of the model is merged by what.
         """
-        try:
-            state = decode(content, f"the update of rank {rank}")
-        except RecordError as exc:
-            return str(exc)
-        update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics)
-        return check_update(update, self._reference) or update
 
-    def add(self, update: Update) -> None:
-        """Merge an update that passed `check`; in rank order, one at a time."""
-        self._merger.add(update)
-        self.accepted += 1
+    @abstractmethod
+    def start_fit(self, server_round: int) -> Merge:
+        """Begin to merge the updates of the round that `configure_fit` configured."""
 
-    def offer(self, rank: int, content: Any, num_examples: int, metrics: Mapping[str, Scalar]) -> str | None:
-        """Check an update and merge it, or say why it is refused."""
-        update = self.check(rank, content, num_examples, metrics)
-        if isinstance(update, str):
-            return update
-        self.add(update)
-        return None
+    @abstractmethod
+    def end_fit(
+        self, server_round: int, merge: Any, failures: FitFailures
+    ) -> tuple[StateDict | None, dict[str, FlowerScalar]]:
+        """Return the next state, or None if it stays as it was, and metrics for the round's line."""
 
-    def finish(self) -> list[Buffer] | None:
-        """Return the payload of the next state; None if there were too few updates and the state stays as it was."""
-        if self.accepted < self._needed:
-            log.warning(
-                "only %d of at least %d updates were accepted: the global state stays as it was",
-                self.accepted, self._needed,
-            )  # fmt: skip
-            return None
-        return encode(self._merger.finish())
+    @abstractmethod
+    def dump_memory(self) -> bytes | None:
+        """Return what the strategy remembers, for the checkpoint; None if there is nothing."""
+
+    @abstractmethod
+    def load_memory(self, path: Path) -> None:
+        """Take up what was remembered."""
+
+    def line_entries(self) -> dict[str, Any]:
+        """Return what else belongs into the round's line."""
+        return {}
 
 
-class Strategy(FlowerStrategy):
-    """Flower's strategy interface over the rules of the split.
-
-    The server merges each update as it arrives through `begin_merge`; `aggregate_fit` is the same over a list.
+class Strategy(StreamingStrategy):
+    """Merges every part of the model by a rule of its own.
 
     Parameters
     ----------
-    settings
-        How rounds are shaped.
-    total_rounds
-        How many rounds the run has.
+    aggregate
+        The rules, each as after ``--aggregate``: ``"fedavg"``, ``"body.*=median"``. One text is one rule.
+    min_clients
+        How many clients a round waits for.
+    min_results
+        With fewer accepted updates a round leaves the state as it was.
+    fraction_train
+        Share of the connected clients that train in a round.
+    evaluate_every
+        Evaluate after every N-th round; 0 is never.
+    train_config
+        What every client is told, for training and evaluation.
+    seed
+        For the sampling of clients and for rules that draw.
+    rounds
+        What rules are told as ``total_rounds``.
+    keys
+        The names of the arrays that clients of Flower's own exchange, in their order, such as
+        ``list(model.state_dict())``. Without them the names are ``"0"``, ``"1"``, ...
+    initial_parameters
+        What the first round starts from; None asks a client.
+
+    Raises
+    ------
+    UsageError
+        For a value out of its range, and for a rule that cannot be read or loaded.
     """
 
-    def __init__(self, settings: StrategySettings, total_rounds: int) -> None:
-        self.settings = settings
-        self.total_rounds = total_rounds
-        self.memory: dict[str, dict[str, Any]] = {}
+    memory_file = "rules.pt"
+
+    def __init__(
+        self,
+        aggregate: str | Sequence[str] = (),
+        *,
+        min_clients: int = 2,
+        min_results: int = 1,
+        fraction_train: float = 1.0,
+        evaluate_every: int = 1,
+        train_config: Mapping[str, Scalar] | Iterable[tuple[str, Scalar]] = (),
+        seed: int = 0,
+        rounds: int = 3,
+        keys: Sequence[str] | None = None,
+        initial_parameters: Parameters | None = None,
+    ) -> None:
+        self.settings = ServerSettings(
+            aggregate=(aggregate,) if isinstance(aggregate, str) else tuple(aggregate), min_clients=min_clients,
+            min_results=min_results, fraction_train=fraction_train, evaluate_every=evaluate_every,
+            train_config=tuple(dict(train_config).items()), seed=seed, rounds=rounds,
+        )  # fmt: skip
+        check_rules(self.settings.rules)
+        self.asks_everyone = fraction_train == 1.0
         self.split = Split(parts=(), rows=())
-        check_rules(settings.rules)
+        self.memory: dict[str, dict[str, Any]] = {}
+        self._keys = keys
+        self._initial_parameters = initial_parameters
         self._reference: StateDict = {}
+        self._order: list[str] = []
 
-    def set_state(self, content: Any) -> None:
-        """Take a payload as the state that the next round starts from; it must outlive that round."""
-        self._reference = decode(content, "the global state")
+    @classmethod
+    def of(cls, settings: ServerSettings) -> Self:
+        """Make the strategy that a server's flags ask for."""
+        names = ("aggregate", "min_clients", "min_results", "fraction_train", "evaluate_every", "train_config",
+                 "seed", "rounds")  # fmt: skip
+        return cls(**{name: getattr(settings, name) for name in names})
 
-    def without_local(self, chunks: list[Buffer]) -> tuple[list[Buffer], dict[str, tuple[str, list[int]]]]:
-        """Take what stays with the trainers out of a state; returns what is left, and their dtypes and shapes."""
-        state = decode(b"".join(chunks), "the initial state")
-        local = {name for name in state if is_local(name, self.settings.local_patterns)}
-        entries = {name: (str(state[name].dtype).removeprefix("torch."), list(state[name].shape)) for name in local}
-        return encode({name: tensor for name, tensor in state.items() if name not in local}), entries
-
-    def resolve_split(self, local_entries: Mapping[str, torch.Tensor]) -> None:
-        """Give every entry its rule; raises UsageError for a pattern without entries or an entry without a rule."""
-        self.split = Split.resolve(
-            self.settings.rules, {**self._reference, **local_entries}, local_withheld=not local_entries
-        )
-
-    def begin_merge(self, server_round: int) -> Merge:
-        """Begin to merge a round's updates."""
-        return Merge(self, server_round, self.total_rounds, self._reference)
-
-    def privacy_spent(self) -> dict[str, Any] | None:
-        """Return epsilon and delta over all private parts so far; None without one."""
-        if not any(spec.inner for spec in self.settings.rules):
-            return None
-        from fedsplit.aggregation.privacy import privacy_spent
-
-        return privacy_spent(self.memory)
-
-    def dump_memory(self) -> bytes | None:
-        """Return what the rules remember, for the checkpoint; None if there is nothing."""
-        if not any(self.memory.values()):
-            return None
-        buffer = io.BytesIO()
-        torch.save(self.memory, buffer)
-        return buffer.getvalue()
-
-    def load_memory(self, path: Path) -> None:
-        """Give the rules back what they remembered."""
-        self.memory = torch.load(path, weights_only=True, map_location="cpu")
-
-    # -- Flower's interface ------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------------------------
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
-        """The server asks the trainer of the lowest rank; the strategy has no model."""
-        return None
+        """Return the parameters to start from; None lets the server ask a client."""
+        return self._initial_parameters
+
+    def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
+        """Give every entry its rule; raises UsageError for a pattern without entries or an entry without a rule."""
+        self._reference = state
+        entries = {**state, **local_entries}
+        self.split = Split.resolve(self.settings.rules, entries, local_withheld=not local_entries)
+        if self.split.min_updates > self.settings.min_clients:
+            raise UsageError(
+                f"the rules need at least {self.split.min_updates} updates a round, --min-clients is "
+                f"{self.settings.min_clients}; start with --min-clients {self.split.min_updates} or more"
+            )
+        return list(self.split.rows)
 
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        """Flower's form of `StrategySettings.sample`."""
-        proxies = client_manager.sample(self.settings.min_clients)
-        return [(proxy, FitIns(parameters, dict(self.settings.train_config))) for proxy in proxies]
+        """Draw the clients that train: the same ones whenever the same clients are there.
+
+        Raises
+        ------
+        UsageError
+            In Flower's own server: for a ``local`` rule, or ``keys`` that do not name each array.
+        """
+        self._take_up(parameters)
+        client_manager.wait_for(self.settings.min_clients, 86400)
+        clients = client_manager.all()
+        self._order = sorted(clients, key=_order)
+        config: dict[str, FlowerScalar] = {**dict(self.settings.train_config)}
+        return [(clients[cid], FitIns(parameters, config)) for cid in self.sample(server_round, self._order)]
+
+    def sample(self, server_round: int, clients: Sequence[str]) -> list[str]:
+        """Draw from client ids that are in order; returns them in that order."""
+        number = max(1, math.ceil(self.settings.fraction_train * len(clients)), self.settings.min_results)
+        draw = random.Random(f"{self.settings.seed}/{server_round}")
+        return sorted(draw.sample(list(clients), min(number, len(clients))), key=_order)
+
+    def start_fit(self, server_round: int) -> Merge:
+        """Begin to merge the updates of a round."""
+        return self.split.start_round(
+            server_round=server_round, total_rounds=self.settings.rounds, previous=self._reference,
+            seed=self.settings.seed, memory=self.memory,
+        )  # fmt: skip
+
+    def end_fit(
+        self, server_round: int, merge: Any, failures: FitFailures
+    ) -> tuple[StateDict | None, dict[str, FlowerScalar]]:
+        """Return the next state; None if there were too few updates."""
+        needed = max(self.settings.min_results, self.split.min_updates)
+        if merge.count < needed:
+            log.warning(
+                "only %d of at least %d updates were accepted: the global state stays as it was", merge.count, needed
+            )
+            return None, {}
+        return merge.finish(), {}
 
     def aggregate_fit(
-        self,
-        server_round: int,
-        results: list[tuple[ClientProxy, FitRes]],
-        failures: list[tuple[ClientProxy, FitRes] | BaseException],
+        self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: FitFailures
     ) -> tuple[Parameters | None, dict[str, FlowerScalar]]:
-        """Merge a list of results in the order given."""
-        merge = self.begin_merge(server_round)
-        rows = []
-        for index, (proxy, result) in enumerate(results, start=1):
-            if reason := merge.offer(index, result.parameters.tensors[0], result.num_examples, {}):
-                log.warning("the update of client %s was refused: %s", proxy.cid, reason)
-            else:
-                rows.append((result.num_examples, result.metrics))
-        chunks = merge.finish()
-        parameters = Parameters([b"".join(chunks)], "safetensors") if chunks is not None else None
-        return parameters, dict(weighted_mean(rows))
+        """Merge a list of results, in the order of their clients' ids; what must not be merged is refused."""
+        merge = self.start_fit(server_round)
+        accepted = []
+        tensor_type = TENSOR_TYPE
+        for client, result in sorted(results, key=lambda each: _order(each[0].cid)):
+            rank = int(client.cid) if client.cid.isdecimal() else self._order.index(client.cid) + 1
+            tensor_type = result.parameters.tensor_type
+            update = self._read(rank, result)
+            if isinstance(update, str):
+                log.warning("the update of client %s was refused: %s", client.cid, update)
+                continue
+            merge.add(update)
+            accepted.append((result.num_examples, result.metrics))
+        state, _ = self.end_fit(server_round, merge, failures)
+        parameters = None if state is None else _to_parameters(state, tensor_type)
+        return parameters, dict(weighted_mean(accepted))
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, FlowerScalar]] | None:
+        """The server has no data."""
+        return None
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -195,19 +288,114 @@ class Strategy(FlowerStrategy):
         """Every connected client evaluates, in the rounds that are evaluated."""
         if not self.settings.is_evaluated(server_round):
             return []
-        proxies = client_manager.sample(self.settings.min_clients)
-        return [(proxy, EvaluateIns(parameters, dict(self.settings.train_config))) for proxy in proxies]
+        clients = client_manager.all()
+        config: dict[str, FlowerScalar] = {**dict(self.settings.train_config)}
+        return [(clients[cid], EvaluateIns(parameters, config)) for cid in sorted(clients, key=_order)]
 
     def aggregate_evaluate(
-        self,
-        server_round: int,
-        results: list[tuple[ClientProxy, EvaluateRes]],
-        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+        self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: EvaluateFailures
     ) -> tuple[float | None, dict[str, FlowerScalar]]:
         """Average losses and metrics by the number of examples."""
         means = weighted_mean((result.num_examples, {**result.metrics, "loss": result.loss}) for _, result in results)
         return means.pop("loss", None), dict(means)
 
-    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, FlowerScalar]] | None:
-        """The server has no data."""
-        return None
+    # -- what outlives the process -------------------------------------------------------------------------------------
+
+    def dump_memory(self) -> bytes | None:
+        """Return what the rules remember."""
+        return dump(self.memory) if any(self.memory.values()) else None
+
+    def load_memory(self, path: Path) -> None:
+        """Give the rules back what they remembered."""
+        self.memory = torch.load(path, weights_only=True, map_location="cpu")
+
+    def line_entries(self) -> dict[str, Any]:
+        """Return epsilon and delta over all private parts so far, as ``privacy``; nothing without such a part."""
+        if not any(spec.inner for spec in self.settings.rules):
+            return {}
+        from fedsplit.aggregation.privacy import privacy_spent
+
+        return {"privacy": spent} if (spent := privacy_spent(self.memory)) else {}
+
+    # -- Flower's own clients ------------------------------------------------------------------------------------------
+
+    def _take_up(self, parameters: Parameters) -> None:
+        """Remember the state that the round starts from; in Flower's own server, find out about it first."""
+        if parameters.tensor_type == TENSOR_TYPE:
+            self._reference = decode(parameters.tensors[0], "the global state")
+        else:
+            self._reference = self._named(parameters)
+        if not self.split.parts:
+            if local := [str(spec) for spec in self.settings.rules if spec.name == "local"]:
+                raise UsageError(
+                    f"{local[0]}: a client of Flower's own sends all its arrays, so nothing can stay with it; leave "
+                    "those arrays out of its get_parameters, or run client_main.py and a fedsplit.Trainer"
+                )
+            self.begin_run(self._reference, {})
+
+    def _named(self, parameters: Parameters) -> StateDict:
+        arrays = parameters_to_ndarrays(parameters)
+        keys = [str(index) for index in range(len(arrays))] if self._keys is None else self._keys
+        if len(keys) != len(arrays):
+            raise UsageError(f"keys names {len(keys)} arrays, the parameters have {len(arrays)}")
+        return {key: torch.from_numpy(array) for key, array in zip(keys, arrays, strict=True)}
+
+    def _read(self, rank: int, result: FitRes) -> Update | str:
+        try:
+            if result.parameters.tensor_type == TENSOR_TYPE:
+                return read_update(
+                    rank, result.parameters.tensors[0], result.num_examples, result.metrics, self._reference
+                )
+            state = self._named(result.parameters)
+        except (UsageError, TypeError, ValueError) as exc:
+            return str(exc)
+        return _checked(rank, state, result.num_examples, result.metrics, self._reference)
+
+
+def read_update(
+    rank: int, content: Any, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
+) -> Update | str:
+    """Read an update and look at every number in it; returns why it is refused if it is.
+
+    Parameters
+    ----------
+    content
+        The payload as a buffer; it must not change or go while the update is used.
+    reference
+        The global state that the round started from.
+    """
+    try:
+        state = decode(content, f"the update of rank {rank}")
+    except RecordError as exc:
+        return str(exc)
+    return _checked(rank, state, num_examples, metrics, reference)
+
+
+def refusal(reason: str) -> FitRes:
+    """Return what a strategy finds among the failures for an update that does not count."""
+    return FitRes(Status(Code.FIT_NOT_IMPLEMENTED, reason), Parameters([], TENSOR_TYPE), 0, {})
+
+
+def dump(memory: object) -> bytes:
+    """Return a memory as the bytes of its file in a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(memory, buffer)
+    return buffer.getvalue()
+
+
+def _checked(
+    rank: int, state: StateDict, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
+) -> Update | str:
+    update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics)
+    return check_update(update, reference) or update
+
+
+def _to_parameters(state: StateDict, tensor_type: str) -> Parameters:
+    if tensor_type == TENSOR_TYPE:
+        return Parameters([b"".join(encode(state))], TENSOR_TYPE)
+    return ndarrays_to_parameters([tensor.numpy() for tensor in state.values()])
+
+
+def _order(cid: str) -> tuple[int, str]:
+    """Ranks by their number, before ids that Flower's own server gives out."""
+    return (int(cid), "") if cid.isdecimal() else (1 << 62, cid)

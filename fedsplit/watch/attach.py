@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from fedsplit.run.directory import PLOT_FILE
 from fedsplit.watch.trackers import open_tracker, parse_tracker
 
 if TYPE_CHECKING:
@@ -85,6 +84,6 @@ def _draw_plot(server: Server) -> None:
         # Only here: matplotlib takes a second to import, and the clients have been told by now.
         from fedsplit.commands.plot import write_plot
 
-        write_plot(lines, server.run.directory / PLOT_FILE)
+        write_plot(lines, server.run.places.final_plot)
     except Exception as exc:  # noqa: BLE001  (a picture is no reason for a run to have failed)
         log.warning("no plot was drawn (%s: %s); see python -m fedsplit plot", type(exc).__name__, exc)

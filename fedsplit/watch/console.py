@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fedsplit.run.events import format_bytes
 from fedsplit.run.history import Line
+from fedsplit.run.parts import PartRow
 from fedsplit.run.time_account import describe_privacy, update_bytes
-from fedsplit.server.observer import Observer, PartRow
+from fedsplit.server.observer import Observer
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

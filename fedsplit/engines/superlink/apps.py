@@ -2,7 +2,7 @@
 
 ``server_app`` runs `fedsplit.server.server.Server` beside the SuperLink, ``client_app`` runs
 `fedsplit.client.relay.Relay` beside each SuperNode, in a new process for each message; the trainers are the unchanged
-``model_main.py``. The run config holds the server's flags (`fedsplit.server.options`), a SuperNode's ``--node-config``
+``model_main.py``. The run config holds the server's flags (`fedsplit.server.settings`), a SuperNode's ``--node-config``
 those of a client: ``rank=1 exchange-dir="…"``, and if wanted ``trainer-wait=300`` and ``payload-store="none"``.
 
 Where Flower waits in fixed steps and its public interface lets another do the waiting, this does it sooner: nodes are
@@ -48,11 +48,12 @@ from fedsplit.cli import set_up_logging
 from fedsplit.client.relay import Relay
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.disk.remote_store import open_remote
+from fedsplit.engines.assembly import open_server
 from fedsplit.engines.superlink.app_log import Reporter
 from fedsplit.errors import FedSplitError, RoleTakenError, UsageError
 from fedsplit.exchange.directory import Exchange
-from fedsplit.server.options import ServerOptions
 from fedsplit.server.roster import Roster
+from fedsplit.server.settings import ServerSettings
 from fedsplit.wire.protocol import SUPERLINK
 
 log = logging.getLogger("fedsplit")
@@ -75,14 +76,14 @@ def run_server(grid: Grid, context: Context) -> None:
     """Run the federation; raises what made it end early, which gives the run its status."""
     reporter = _begin("server", context.run_config)
     try:
-        options = ServerOptions.from_run_config(context.run_config)
+        settings = ServerSettings.from_run_config(context.run_config)
         command = shlex.split(str(context.run_config.get("script-command", "")))
-        with options.server(SUPERLINK, command=command) as server:
+        with open_server(settings, SUPERLINK, command=command) as server:
             roster = server.client_manager()
             assert isinstance(roster, Roster)  # for the type checker: it makes no other
             nodes = _Nodes(_PromptGrid(grid), roster)
             nodes.start()
-            server.fit(num_rounds=options.rounds, timeout=None)
+            server.fit(num_rounds=settings.rounds, timeout=None)
             nodes.stop()
         if server.failure:
             raise server.failure

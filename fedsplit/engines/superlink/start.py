@@ -42,7 +42,7 @@ from fedsplit.errors import (
 )  # fmt: skip
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord
-from fedsplit.server.options import ServerOptions
+from fedsplit.server.settings import ServerSettings
 
 log = logging.getLogger("fedsplit")
 
@@ -82,14 +82,19 @@ clientapp = "fedsplit_app:client_app"
 
 
 def serve(
-    options: ServerOptions, address: str, *, tls: TlsFiles | None, node_keys: Sequence[Path] = (), verbose: bool = False
+    options: ServerSettings,
+    address: str,
+    *,
+    tls: TlsFiles | None,
+    node_keys: Sequence[Path] = (),
+    verbose: bool = False,
 ) -> None:
     """Run a SuperLink at an address and a run of this server on it, until the run is over.
 
     Parameters
     ----------
     options
-        The server's options; they become the run config.
+        The server's settings; they become the run config.
     address
         ``HOST:PORT`` for the SuperNodes.
     tls

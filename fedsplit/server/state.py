@@ -1,0 +1,83 @@
+"""The global state: what the next round starts from, as a file, as tensors, and as Flower's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
+
+# isort: split
+from flwr.common import Parameters
+
+from fedsplit.disk.files import Buffer
+from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.states.state_dict import StateDict, decode
+from fedsplit.wire.protocol import TENSOR_TYPE
+
+if TYPE_CHECKING:
+    from fedsplit.disk.remote_store import RemoteStore
+
+
+class GlobalState:
+    """The state of a run, in the payload store and wherever else clients fetch it from.
+
+    Parameters
+    ----------
+    store
+        Where payloads lie on this machine.
+    remote
+        The store at ``--payload-store URL``.
+
+    Attributes
+    ----------
+    payload : StoredPayload or None
+        The state as a file; None before there is one.
+    entries : dict of str to Tensor
+        The state as tensors over that file.
+    parameters : Parameters
+        The state as Flower's strategies are given it: one safetensors payload, mapped and not copied.
+    """
+
+    def __init__(self, store: PayloadStore, remote: RemoteStore | None) -> None:
+        self._store = store
+        self._remote = remote
+        self.payload: StoredPayload | None = None
+        self.entries: StateDict = {}
+        self.parameters = Parameters([], TENSOR_TYPE)
+
+    @property
+    def digest(self) -> str | None:
+        """The digest of the state."""
+        return self.payload.digest if self.payload else None
+
+    def set(self, payload: StoredPayload) -> None:
+        """Take another state; it must stay in the store until the next one is taken."""
+        before, self.payload = self.digest, payload
+        if self._remote and before != payload.digest:
+            self._remote.give(payload.path, payload.digest)
+            if before:
+                self._remote.drop(before)
+        content: Any = self._store.map(payload.digest, own=True)
+        self.entries = decode(content, "the global state")
+        self.parameters = Parameters([content], TENSOR_TYPE)
+
+    def put(self, chunks: Iterable[Buffer]) -> None:
+        """Write another state and take it."""
+        self.set(self._store.put(chunks))
+
+    def payload_of(self, parameters: Parameters) -> StoredPayload:
+        """Return the payload of a client's instructions: the state itself, or one of its own, put where it is found."""
+        if parameters is self.parameters and self.payload:
+            return self.payload
+        payload = self._store.put(parameters.tensors)
+        if self._remote and payload.digest != self.digest:
+            self._remote.give(payload.path, payload.digest)
+        return payload
+
+    def drop(self, digests: Iterable[str | None]) -> None:
+        """Remove payloads that nobody needs any more; never the state itself."""
+        for digest in set(digests) - {None, self.digest}:
+            self._store.drop(str(digest))
+            if self._remote:
+                self._remote.drop(str(digest))
