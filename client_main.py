@@ -11,124 +11,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from fedsplit import cli
-from fedsplit.engines import embedded, tls
-from fedsplit.errors import RunFailedError, RunStoppedError, UsageError
-from fedsplit.wire.join import read_token
-
-if TYPE_CHECKING:
-    from fedsplit.exchange.directory import Exchange
-    from fedsplit.exchange.records import FinishedRecord
+from fedsplit.commands import client
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = cli.make_parser(__doc__, "client_main.py")
-    add = parser.add_argument
-    add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this client and its trainer")
-    add("--server-address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where the server listens")
-    add(
-        "--exchange-dir",
-        type=Path,
-        default=Path("exchange"),
-        metavar="DIR",
-        help="holds rank-K/, shared with the trainer; a RAM disk such as /dev/shm is fastest",
-    )
-    add("--root-certificates", type=Path, metavar="FILE", help="CA certificate, PEM; turns TLS on")
-    add("--max-wait", type=cli.seconds, metavar="S", help="seconds to wait for the server (default: for ever)")
-    add(
-        "--trainer-wait",
-        type=cli.seconds,
-        default="300",
-        metavar="S",
-        help="seconds to wait for this rank's trainer before a task is reported as failed",
-    )
-    add(
-        "--payload-store",
-        default="auto",
-        metavar="auto|none|URL",
-        help="auto: exchange files with a server on this machine by reference; none: all bytes in messages; "
-        "URL: by way of a place that fsspec knows, the same as the server's",
-    )
-    add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
-    add(
-        "--join-token-file",
-        type=Path,
-        metavar="FILE",
-        help="prove to the server, and let it prove, that both know the token in this file (mode 0600; over TLS or on "
-        "loopback)",
-    )
-    add(
-        "--supernode-private-key",
-        type=Path,
-        metavar="FILE",
-        help="with --engine superlink: this SuperNode's key, where the server asks for one",
-    )
-    cli.add_logging(parser, flower=True)
+    client.add_flags(parser)
     return parser
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Run the relay."""
-    embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
-    host, _ = embedded.parse_address(arguments.server_address)
-    certificates = cli.read_file(arguments.root_certificates, "--root-certificates")
-    join_key = read_token(arguments.join_token_file)
-    if join_key is not None and certificates is None and not tls.is_loopback(host):
-        raise UsageError("--join-token-file works over TLS (--root-certificates) or on loopback only")
-    engine = embedded.choose_engine(arguments.engine)
-    if engine == "superlink" and join_key is not None:
-        raise UsageError("--join-token-file is of the embedded engine; here it is --supernode-private-key")
-    if engine == "embedded" and arguments.supernode_private_key:
-        raise UsageError("--supernode-private-key is of --engine superlink; here it is --join-token-file")
-
-    from fedsplit.exchange.directory import Exchange
-
-    exchange = Exchange(arguments.exchange_dir, arguments.rank)
-    with exchange.hold("client"):
-        outcome = (_run_supernode if engine == "superlink" else _run_relay)(exchange, arguments, certificates, join_key)
-    if outcome and outcome.outcome != "complete":
-        kind = RunStoppedError if outcome.outcome == "stopped" else RunFailedError
-        raise kind(f"the run ended before it was complete: {outcome.reason or outcome.outcome}")
-    return 0
-
-
-def _run_relay(
-    exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
-) -> FinishedRecord | None:
-    from fedsplit.client.relay import Relay
-    from fedsplit.disk.remote_store import open_remote
-
-    relay = Relay(
-        exchange,
-        trainer_wait_s=arguments.trainer_wait,
-        remote=open_remote(arguments.payload_store),
-        use_store=arguments.payload_store == "auto",
-        join_key=join_key,
-    )
-    embedded.connect(relay, arguments.server_address, root_certificates=certificates, max_wait_s=arguments.max_wait)
-    return relay.outcome
-
-
-def _run_supernode(
-    exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
-) -> FinishedRecord:
-    from fedsplit.engines.superlink import start as superlink
-
-    return superlink.connect(
-        exchange,
-        arguments.server_address,
-        root_certificates=arguments.root_certificates,
-        node_key=arguments.supernode_private_key,
-        trainer_wait_s=arguments.trainer_wait,
-        payload_store=arguments.payload_store,
-        max_wait_s=arguments.max_wait,
-        verbose=arguments.verbose,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the client; returns its exit code."""
+    return cli.run(make_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, make_parser(), None, "client"))
+    sys.exit(main())

@@ -14,127 +14,24 @@ or a script of your own around `fedsplit.Trainer`: see docs/own-training.md. In 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from fedsplit import cli
+from fedsplit.commands import trainer
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = cli.make_parser(__doc__, "model_main.py")
-    add = parser.add_argument
-    add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
-    add(
-        "--exchange-dir",
-        type=Path,
-        default=Path("exchange"),
-        metavar="DIR",
-        help="holds rank-K/, shared with the client; a RAM disk such as /dev/shm is fastest",
-    )
-    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="where rank-K/ is kept")
-    add(
-        "--workload",
-        default="digits",
-        metavar="MODULE:FACTORY",
-        help="what to train: digits, mnist, fashion-mnist, cifar10, or a factory of your own",
-    )
-    add(
-        "--workload-option",
-        action="append",
-        type=cli.key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="tell the workload, for example partition=dirichlet; repeatable",
-    )
-    add(
-        "--num-partitions",
-        type=cli.positive_int,
-        default=2,
-        metavar="N",
-        help="into how many parts the data is divided; the same for every rank",
-    )
-    add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
-    add(
-        "--seed",
-        type=cli.natural,
-        default=0,
-        metavar="N",
-        help="seed for the initial model and the partitioning; the same for every rank",
-    )
-    add("--device", default="auto", metavar="auto|cpu|cuda|…", help="where to train; auto takes a GPU if there is one")
-    add(
-        "--threads",
-        type=cli.positive_int,
-        metavar="N",
-        help="threads to compute with (default: this machine's cores divided by --num-partitions)",
-    )
-    add(
-        "--state",
-        choices=("keep", "reset"),
-        default="keep",
-        help="keep: optimizer and generators go on from round to round; reset: each round starts fresh",
-    )
-    add(
-        "--client-wait",
-        type=cli.seconds,
-        metavar="S",
-        help="seconds to wait for this rank's client (default: for ever)",
-    )
-    cli.add_logging(parser)
+    trainer.add_flags(parser)
     return parser
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Run the trainer."""
-    from fedsplit.exchange.directory import Exchange
-    from fedsplit.workloads.device import Launch, process_group, set_up_torch
-
-    launch = Launch.read(os.environ)
-    if launch.process == 0:
-        # Before anything slow: a taken rank or an unusable directory is told at once.
-        with Exchange(arguments.exchange_dir, arguments.rank).hold("trainer"):
-            pass
-    elif not arguments.verbose:
-        # Each of its lines would only repeat process 0's.
-        logging.getLogger("fedsplit").setLevel(logging.WARNING)
-    device = set_up_torch(arguments.device, arguments.threads, arguments.num_partitions, launch)
-    with process_group(device, launch):
-        run(arguments, device)
-    return 0
-
-
-def run(arguments: argparse.Namespace, device: str) -> None:
-    """Make the workload and answer every task of the run with it."""
-    from fedsplit.workloads import WorkloadContext, create_workload
-
-    context = WorkloadContext(
-        rank=arguments.rank,
-        num_partitions=arguments.num_partitions,
-        seed=arguments.seed,
-        device=device,
-        data_dir=arguments.data_dir,
-        options=dict(arguments.workload_option),
-    )
-    workload = create_workload(arguments.workload, context)
-
-    from fedsplit.trainer.progress import Progress
-    from fedsplit.trainer.trainer import Trainer
-    from fedsplit.workloads.runner import run_workload
-
-    trainer = Trainer(
-        arguments.rank,
-        workload.model,
-        exchange_dir=arguments.exchange_dir,
-        checkpoint_dir=arguments.checkpoint_dir,
-        state=arguments.state,
-        client_wait_s=arguments.client_wait,
-    )
-    with trainer:
-        run_workload(trainer, workload, Progress(arguments.rank, shown=trainer.process == 0))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the trainer; returns its exit code."""
+    return cli.run(make_parser(), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, make_parser(), None, "trainer"))
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""Looks at, shows and takes out what the three programs do and leave behind; `demo` runs all of them here.
+"""Runs the programs of a federation, looks at a run, and makes files of it; `demo` runs all of them on this machine.
 
     python -m fedsplit demo
 
-Each command has its own --help with an example.
+After `pip install fedsplit` the same is called `fedsplit demo`. Each command has its own --help with an example.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedsplit import cli
-from fedsplit.commands import checkpoints, demo, export, new, plot, report, status
+from fedsplit.commands import checkpoints, client, demo, export, new, plot, report, server, status, trainer
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = cli.make_parser(__doc__, "python -m fedsplit")
+    prog = "fedsplit" if Path(sys.argv[0]).name == "fedsplit" else "python -m fedsplit"
+    parser = cli.make_parser(__doc__, prog)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (demo, new, status, checkpoints, export, plot, report):
+    for command in (demo, server, client, trainer, new, status, checkpoints, export, plot, report):
         command.add_to(commands)
     return parser
 
@@ -29,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
-        return cli.run(lambda arguments: arguments.run(arguments), make_parser(), argv, "fedsplit")
+        return cli.run(make_parser(), argv)
     except BrokenPipeError:
         # Whoever read stdout has left, as `head` does; without this the flush at the end would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,6 @@
-"""What the scripts share: flags' types, logging, exit codes. Only here and in the scripts is the command line read."""
+"""What all programs share: parsers and the types of flags, logging, exit codes. Only here and in the commands are the
+command line and the environment read.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,17 @@ log = logging.getLogger("fedsplit")
 EXIT_INTERRUPTED = 130
 N = TypeVar("N", int, float)
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Runner: TypeAlias = Callable[[argparse.Namespace], int]
+
+
+# -- parsers -----------------------------------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the docstring as it is, and each flag with its default unless that is None or the help names it."""
+    """Shows a docstring as it is, and a flag with its default unless there is none or the help text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # Not `in (None, False)`: a default of 0 equals False and is one to show.
+        # Not `in (None, False)`: a default of 0 equals False, and is shown.
         if action.default is None or action.default is False or action.default == []:
             return action.help
         if "default" in (action.help or ""):
@@ -33,7 +39,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        # Spellings such as -rank are accepted for those who are used to them, and not advertised.
+        # The old spelling -rank is accepted and not shown.
         spellings = action.option_strings
         action.option_strings = [text for text in spellings if text.startswith("--") or len(text) == 2]
         try:
@@ -42,20 +48,49 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
             action.option_strings = spellings
 
 
-def make_parser(doc: str, prog: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser that shows a module's docstring; it refuses short forms, which break when flags are added."""
+def make_parser(doc: str, prog: str) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a docstring.
+
+    It takes no abbreviated flags: those that are unique today may not be so in the next release.
+    """
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def add_command(
-    commands: Commands, name: str, doc: str, run: Callable[[argparse.Namespace], int]
-) -> argparse.ArgumentParser:
-    """Add a command of ``python -m fedsplit``; its module's docstring is its help."""
+def add_parser(commands: Commands, name: str, doc: str) -> argparse.ArgumentParser:
+    """Add the parser of a command of ``python -m fedsplit``; the docstring's first line is its line in the list."""
     summary = doc.splitlines()[0].rstrip(".")
-    parser = commands.add_parser(name, help=summary, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.set_defaults(run=run, log_format="text")
-    add_verbose(parser)
+    return commands.add_parser(name, help=summary, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_command(commands: Commands, name: str, doc: str, run: Runner) -> argparse.ArgumentParser:
+    """Add a command that looks at a run or makes something of one; its module's docstring is its help."""
+    parser = add_parser(commands, name, doc)
+    parser.set_defaults(run=run, program="fedsplit", log_format="text")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show debug lines too")
     return parser
+
+
+def make_program(parser: argparse.ArgumentParser, program: str, run: Runner, *, flower: bool = False) -> None:
+    """Make a parser that of the server, a client or a trainer: what it runs, its logging flags.
+
+    Parameters
+    ----------
+    parser
+        Of a script or of a command.
+    program
+        What its log lines begin with.
+    run
+        Takes the parsed flags, returns the exit code.
+    flower
+        Whether Flower is part of the program, and logs too.
+    """
+    parser.set_defaults(run=run, program=program)
+    shown = "show debug lines too, and in text what Flower logs" if flower else "show debug lines too"
+    parser.add_argument("-v", "--verbose", action="store_true", help=shown)
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text",
+        help="text: for people; json: for machines, one object a line on stderr",
+    )  # fmt: skip
 
 
 def add_files(parser: argparse.ArgumentParser, *, endings: Sequence[str]) -> None:
@@ -64,49 +99,35 @@ def add_files(parser: argparse.ArgumentParser, *, endings: Sequence[str]) -> Non
         "--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="the server's --checkpoint-dir"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help=f"where to; a name ending in {' or '.join(endings)}"
-    )
+        "--output", type=Path, required=True, metavar="FILE",
+        help=f"the file to write; its name ends in {' or '.join(endings)}",
+    )  # fmt: skip
 
 
 def check_output(output: Path, *, endings: Sequence[str]) -> None:
-    """Raise UsageError for a file name with another ending, or in a directory that is not there."""
+    """Raise UsageError for a file name with another ending, or in a directory that does not exist."""
     if output.suffix not in endings:
-        raise UsageError(f"--output {output}: expected a name ending in {' or '.join(endings)}")
+        raise UsageError(f"--output {output}: expected a name that ends in {' or '.join(endings)}")
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: there is no directory {output.parent}")
 
 
-def add_verbose(parser: argparse.ArgumentParser, *, flower: bool = False) -> None:
-    """Add ``-v/--verbose``, to a program with Flower in it or to another."""
-    shown = "show debug lines too, and as text what Flower logs" if flower else "show debug lines too"
-    parser.add_argument("-v", "--verbose", action="store_true", help=shown)
-
-
-def add_logging(parser: argparse.ArgumentParser, *, flower: bool = False) -> None:
-    """Add ``-v/--verbose`` and ``--log-format``."""
-    add_verbose(parser, flower=flower)
-    parser.add_argument(
-        "--log-format", choices=("text", "json"), default="text",
-        help="text: for people; json: for machines, one object a line on stderr",
-    )  # fmt: skip
+# -- types of flags ----------------------------------------------------------------------------------------------------
 
 
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
-    return _number(text, int, 1, "a positive integer")
+    return _number(text, int, lambda value: value >= 1, "a positive integer")
 
 
 def natural(text: str) -> int:
     """A whole number of at least 0."""
-    return _number(text, int, 0, "0 or a positive integer")
+    return _number(text, int, lambda value: value >= 0, "0 or a positive integer")
 
 
 def seconds(text: str) -> float:
     """Seconds, more than 0."""
-    value = _number(text, float, 0.0, "a number of seconds")
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, not {text!r}")
-    return value
+    return _number(text, float, lambda value: value > 0, "a number of seconds above 0")
 
 
 def key_value(text: str) -> tuple[str, str]:
@@ -115,6 +136,12 @@ def key_value(text: str) -> tuple[str, str]:
     if not separator or not key.strip():
         raise argparse.ArgumentTypeError(f"expected key=value, not {text!r}")
     return key.strip(), value.strip()
+
+
+def key_scalar(text: str) -> tuple[str, Scalar]:
+    """``key=value``, the value as bool, int or float where it is one, else as text."""
+    key, value = key_value(text)
+    return key, scalar(value)
 
 
 def scalar(text: str) -> Scalar:
@@ -129,35 +156,18 @@ def scalar(text: str) -> Scalar:
     return text
 
 
-def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser,
-        argv: Sequence[str] | None, program: str) -> int:  # fmt: skip
-    """Parse, set up logging, run, and turn a FedSplitError into one line and its exit code.
-
-    Anything else that is raised is a fault of ours or of the user's own code, and is shown with its traceback.
-    """
-    arguments = parser.parse_args(argv)
-    set_up_logging(program, verbose=arguments.verbose, log_format=arguments.log_format)
-    # Workloads and rules of one's own are looked for where the user stands.
-    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109
-        sys.path.insert(0, here)
+def _number(text: str, kind: Callable[[str], N], is_allowed: Callable[[N], bool], expected: str) -> N:
     try:
-        return main(arguments) or 0
-    except FedSplitError as exc:
-        log.debug("where it came from", exc_info=exc)
-        _say_last(program, arguments.log_format, f"error: {exc}", error=type(exc).__name__, exit_code=exc.exit_code)
-        return exc.exit_code
-    except KeyboardInterrupt:
-        _say_last(program, arguments.log_format, "interrupted", exit_code=EXIT_INTERRUPTED)
-        return EXIT_INTERRUPTED
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number and its noun, in the plural where it is one."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
+    if not is_allowed(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+    return value
 
 
 def read_file(path: Path | None, flag: str) -> bytes | None:
-    """Read a file that a flag names; raises UsageError if it cannot be read."""
+    """Read the file that a flag names; None if the flag was not given, UsageError if the file cannot be read."""
     if path is None:
         return None
     try:
@@ -166,20 +176,55 @@ def read_file(path: Path | None, flag: str) -> bytes | None:
         raise UsageError(f"{flag} {path}: {exc.strerror}") from exc
 
 
-def read_certificates(ca: Path | None, certificate: Path | None, key: Path | None) -> tuple[bytes, bytes, bytes] | None:
-    """Read the server's three TLS files; None without them, UsageError with only some."""
-    flags = {"--ssl-ca-certfile": ca, "--ssl-certfile": certificate, "--ssl-keyfile": key}
-    contents = [read_file(path, flag) for flag, path in flags.items()]
-    found = [content for content in contents if content is not None]
-    if not found:
-        return None
-    if len(found) < len(flags):
-        raise UsageError(f"TLS needs all of {', '.join(flags)}")
-    return found[0], found[1], found[2]
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Parse the flags, set up logging, run, and turn a FedSplitError into one line and its exit code.
+
+    Anything else that is raised is a bug here or in the user's own code, and is shown with its traceback.
+
+    Parameters
+    ----------
+    parser
+        With the defaults ``run`` and ``program``, and the flags of logging.
+    argv
+        The words after the program's name; by default those of this process.
+
+    Raises
+    ------
+    SystemExit
+        By argparse: 2 for flags that it does not take, 0 after ``--help``.
+    """
+    arguments = parser.parse_args(argv)
+    program, log_format = arguments.program, arguments.log_format
+    set_up_logging(program, verbose=arguments.verbose, log_format=log_format)
+    # The user's own workloads and rules are modules in the working directory.
+    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109
+        sys.path.insert(0, here)
+    try:
+        return int(arguments.run(arguments))
+    except FedSplitError as exc:
+        log.debug("where it came from", exc_info=exc)
+        _say_last(program, log_format, f"error: {exc}", error=type(exc).__name__, exit_code=exc.exit_code)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        _say_last(program, log_format, "interrupted", exit_code=EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+
+
+def typed_command() -> list[str]:
+    """Return the command that the user typed, as words, without the paths of this machine's Python."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return ["python", "-m", "fedsplit", *sys.argv[1:]]
+    if program.suffix == ".py":
+        return ["python", *sys.argv]
+    return [program.name, *sys.argv[1:]]
 
 
 def set_up_logging(program: str, *, verbose: bool, log_format: str = "text") -> None:
-    """Log to stderr, a line an event, as text or as JSON."""
+    """Log to stderr, one line an event, as text or as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter(f"%(asctime)s {program} %(message)s", "%H:%M:%S")
     handler.setFormatter(JsonFormatter(program) if log_format == "json" else text)
@@ -187,7 +232,7 @@ def set_up_logging(program: str, *, verbose: bool, log_format: str = "text") -> 
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     log.propagate = False
     if log_format == "json":
-        # Also what nobody caught is one line.
+        # An exception that nobody caught is one line too.
         sys.excepthook = lambda kind, exc, tb: log.critical("%s: %s", kind.__name__, exc, exc_info=(kind, exc, tb))
 
 
@@ -198,11 +243,6 @@ def _say_last(program: str, log_format: str, text: str, **data: object) -> None:
         print(f"{program}: {text}", file=sys.stderr)
 
 
-def _number(text: str, kind: Callable[[str], N], least: N, expected: str) -> N:
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
-    if not value >= least:
-        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
-    return value
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun: ``1 round``, ``2 rounds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

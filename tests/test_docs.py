@@ -41,11 +41,11 @@ def commands(page: Path) -> Iterator[list[str]]:
             continue
         text = block["text"].replace("\\\n", " ")
         for line in text.splitlines():
-            if not line.startswith("python "):
+            if not line.startswith(("python ", "fedsplit ")):
                 continue
             # Two commands side by side are two terminals.
-            for part in re.split(r" {3,}(?=python )| [|&]+ *| && ", line):
-                if re.match(r"python (-m fedsplit|\w+_main\.py)\b", part):
+            for part in re.split(r" {3,}(?=python |fedsplit )| [|&]+ *| && ", line):
+                if re.match(r"python (-m fedsplit|\w+_main\.py)\b|fedsplit [a-z]", part):
                     yield [
                         word
                         for word in shlex.split(part.removesuffix("&"), comments=True)
@@ -62,6 +62,8 @@ def parser_of(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
     modules = {"server_main": server_main, "client_main": client_main, "model_main": model_main}
     if words[0] in SCRIPTS:
         return modules[SCRIPTS[words[0]]].make_parser(), words[1:]
+    if words[0] == "fedsplit":
+        return command_line.make_parser(), words[1:]
     assert words[:2] == ["-m", "fedsplit"]
     return command_line.make_parser(), words[2:]
 
@@ -94,7 +96,7 @@ def test_a_block_that_is_not_run_says_why_and_the_make_targets_exist() -> None:
         for block in blocks(page):
             if block["marker"] is not None:
                 assert re.match(r"not run[^:]*: .{10,}", block["marker"]), f"{page.name}: {block[0]}"
-            for target in re.findall(r"^make (\w+)", block["text"], re.M):
+            for target in re.findall(r"^make ([\w-]+)", block["text"], re.M):
                 assert re.search(rf"^{target}:", makefile, re.M), f"{page.name}: make {target}"
 
 

@@ -15,7 +15,8 @@ from fedsplit.__main__ import main
 from fedsplit.commands.new import check_name, render
 from fedsplit.errors import UsageError
 from fedsplit.run.history import read_history
-from tests.programs import free_port
+from tests.bounds import BOUND_S
+from tests.ports import free_port
 
 
 def commands_of(readme: str) -> list[str]:
@@ -58,33 +59,33 @@ def test_a_project_is_generated_installed_and_run_by_its_five_commands(
     assert main(["new", str(project)]) == 0
     assert str(project / "my_spirals/workload.py") in capsys.readouterr().out
     # With what is installed here, so without a network; into a directory of its own, so that nothing stays.
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*install, "--target", str(site), str(project)], check=True, timeout=120)
+    install = [sys.executable, "-m", "uv", "--offline", "--no-cache", "--quiet", "pip", "install", "--no-deps"]
+    subprocess.run([*install, "--no-build-isolation", "--target", str(site), str(project)], check=True, timeout=BOUND_S)
     five = [
         line
         for line in commands_of((project / "README.md").read_text())
-        if re.search(r"(server|client|model)_main", line)
+        if re.search(r"-m fedsplit (server|client|trainer)\b", line)
     ]
     assert len(five) == 5
     address = f"127.0.0.1:{free_port()}"
     extra = {
-        "server_main": ["--address", address], "client_main": ["--server-address", address],
-        "model_main": ["--threads", "1"],
+        "server": ["--address", address], "client": ["--server-address", address],
+        "trainer": ["--threads", "1"],
     }  # fmt: skip
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     started = {}
     for command in five:
         words = shlex.split(command)
-        assert words[:2] == ["python", "-m"]
+        assert words[:3] == ["python", "-m", "fedsplit"]
         log = (elsewhere / f"{len(started)}.log").open("wb")
         started[command] = subprocess.Popen(
-            [sys.executable, *words[1:], *extra[words[2]]], cwd=elsewhere, stdout=log, stderr=log,
+            [sys.executable, *words[1:], *extra[words[3]]], cwd=elsewhere, stdout=log, stderr=log,
             stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         log.close()
     try:
-        codes = {command: process.wait(120) for command, process in started.items()}
+        codes = {command: process.wait(BOUND_S) for command, process in started.items()}
     finally:
         for process in started.values():
             if process.poll() is None:

@@ -132,11 +132,11 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Program]:
     ]  # fmt: skip
     if arguments.data_dir:
         trainer += ["--data-dir", str(arguments.data_dir)]
-    programs = [Program("server", "server_main", server, places.logs / "server.log")]
+    programs = [Program("server", "fedsplit", ["server", *server], places.logs / "server.log")]
     for rank in map(str, range(1, arguments.clients + 1)):
-        for role, module, flags in (("client", "client_main", client), ("trainer", "model_main", trainer)):
+        for role, flags in (("client", client), ("trainer", trainer)):
             log = places.logs / f"{role}-{rank}.log"
-            programs.append(Program(f"{role} of rank {rank}", module, ["--rank", rank, *flags], log))
+            programs.append(Program(f"{role} of rank {rank}", "fedsplit", [role, "--rank", rank, *flags], log))
     return programs
 
 

@@ -1,0 +1,114 @@
+"""Runs the client of a rank: a relay between the server and the exchange directory of the trainer of the same rank.
+
+    python -m fedsplit client --rank 1
+
+It may be started before the server and before the trainer, and waits for both. Beside it runs, started by hand:
+
+    python -m fedsplit trainer --rank 1
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsplit import cli
+from fedsplit.errors import RunFailedError, RunStoppedError, UsageError
+
+if TYPE_CHECKING:
+    from fedsplit.exchange.directory import Exchange
+    from fedsplit.exchange.records import FinishedRecord
+
+
+def add_to(commands: cli.Commands) -> None:
+    """Add the command's parser."""
+    add_flags(cli.add_parser(commands, "client", __doc__))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the client's flags, and that it is the client which runs."""
+    add = parser.add_argument
+    add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this client and its trainer")
+    add("--server-address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where the server listens")
+    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
+        help="holds rank-K/, shared with the trainer; a RAM disk such as /dev/shm is fastest")  # fmt: skip
+    add("--root-certificates", type=Path, metavar="FILE", help="CA certificate, PEM; turns TLS on (default: no TLS)")
+    add("--max-wait", type=cli.seconds, metavar="S", help="seconds to wait for the server (default: forever)")
+    add("--trainer-wait", type=cli.seconds, default="300", metavar="S",
+        help="seconds to wait for this rank's trainer before a task is reported as failed")  # fmt: skip
+    add("--payload-store", default="auto", metavar="auto|none|URL",
+        help="how states travel. auto: as files, if the server is on this machine, else in messages; none: always in "
+        "messages; URL: as files at a place that fsspec knows, the same as the server's")  # fmt: skip
+    add("--engine", choices=("embedded", "superlink"), default="embedded",
+        help="which of Flower's engines to run on, the same as the server's")  # fmt: skip
+    add("--join-token-file", type=Path, metavar="FILE",
+        help="prove to the server that this client knows the token in this file, of mode 0600, and have the server "
+        "prove the same; needs TLS or a loopback address (default: no proof)")  # fmt: skip
+    add("--supernode-private-key", type=Path, metavar="FILE",
+        help="with --engine superlink: this SuperNode's key, if the server asks for one (default: no key)")  # fmt: skip
+    cli.make_program(parser, "client", run, flower=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the relay until the run is over."""
+    from fedsplit.engines import embedded, tls
+    from fedsplit.exchange.directory import Exchange
+    from fedsplit.wire.join import read_token
+
+    embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
+    host, _ = embedded.parse_address(arguments.server_address)
+    certificates = cli.read_file(arguments.root_certificates, "--root-certificates")
+    join_key = read_token(arguments.join_token_file)
+    if join_key is not None and certificates is None and not tls.is_loopback(host):
+        raise UsageError("--join-token-file works over TLS (--root-certificates) or on loopback only")
+    engine = embedded.choose_engine(arguments.engine)
+    if engine == "superlink" and join_key is not None:
+        raise UsageError("--join-token-file does not work with --engine superlink; use --supernode-private-key")
+    if engine == "embedded" and arguments.supernode_private_key:
+        raise UsageError("--supernode-private-key works with --engine superlink only; without it use --join-token-file")
+
+    exchange = Exchange(arguments.exchange_dir, arguments.rank)
+    with exchange.hold("client"):
+        finished: FinishedRecord | None
+        if engine == "superlink":
+            finished = _run_supernode(exchange, arguments)
+        else:
+            finished = _run_relay(exchange, arguments, certificates, join_key)
+    if finished and finished.outcome != "complete":
+        kind = RunStoppedError if finished.outcome == "stopped" else RunFailedError
+        raise kind(f"the run ended before it was complete: {finished.reason or finished.outcome}")
+    return 0
+
+
+def _run_relay(
+    exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
+) -> FinishedRecord | None:
+    from fedsplit.client.relay import Relay
+    from fedsplit.disk.remote_store import open_remote
+    from fedsplit.engines import embedded
+
+    relay = Relay(
+        exchange,
+        trainer_wait_s=arguments.trainer_wait,
+        remote=open_remote(arguments.payload_store),
+        use_store=arguments.payload_store == "auto",
+        join_key=join_key,
+    )
+    embedded.connect(relay, arguments.server_address, root_certificates=certificates, max_wait_s=arguments.max_wait)
+    return relay.outcome
+
+
+def _run_supernode(exchange: Exchange, arguments: argparse.Namespace) -> FinishedRecord:
+    from fedsplit.engines.superlink import start as superlink
+
+    return superlink.connect(
+        exchange,
+        arguments.server_address,
+        root_certificates=arguments.root_certificates,
+        node_key=arguments.supernode_private_key,
+        trainer_wait_s=arguments.trainer_wait,
+        payload_store=arguments.payload_store,
+        max_wait_s=arguments.max_wait,
+        verbose=arguments.verbose,
+    )

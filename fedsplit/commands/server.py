@@ -1,0 +1,174 @@
+"""Runs the server of a federation: rounds, merging, checkpoints. It holds no model code and no data.
+
+    python -m fedsplit server --rounds 5
+
+A tiny run on one machine, in five terminals and any order:
+
+    python -m fedsplit server --rounds 2
+    python -m fedsplit client --rank 1      python -m fedsplit client --rank 2
+    python -m fedsplit trainer --rank 1     python -m fedsplit trainer --rank 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from fedsplit import cli
+from fedsplit.errors import UsageError
+
+if TYPE_CHECKING:
+    from fedsplit.server.settings import ServerSettings
+
+Certificates: TypeAlias = tuple[bytes, bytes, bytes]
+
+
+def add_to(commands: cli.Commands) -> None:
+    """Add the command's parser."""
+    add_flags(cli.add_parser(commands, "server", __doc__))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the server's flags, and that it is the server which runs."""
+    add = parser.add_argument
+    add("--address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen")
+    _add_rounds(parser)
+    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
+        help="the run is kept in DIR/server")  # fmt: skip
+    add("--keep-checkpoints", type=cli.positive_int, default=3, metavar="N",
+        help="how many of the newest rounds are kept, at least 2; the best one is kept too")  # fmt: skip
+    add("--resume", action="store_true", help="go on with the run in --checkpoint-dir")
+    add("--initial-checkpoint", type=Path, metavar="FILE",
+        help="start from the state_dict in a .safetensors or .pt file (default: ask a trainer for one)")  # fmt: skip
+    add("--payload-store", default="auto", metavar="auto|none|URL",
+        help="how states travel. auto: as files, with clients that see this machine's disk, else in messages; none: "
+        "always in messages; URL: as files at a place that fsspec knows, such as s3://bucket/prefix, with clients that "
+        "were given the same URL")  # fmt: skip
+    add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
+    add("--tracker", action="append", default=[], metavar="NAME[:PLACE]",
+        help="also write metrics to tensorboard or mlflow; PLACE is a directory or a tracking URI (default: inside "
+        "--checkpoint-dir); repeatable")  # fmt: skip
+    _add_security(parser)
+    cli.make_program(parser, "server", run, flower=True)
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-r", "--rounds", type=cli.positive_int, default=3, metavar="N",
+        help="rounds of the whole run, those before --resume included")  # fmt: skip
+    add("--min-clients", type=cli.positive_int, default=2, metavar="N",
+        help="a round starts once this many clients are connected")  # fmt: skip
+    add("--min-results", type=cli.positive_int, default=1, metavar="N",
+        help="a round with fewer accepted updates leaves the state as it was")  # fmt: skip
+    add("--fraction-train", type=float, default=1.0, metavar="F",
+        help="share of the connected clients that train in a round, above 0 and at most 1")  # fmt: skip
+    add("--evaluate-every", type=cli.natural, default=1, metavar="N",
+        help="evaluate after every N-th round; 0: never")  # fmt: skip
+    add("--aggregate", action="append", default=[], metavar="RULE",
+        help="how the state_dict is merged: NAME, NAME(key=value), PATTERN=RULE or @FILE.toml; repeatable, the first "
+        "that matches an entry wins (default: fedavg)")  # fmt: skip
+    add("--strategy", metavar="CLASS",
+        help="let a Flower strategy choose the clients and merge, instead of --aggregate: package.module:Class, or a "
+        "class of flwr.server.strategy, with parameters as in 'FedAdam(eta=0.01)' (default: none)")  # fmt: skip
+    add("--train-config", action="append", type=cli.key_scalar, default=[], metavar="KEY=VALUE",
+        help="reaches every trainer in task.config; repeatable")  # fmt: skip
+    add("--round-timeout", type=cli.seconds, metavar="S",
+        help="seconds after which a round goes on without the results that are missing (default: never)")  # fmt: skip
+    add("--client-wait", type=cli.seconds, default="300", metavar="S",
+        help="seconds that a round waits for a client whose connection was lost")  # fmt: skip
+    add("--seed", type=cli.natural, default=0, metavar="N",
+        help="seed for choosing clients, and for rules that draw random numbers")  # fmt: skip
+
+
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ssl-ca-certfile", type=Path, metavar="FILE",
+        help="CA certificate, PEM; TLS needs this and the two below (default: no TLS)")  # fmt: skip
+    add("--ssl-certfile", type=Path, metavar="FILE", help="this server's certificate, PEM")
+    add("--ssl-keyfile", type=Path, metavar="FILE", help="this server's private key, PEM")
+    add("--insecure", action="store_true", help="listen without TLS where other machines can connect")
+    add("--join-token-file", type=Path, metavar="FILE",
+        help="let in only clients that prove they know the token in this file, of mode 0600; needs TLS or a loopback "
+        "address (default: let in every client)")  # fmt: skip
+    add("--supernode-public-key", type=Path, action="append", default=[], metavar="FILE",
+        help="with --engine superlink: let in only SuperNodes that hold one of these keys; repeatable "
+        "(default: let in every SuperNode)")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the server; returns when the run is over."""
+    from fedsplit.engines import embedded, tls
+    from fedsplit.engines.assembly import check_trackers
+    from fedsplit.server.settings import ServerSettings
+    from fedsplit.wire.join import read_token
+
+    embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
+    settings = ServerSettings(**_values(arguments, ServerSettings))
+    check_trackers(settings)
+    host, _ = embedded.parse_address(arguments.address)
+    certificates = _read_certificates(arguments)
+    join_key = read_token(arguments.join_token_file)
+    tls.check_exposure(
+        host, encrypted=certificates is not None, insecure=arguments.insecure, has_token=join_key is not None
+    )
+    if certificates is not None:
+        tls.check_server_files(certificates)
+    embedded.check_port_is_free(arguments.address)
+    if embedded.choose_engine(arguments.engine) == "superlink":
+        _run_superlink(arguments, settings)
+    else:
+        _run_embedded(arguments, settings, certificates, join_key)
+    return 0
+
+
+def _run_embedded(
+    arguments: argparse.Namespace, settings: ServerSettings, certificates: Certificates | None, join_key: bytes | None
+) -> None:
+    from fedsplit.engines import embedded
+    from fedsplit.engines.assembly import open_server
+    from fedsplit.wire.protocol import EMBEDDED
+
+    if arguments.supernode_public_key:
+        raise UsageError("--supernode-public-key works with --engine superlink only; without it use --join-token-file")
+    live = arguments.log_format == "text" and not arguments.verbose
+    with open_server(settings, EMBEDDED, join_key=join_key, live=live, command=cli.typed_command()) as server:
+        embedded.serve(server, arguments.address, certificates=certificates)
+    if server.failure:
+        raise server.failure
+
+
+def _run_superlink(arguments: argparse.Namespace, settings: ServerSettings) -> None:
+    from fedsplit.engines.superlink import start as superlink
+    from fedsplit.engines.tls import TlsFiles
+
+    if arguments.join_token_file:
+        raise UsageError(
+            "--join-token-file does not work with --engine superlink, which knows its clients by their keys; use "
+            "--supernode-public-key"
+        )
+    files = None
+    if arguments.ssl_ca_certfile:
+        files = TlsFiles(ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile)
+    superlink.serve(
+        settings, arguments.address, tls=files, node_keys=arguments.supernode_public_key, verbose=arguments.verbose
+    )
+
+
+def _values(arguments: argparse.Namespace, settings: type[ServerSettings]) -> dict[str, Any]:
+    """Return the values of the flags that are fields of the settings; lists become tuples."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(settings)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _read_certificates(arguments: argparse.Namespace) -> Certificates | None:
+    """Read the three TLS files: CA, certificate, key; None without them, UsageError for only some."""
+    flags = ("--ssl-ca-certfile", "--ssl-certfile", "--ssl-keyfile")
+    paths = (arguments.ssl_ca_certfile, arguments.ssl_certfile, arguments.ssl_keyfile)
+    ca, certificate, key = (cli.read_file(path, flag) for flag, path in zip(flags, paths, strict=True))
+    if ca is None and certificate is None and key is None:
+        return None
+    if ca is None or certificate is None or key is None:
+        raise UsageError(f"TLS needs all of {', '.join(flags)}")
+    return ca, certificate, key

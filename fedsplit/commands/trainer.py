@@ -1,0 +1,102 @@
+"""Runs the trainer of a rank: the model, the data, the optimizer. It imports no Flower and knows no server.
+
+    python -m fedsplit trainer --rank 1
+
+Your own training instead of the shipped digits:
+
+    python -m fedsplit trainer --rank 1 --workload my_package.my_module:make_workload
+
+or a script of your own around `fedsplit.Trainer`: see docs/own-training.md. In several processes, as one trainer:
+
+    torchrun --standalone --nproc-per-node 2 -m fedsplit trainer --rank 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from fedsplit import cli
+
+
+def add_to(commands: cli.Commands) -> None:
+    """Add the command's parser."""
+    add_flags(cli.add_parser(commands, "trainer", __doc__))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the trainer's flags, and that it is the trainer which runs."""
+    add = parser.add_argument
+    add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
+    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
+        help="holds rank-K/, shared with the client; a RAM disk such as /dev/shm is fastest")  # fmt: skip
+    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
+        help="this rank's own state is kept in DIR/rank-K")  # fmt: skip
+    add("--workload", default="digits", metavar="MODULE:FACTORY",
+        help="what to train: digits, mnist, fashion-mnist, cifar10, or a factory of your own")  # fmt: skip
+    add("--workload-option", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
+        help="an option of the workload, for example partition=dirichlet; repeatable")  # fmt: skip
+    add("--num-partitions", type=cli.positive_int, default=2, metavar="N",
+        help="into how many parts the data is divided; the same for every rank")  # fmt: skip
+    add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
+    add("--seed", type=cli.natural, default=0, metavar="N",
+        help="seed for the initial model and for dividing the data; the same for every rank")  # fmt: skip
+    add("--device", default="auto", metavar="auto|cpu|cuda|…", help="where to train; auto takes a GPU if there is one")
+    add("--threads", type=cli.positive_int, metavar="N",
+        help="threads to compute with (default: this machine's cores divided by --num-partitions)")  # fmt: skip
+    add("--state", choices=("keep", "reset"), default="keep",
+        help="keep: optimizer and generators go on from round to round; reset: each round starts fresh")  # fmt: skip
+    add("--client-wait", type=cli.seconds, metavar="S",
+        help="seconds to wait for this rank's client (default: forever)")  # fmt: skip
+    cli.make_program(parser, "trainer", run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the trainer until the run is over."""
+    from fedsplit.exchange.directory import Exchange
+    from fedsplit.workloads.device import Launch, process_group, set_up_torch
+
+    launch = Launch.read(os.environ)
+    if launch.process == 0:
+        # Before anything slow, so that a taken rank or an unusable directory is reported at once.
+        with Exchange(arguments.exchange_dir, arguments.rank).hold("trainer"):
+            pass
+    elif not arguments.verbose:
+        # Each of its lines would only repeat process 0's.
+        logging.getLogger("fedsplit").setLevel(logging.WARNING)
+    device = set_up_torch(arguments.device, arguments.threads, arguments.num_partitions, launch)
+    with process_group(device, launch):
+        _train(arguments, device)
+    return 0
+
+
+def _train(arguments: argparse.Namespace, device: str) -> None:
+    """Make the workload and answer every task of the run with it."""
+    from fedsplit.workloads import WorkloadContext, create_workload
+
+    context = WorkloadContext(
+        rank=arguments.rank,
+        num_partitions=arguments.num_partitions,
+        seed=arguments.seed,
+        device=device,
+        data_dir=arguments.data_dir,
+        options=dict(arguments.workload_option),
+    )
+    workload = create_workload(arguments.workload, context)
+
+    from fedsplit.trainer.progress import Progress
+    from fedsplit.trainer.trainer import Trainer
+    from fedsplit.workloads.runner import run_workload
+
+    trainer = Trainer(
+        arguments.rank,
+        workload.model,
+        exchange_dir=arguments.exchange_dir,
+        checkpoint_dir=arguments.checkpoint_dir,
+        state=arguments.state,
+        client_wait_s=arguments.client_wait,
+    )
+    with trainer:
+        run_workload(trainer, workload, Progress(arguments.rank, shown=trainer.process == 0))
