@@ -105,7 +105,7 @@ class Counting(Unchanged):
         self._rank = context.rank
         self._sleep_s = float(context.options.get("sleep", "0"))
         if context.options.get("fork") == "yes" and os.fork() == 0:
-            time.sleep(20)
+            time.sleep(60)
             os._exit(0)
 
     def train(self, task: Any) -> TrainResult:
