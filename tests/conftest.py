@@ -18,12 +18,19 @@ from tests.depth import DEPTH
 from tests.in_process import Scripts
 
 RUN = "FEDSPLIT_TEST_RUN"
+# All of their tests are slow, and importing their libraries takes each worker half a minute.
+ONLY_SLOW = ("test_integrations_lightning.py", "test_integrations_transformers.py")
 GRACE_S = 20.0
 
 # Without a database of earlier failures, and with the same cases each time: what fails here fails everywhere.
 settings.register_profile("quick", max_examples=10, derandomize=True, deadline=None, database=None)
 settings.register_profile("deep", max_examples=100 * max(1, DEPTH), deadline=None, print_blob=True)
 settings.load_profile("deep" if DEPTH else "quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the files that have nothing for `make test`."""
+    return True if config.option.markexpr == "not slow" and collection_path.name in ONLY_SLOW else None
 
 
 @pytest.fixture(scope="session", autouse=True)

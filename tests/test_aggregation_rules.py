@@ -27,6 +27,7 @@ from fedsplit.aggregation import (
 )
 from fedsplit.aggregation.base import REGISTRY, seeded_generator
 from fedsplit.errors import AggregationError
+from tests.depth import scaled
 
 FLOATING = [
     torch.float64,
@@ -309,14 +310,14 @@ def as_updates(stack, weights=None):
     return updates_of(*({"w": torch.from_numpy(np.array(row))} for row in stack), weights=weights)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=scaled(12, 60))
 @given(stack=stacks())
 def test_median_is_that_of_numpy(stack):
     result = median(as_updates(stack), context())["w"].numpy()
     np.testing.assert_array_equal(result, np.median(stack, axis=0))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=scaled(12, 60))
 @given(stack=stacks(dtype=np.float64), fraction=st.floats(0, 0.49))
 def test_trimmed_mean_is_that_of_scipy(stack, fraction):
     result = trimmed_mean(as_updates(stack), context(), fraction=fraction)["w"].numpy()
@@ -325,7 +326,7 @@ def test_trimmed_mean_is_that_of_scipy(stack, fraction):
     np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=scaled(12, 60))
 @given(stack=stacks(dtype=np.float64), data=st.data())
 def test_fedavg_is_that_of_numpy(stack, data):
     weights = data.draw(st.lists(st.integers(1, 10**6), min_size=len(stack), max_size=len(stack)))
@@ -333,7 +334,7 @@ def test_fedavg_is_that_of_numpy(stack, data):
     np.testing.assert_allclose(result, np.average(stack, axis=0, weights=weights), rtol=1e-9, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=scaled(8, 40))
 @given(stack=stacks(dtype=np.float64, min_clients=5), byzantine=st.integers(0, 1))
 def test_krum_and_multi_krum_are_those_of_flower(stack, byzantine):
     from flwr.server.strategy.aggregate import _compute_distances, aggregate_krum
@@ -353,7 +354,7 @@ def test_krum_and_multi_krum_are_those_of_flower(stack, byzantine):
 
 
 @pytest.mark.parametrize(("steps", "within"), [(32, 2e-3), (500, 5e-4)])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=scaled(5, 25))
 @given(seed=st.integers(0, 10**6), count=st.integers(3, 7))
 def test_the_geometric_median_has_the_smallest_sum_of_distances(steps, within, seed, count):
     points = np.random.default_rng(seed).normal(size=(count, 3))
@@ -413,7 +414,7 @@ def fit_for(name, many):
 
 
 @pytest.mark.parametrize("name", RULES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=scaled(8, 40))
 @given(data=st.data())
 def test_one_client_gives_the_state_of_that_client(name, data):
     (state,) = fit_for(name, data.draw(states(1)))
@@ -424,7 +425,7 @@ def test_one_client_gives_the_state_of_that_client(name, data):
 
 
 @pytest.mark.parametrize("name", RULES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=scaled(6, 30))
 @given(data=st.data(), count=st.integers(2, 7))
 def test_identical_clients_give_identical_bits(name, data, count):
     (state,) = fit_for(name, data.draw(states(1)))
@@ -435,7 +436,7 @@ def test_identical_clients_give_identical_bits(name, data, count):
 
 
 @pytest.mark.parametrize("name", RULES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=scaled(6, 30))
 @given(data=st.data(), count=st.integers(2, 6))
 def test_the_order_of_the_clients_changes_nothing(name, data, count):
     many = fit_for(name, data.draw(states(count)))
@@ -452,7 +453,7 @@ def test_the_order_of_the_clients_changes_nothing(name, data, count):
             torch.testing.assert_close(widest(tensor), widest(other[key]), **near)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=scaled(6, 30))
 @given(data=st.data(), count=st.integers(2, 4))
 def test_a_weight_of_n_is_n_copies(data, count):
     many = data.draw(states(count))
@@ -465,7 +466,7 @@ def test_a_weight_of_n_is_n_copies(data, count):
 
 
 @pytest.mark.parametrize("name", RULES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=scaled(5, 20))
 @given(data=st.data(), count=st.integers(1, 5))
 def test_no_rule_changes_what_it_is_given(name, data, count):
     many = fit_for(name, data.draw(states(count)))

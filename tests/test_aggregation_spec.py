@@ -17,6 +17,7 @@ from fedsplit.aggregation.loading import check_rules
 from fedsplit.aggregation.privacy import private_rule
 from fedsplit.aggregation.spec import BUILTIN_RULES, RuleSpec, first_match, parse_rule, parse_rules
 from fedsplit.errors import UsageError
+from tests.depth import scaled
 
 
 def test_nothing_asked_for_is_fedavg():
@@ -85,7 +86,7 @@ literals = st.one_of(
 identifiers = st.from_regex(r"[a-z_][a-z0-9_]{0,6}", fullmatch=True).filter(lambda name: name != "rule")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=scaled(20, 100))
 @given(params=st.dictionaries(identifiers, literals, max_size=4))
 def test_any_parameters_of_a_users_rule_survive_the_way_through_text(params):
     spec = RuleSpec(pattern="a.*", name="pkg.mod:fn", params=params)
@@ -94,7 +95,7 @@ def test_any_parameters_of_a_users_rule_survive_the_way_through_text(params):
     assert [type(v) for v in back.params.values()] == [type(v) for v in params.values()]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=scaled(60, 300))
 @given(text=st.text(alphabet="abmedian.*:-=(),'\"0123456789 @e+", max_size=30))
 def test_malformed_text_is_a_usage_error_of_one_line_and_nothing_else(text):
     if text.strip().startswith("@"):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fedsplit.errors import UsageError
 from fedsplit.workloads.options import OptionReader
 from fedsplit.workloads.partition import Dirichlet, Iid, Scheme, parse_scheme, partition
+from tests.depth import scaled
 
 SCHEMES = st.one_of(st.just(Iid()), st.builds(Dirichlet, st.floats(1e-3, 1e3)))
 
@@ -21,7 +22,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     return np.array(labels), draw(st.integers(1, len(labels)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=scaled(40, 200))
 @given(problems(), SCHEMES, st.integers(0, 2**40))
 def test_parts_are_disjoint_complete_ascending_and_differ_in_size_by_one_at_most(
     problem: tuple[np.ndarray, int], scheme: Scheme, seed: int
@@ -35,7 +36,7 @@ def test_parts_are_disjoint_complete_ascending_and_differ_in_size_by_one_at_most
     assert all(part.dtype == np.int64 and np.all(np.diff(part) > 0) for part in parts)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=scaled(10, 50))
 @given(problems(), SCHEMES, st.integers(0, 2**40))
 def test_the_same_seed_gives_the_same_parts(problem: tuple[np.ndarray, int], scheme: Scheme, seed: int) -> None:
     labels, num_partitions = problem
