@@ -81,9 +81,11 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError("--join-token-file works over TLS (--root-certificates) or on loopback only")
     engine = embedded.choose_engine(arguments.engine)
     if engine == "superlink" and join_key is not None:
-        raise UsageError("--join-token-file is of the embedded engine; here it is --supernode-private-key")
+        raise UsageError(
+            "--join-token-file works with --engine embedded only; with --engine superlink, use --supernode-private-key"
+        )
     if engine == "embedded" and arguments.supernode_private_key:
-        raise UsageError("--supernode-private-key is of --engine superlink; here it is --join-token-file")
+        raise UsageError("--supernode-private-key works with --engine superlink only; here, use --join-token-file")
 
     from fedsplit.exchange.directory import Exchange
 
@@ -116,9 +118,9 @@ def _run_relay(
 def _run_supernode(
     exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
 ) -> FinishedRecord:
-    from fedsplit.engines.superlink import start as superlink
+    from fedsplit.engines.superlink import node
 
-    return superlink.connect(
+    return node.connect(
         exchange,
         arguments.server_address,
         root_certificates=arguments.root_certificates,
@@ -127,6 +129,7 @@ def _run_supernode(
         payload_store=arguments.payload_store,
         max_wait_s=arguments.max_wait,
         verbose=arguments.verbose,
+        log_format=arguments.log_format,
     )
 
 

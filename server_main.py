@@ -21,7 +21,7 @@ from fedsplit.engines.assembly import check_trackers, open_server
 from fedsplit.errors import UsageError
 from fedsplit.server.settings import ServerSettings
 from fedsplit.wire.join import read_token
-from fedsplit.wire.protocol import EMBEDDED
+from fedsplit.wire.protocol import EMBEDDED, SUPERLINK
 
 # Options that are what their flag gives.
 _PLAIN = (
@@ -165,29 +165,30 @@ def main(arguments: argparse.Namespace) -> int:
     tls.check_exposure(
         host, encrypted=certificates is not None, insecure=arguments.insecure, has_token=join_key is not None
     )
+    files = None
     if certificates is not None:
         tls.check_server_files(certificates)
-    embedded.check_port_is_free(arguments.address)
-    if embedded.choose_engine(arguments.engine) == "superlink":
-        from fedsplit.engines.superlink import start as superlink
-
-        if join_key is not None:
-            raise UsageError("--join-token-file is of the embedded engine; a SuperLink knows nodes by their keys: "
-                             "--supernode-public-key")  # fmt: skip
-        files = None
-        if certificates is not None:
-            files = superlink.TlsFiles(
-                ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile
-            )
-        superlink.serve(
-            settings, arguments.address, tls=files, node_keys=arguments.supernode_public_key, verbose=arguments.verbose
+        files = tls.TlsFiles(
+            ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile
         )
-        return 0
-    if arguments.supernode_public_key:
-        raise UsageError("--supernode-public-key is of --engine superlink; here it is --join-token-file")
+    embedded.check_port_is_free(arguments.address)
+    on_superlink = embedded.choose_engine(arguments.engine) == "superlink"
+    if on_superlink and join_key is not None:
+        raise UsageError(
+            "--join-token-file works with --engine embedded only; with --engine superlink, let SuperNodes in by their "
+            "keys: --supernode-public-key"
+        )
+    if arguments.supernode_public_key and not on_superlink:
+        raise UsageError("--supernode-public-key works with --engine superlink only; here, use --join-token-file")
     live = arguments.log_format == "text" and not arguments.verbose
-    with open_server(settings, EMBEDDED, join_key=join_key, live=live, command=["python", *sys.argv]) as server:
-        embedded.serve(server, arguments.address, certificates=certificates)
+    engine = SUPERLINK if on_superlink else EMBEDDED
+    with open_server(settings, engine, join_key=join_key, live=live, command=["python", *sys.argv]) as server:
+        if on_superlink:
+            from fedsplit.engines.superlink.serve import serve
+
+            serve(server, arguments.address, tls=files, node_keys=arguments.supernode_public_key)
+        else:
+            embedded.serve(server, arguments.address, certificates=certificates)
     if server.failure:
         raise server.failure
     return 0
