@@ -153,4 +153,3 @@ def test_the_scripts_do_nothing_but_call_their_command() -> None:
     for module in SCRIPTS.values():
         assert isinstance(module, ModuleType)
         assert len(Path(str(module.__file__)).read_text().splitlines()) < 40
-

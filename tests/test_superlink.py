@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from fedsplit.engines.certificates import make_certificates
-from fedsplit.engines.superlink.app_log import Reports
 from fedsplit.errors import UsageError
 from fedsplit.run.history import read_history
 from fedsplit.server.settings import ServerSettings
@@ -33,7 +32,7 @@ def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engin
         expected = federation.final_state().read_bytes()
     directory = tmp_path / "deployed"
     directory.mkdir()
-    checkpoints, report = directory / "server-checkpoints", directory / "report.jsonl"
+    checkpoints = directory / "server-checkpoints"
     with deployed(directory) as deployment:
         for rank in (1, 2):
             deployment.start_trainer(rank, 2)
@@ -44,15 +43,12 @@ def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engin
             deployment.start_supernode(f"node-{rank}", rank, key)
         # Who does not belong.
         deployment.start_supernode("node-keyless", 3, None)
-        deployment.run(rounds=3, checkpoint_dir=str(checkpoints), report_file=str(report))
+        deployment.run(rounds=3, checkpoint_dir=str(checkpoints))
         for rank in (1, 2):
             assert deployment.processes[f"model-{rank}"].wait(240) == 0, deployment.tails()
         assert deployment.processes["node-keyless"].wait(10) != 0
         assert "SuperNode ID" not in deployment.log("node-keyless")
         assert deployment.wait_for_run(60) == "finished:completed"
-    reports = Reports(report)
-    reports.close()
-    assert reports.ended and reports.error is None
     lines = read_history(checkpoints / "server" / "history.jsonl")
     assert [(line["round"], line["accepted"], line["refused"]) for line in lines] == [(n, 2, {}) for n in (1, 2, 3)]
     # One message a round: the next training came along with the evaluation.
@@ -190,11 +186,5 @@ def test_the_project_offers_every_option_as_run_config() -> None:
     from tests.programs import ROOT
 
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    defaults = ServerSettings().to_run_config() | {
-        "checkpoint-dir": "checkpoints",
-        "report-file": "",
-        "script-command": "",
-        "script-pid": 0,
-        "verbose": False,
-    }
+    defaults = ServerSettings().to_run_config() | {"checkpoint-dir": "checkpoints", "verbose": False}
     assert app["config"] == defaults

@@ -64,9 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--join-token-file works over TLS (--root-certificates) or on loopback only")
     engine = embedded.choose_engine(arguments.engine)
     if engine == "superlink" and join_key is not None:
-        raise UsageError("--join-token-file does not work with --engine superlink; use --supernode-private-key")
+        raise UsageError(
+            "--join-token-file works with --engine embedded only; with --engine superlink, use --supernode-private-key"
+        )
     if engine == "embedded" and arguments.supernode_private_key:
-        raise UsageError("--supernode-private-key works with --engine superlink only; without it use --join-token-file")
+        raise UsageError("--supernode-private-key works with --engine superlink only; here, use --join-token-file")
 
     exchange = Exchange(arguments.exchange_dir, arguments.rank)
     with exchange.hold("client"):
@@ -100,9 +102,9 @@ def _run_relay(
 
 
 def _run_supernode(exchange: Exchange, arguments: argparse.Namespace) -> FinishedRecord:
-    from fedsplit.engines.superlink import start as superlink
+    from fedsplit.engines.superlink import node
 
-    return superlink.connect(
+    return node.connect(
         exchange,
         arguments.server_address,
         root_certificates=arguments.root_certificates,
@@ -111,4 +113,5 @@ def _run_supernode(exchange: Exchange, arguments: argparse.Namespace) -> Finishe
         payload_store=arguments.payload_store,
         max_wait_s=arguments.max_wait,
         verbose=arguments.verbose,
+        log_format=arguments.log_format,
     )

@@ -24,7 +24,7 @@ from fedsplit.commands.plot import write_plot
 from fedsplit.commands.programs import Program, Programs
 from fedsplit.commands.status import read_status
 from fedsplit.disk.files import make_private_directory
-from fedsplit.engines.superlink.processes import free_port
+from fedsplit.engines.processes import free_port
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError
 from fedsplit.run.paths import Places
 

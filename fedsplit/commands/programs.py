@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedsplit.engines.superlink.processes import tie_to_parent
+from fedsplit.engines.processes import tie_to_parent
 from fedsplit.errors import RunFailedError, RunStoppedError
 
 STOP_S = 10.0

@@ -21,6 +21,7 @@ from fedsplit.errors import UsageError
 
 if TYPE_CHECKING:
     from fedsplit.server.settings import ServerSettings
+    from fedsplit.wire.protocol import Engine
 
 Certificates: TypeAlias = tuple[bytes, bytes, bytes]
 
@@ -100,9 +101,10 @@ def _add_security(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the server; returns when the run is over."""
     from fedsplit.engines import embedded, tls
-    from fedsplit.engines.assembly import check_trackers
+    from fedsplit.engines.assembly import check_trackers, open_server
     from fedsplit.server.settings import ServerSettings
     from fedsplit.wire.join import read_token
+    from fedsplit.wire.protocol import EMBEDDED, SUPERLINK
 
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
     settings = ServerSettings(**_values(arguments, ServerSettings))
@@ -113,47 +115,37 @@ def run(arguments: argparse.Namespace) -> int:
     tls.check_exposure(
         host, encrypted=certificates is not None, insecure=arguments.insecure, has_token=join_key is not None
     )
+    files = None
     if certificates is not None:
         tls.check_server_files(certificates)
+        files = tls.TlsFiles(
+            ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile
+        )
     embedded.check_port_is_free(arguments.address)
-    if embedded.choose_engine(arguments.engine) == "superlink":
-        _run_superlink(arguments, settings)
-    else:
-        _run_embedded(arguments, settings, certificates, join_key)
+    engine = SUPERLINK if embedded.choose_engine(arguments.engine) == "superlink" else EMBEDDED
+    _check_keys(arguments, engine)
+    live = arguments.log_format == "text" and not arguments.verbose
+    with open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command()) as server:
+        if engine is SUPERLINK:
+            from fedsplit.engines.superlink.serve import serve
+
+            serve(server, arguments.address, tls=files, node_keys=arguments.supernode_public_key)
+        else:
+            embedded.serve(server, arguments.address, certificates=certificates)
+    if server.failure:
+        raise server.failure
     return 0
 
 
-def _run_embedded(
-    arguments: argparse.Namespace, settings: ServerSettings, certificates: Certificates | None, join_key: bytes | None
-) -> None:
-    from fedsplit.engines import embedded
-    from fedsplit.engines.assembly import open_server
-    from fedsplit.wire.protocol import EMBEDDED
-
-    if arguments.supernode_public_key:
-        raise UsageError("--supernode-public-key works with --engine superlink only; without it use --join-token-file")
-    live = arguments.log_format == "text" and not arguments.verbose
-    with open_server(settings, EMBEDDED, join_key=join_key, live=live, command=cli.typed_command()) as server:
-        embedded.serve(server, arguments.address, certificates=certificates)
-    if server.failure:
-        raise server.failure
-
-
-def _run_superlink(arguments: argparse.Namespace, settings: ServerSettings) -> None:
-    from fedsplit.engines.superlink import start as superlink
-    from fedsplit.engines.tls import TlsFiles
-
-    if arguments.join_token_file:
+def _check_keys(arguments: argparse.Namespace, engine: Engine) -> None:
+    """Refuse what the engine cannot know its clients by."""
+    if engine.name == "superlink" and arguments.join_token_file:
         raise UsageError(
-            "--join-token-file does not work with --engine superlink, which knows its clients by their keys; use "
-            "--supernode-public-key"
+            "--join-token-file works with --engine embedded only; with --engine superlink, let SuperNodes in by their "
+            "keys: --supernode-public-key"
         )
-    files = None
-    if arguments.ssl_ca_certfile:
-        files = TlsFiles(ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile)
-    superlink.serve(
-        settings, arguments.address, tls=files, node_keys=arguments.supernode_public_key, verbose=arguments.verbose
-    )
+    if engine.name == "embedded" and arguments.supernode_public_key:
+        raise UsageError("--supernode-public-key works with --engine superlink only; here, use --join-token-file")
 
 
 def _values(arguments: argparse.Namespace, settings: type[ServerSettings]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ _POLL_S = 0.02
 _TAIL_BYTES = 65536
 _TAIL_LINES = 12
 _PR_SET_PDEATHSIG = 1
+_STDERR = 2
 
 
 class Child:
@@ -57,11 +58,11 @@ class Child:
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it with these environment variables; raises OSError if the program or the log cannot be opened."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-        output = os.dup(sys.stderr.fileno()) if self.log is None else os.open(self.log, flags, 0o600)
+        output = os.dup(_STDERR) if self.log is None else os.open(self.log, flags, 0o600)
         try:
             self._process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment),
-                start_new_session=True, preexec_fn=tie_to_parent(),
+                self.command, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, env=dict(environment), start_new_session=True, preexec_fn=tie_to_parent(),
             )  # fmt: skip
         finally:
             os.close(output)

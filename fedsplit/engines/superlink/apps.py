@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 import threading
 import time
@@ -46,13 +45,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.cli import set_up_logging
 from fedsplit.client.relay import Relay
+from fedsplit.disk.files import write_chunks
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.disk.remote_store import open_remote
 from fedsplit.engines.assembly import open_server
-from fedsplit.engines.superlink.app_log import Reporter
-from fedsplit.errors import FedSplitError, RoleTakenError, UsageError
+from fedsplit.errors import RoleTakenError, UsageError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.server.roster import Roster
+from fedsplit.server.server import Server
 from fedsplit.server.settings import ServerSettings
 from fedsplit.wire.protocol import SUPERLINK
 
@@ -74,27 +74,25 @@ server_app = ServerApp()
 @server_app.main()
 def run_server(grid: Grid, context: Context) -> None:
     """Run the federation; raises what made it end early, which gives the run its status."""
-    reporter = _begin("server", context.run_config)
+    _begin("server", context.run_config)
+    settings = ServerSettings.from_run_config(context.run_config)
+    with open_server(settings, SUPERLINK) as server:
+        run_on(grid, server)
+    if server.failure:
+        raise server.failure
+
+
+def run_on(grid: Grid, server: Server) -> None:
+    """Run a server's rounds with the SuperNodes that a grid knows."""
+    roster = server.client_manager()
+    assert isinstance(roster, Roster)  # for the type checker: it makes no other
+    nodes = _Nodes(_PromptGrid(grid), roster)
+    nodes.start()
     try:
-        settings = ServerSettings.from_run_config(context.run_config)
-        command = shlex.split(str(context.run_config.get("script-command", "")))
-        with open_server(settings, SUPERLINK, command=command) as server:
-            roster = server.client_manager()
-            assert isinstance(roster, Roster)  # for the type checker: it makes no other
-            nodes = _Nodes(_PromptGrid(grid), roster)
-            nodes.start()
-            server.fit(num_rounds=settings.rounds, timeout=None)
-            nodes.stop()
-        if server.failure:
-            raise server.failure
-    except Exception as exc:
-        if not isinstance(exc, FedSplitError):
-            log.exception("the server failed")
-        if reporter:
-            reporter.end(exc)
-        raise
-    if reporter:
-        reporter.end(None)
+        # It knows its number of rounds.
+        server.fit(num_rounds=1, timeout=None)
+    finally:
+        nodes.stop()
 
 
 class _PromptGrid:
@@ -109,7 +107,7 @@ class _PromptGrid:
         return set(self._grid.get_node_ids())
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Send one message and wait for its reply: Flower itself answers one that nobody did in time."""
+        """Send one message and wait for its reply; if nobody answers in time, Flower's own error is the reply."""
         (message,) = messages
         message.metadata.ttl += _DELIVERY_S
         message_ids = list(self._grid.push_messages([message]))
@@ -173,7 +171,7 @@ class _Nodes:
 class _NodeRelay(Relay):
     """A relay for one message: takes up what the message before left in the context, and the role lock."""
 
-    def __init__(self, context: Context, reporter: Reporter | None) -> None:
+    def __init__(self, context: Context) -> None:
         config = context.node_config
         rank, directory = config.get("rank"), config.get("exchange-dir")
         if not isinstance(rank, int) or not isinstance(directory, str):
@@ -182,7 +180,6 @@ class _NodeRelay(Relay):
                 f"--node-config 'rank=1 exchange-dir=\"/path/exchange\"' (it has {dict(config)})"
             )
         self._context = context
-        self._reporter = reporter
         self._own_exchange = Exchange(directory, rank)
         store = str(config.get("payload-store", "auto"))
         super().__init__(
@@ -199,8 +196,8 @@ class _NodeRelay(Relay):
             self._take_up(state[_STATE] if _STATE in state else {})  # noqa: SIM401  (its get wants a record)
             yield
         state[_STATE] = ConfigRecord({**self._leave()})
-        if self._reporter and (self.refused or self.outcome):
-            self._reporter.end(self.refused)
+        if self.refused and (path := self._context.node_config.get("refusal-file")):
+            write_chunks(Path(str(path)), [str(self.refused).encode()])
 
     def _take_up(self, kept: Mapping[str, Any]) -> None:
         # The clock is the machine's: it goes on from one process to the next.
@@ -254,23 +251,24 @@ class _NodeRelay(Relay):
 
 def make_client(context: Context) -> Client:
     """Make the relay of the SuperNode that a message came to."""
-    return _NodeRelay(context, _begin("client", context.node_config))
+    _begin("client", context.node_config)
+    if script := int(context.node_config.get("script-pid", 0)):
+        threading.Thread(target=_end_with, args=(script,), name="script", daemon=True).start()
+    return _NodeRelay(context)
 
 
 client_app = ClientApp(client_fn=make_client)
 
 
-def _begin(program: str, config: Mapping[str, Any]) -> Reporter | None:
-    set_up_logging(program, verbose=bool(config.get("verbose")))
-    reporter = Reporter(Path(path)) if (path := str(config.get("report-file", ""))) else None
-    if reporter:
-        log.handlers[:] = [reporter]
-    if script := int(config.get("script-pid", 0)):
-        threading.Thread(target=_end_with, args=(script,), name="script", daemon=True).start()
+def _begin(program: str, config: Mapping[str, Any]) -> None:
+    set_up_logging(program, verbose=bool(config.get("verbose")), log_format=str(config.get("log-format", "text")))
+    if path := config.get("log-file"):
+        to_file = logging.FileHandler(str(path))
+        to_file.setFormatter(log.handlers[0].formatter)
+        log.handlers[:] = [to_file]
     # Rules of one's own are looked for where the SuperLink was started, as server_main.py does.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    return reporter
 
 
 def _end_with(script: int) -> None:

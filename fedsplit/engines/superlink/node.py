@@ -1,0 +1,211 @@
+"""``client_main.py --engine superlink``: starts Flower's ``flower-supernode`` for a rank, and ends it again.
+
+The SuperNode starts a process for each message, in which the relay runs (`fedsplit.engines.superlink.apps`). The relay
+logs to a file in this script's format, and what comes there is shown. Flower's own log is shown with ``--verbose``,
+and its last lines where the server does not let the SuperNode in. The run's end is told by ``finished.json`` in the
+exchange directory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import fedsplit
+from fedsplit.engines.embedded import parse_address, wait_for_server
+from fedsplit.engines.processes import Child, free_port
+from fedsplit.engines.tls import client_context
+from fedsplit.errors import FedSplitError, RefusedError, UsageError
+from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.records import FinishedRecord
+
+log = logging.getLogger("fedsplit")
+
+_END_S = 10.0
+_LOOK_S = 0.2
+_CONNECTION_LOOK_S = 2.0
+# How often a SuperNode's helper looks for a message to work on: Flower's own setting, 1 s if it is not set.
+_TASK_POLL_S = "0.1"
+
+
+def connect(
+    exchange: Exchange, address: str, *, root_certificates: Path | None, node_key: Path | None = None,
+    trainer_wait_s: float, payload_store: str = "auto", max_wait_s: float | None = None, verbose: bool = False,
+    log_format: str = "text",
+) -> FinishedRecord:  # fmt: skip
+    """Run a SuperNode for a rank until the run is over; the caller holds the client's role all the while.
+
+    Parameters
+    ----------
+    exchange
+        The rank's exchange directory.
+    address
+        Where the SuperLink listens.
+    root_certificates
+        CA certificates; None goes without TLS.
+    node_key
+        The SuperNode's private key, where the server asks for one.
+    trainer_wait_s
+        Seconds to wait for a trainer before a task is reported as failed.
+    payload_store
+        As ``--payload-store``.
+    max_wait_s
+        Seconds to wait for the server; None for ever.
+    verbose, log_format
+        As ``--verbose`` and ``--log-format``.
+
+    Returns
+    -------
+    finished
+        How the run ended.
+
+    Raises
+    ------
+    RefusedError
+        If the server does not let this node in.
+    ConnectionFailedError
+        If the server was not there for ``max_wait_s``, or its certificate is not one for it.
+    """
+    if node_key and root_certificates is None:
+        raise UsageError("--supernode-private-key needs TLS: --root-certificates")
+    context = None if root_certificates is None else client_context(root_certificates.read_bytes())
+    before = _version(exchange.read_finished())
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedsplit-supernode-")))
+        refusal, relay_log = home / "refusal", home / "relay.log"
+        relay_log.touch(mode=0o600)
+        lines = stack.enter_context(relay_log.open())
+        config: dict[str, str | int | float] = {
+            "rank": exchange.rank, "exchange-dir": str(exchange.directory.parent.absolute()), "client-lock": "held",
+            "trainer-wait": trainer_wait_s, "payload-store": payload_store, "verbose": verbose,
+            "log-format": log_format, "log-file": str(relay_log), "refusal-file": str(refusal),
+            "script-pid": os.getpid(),
+        }  # fmt: skip
+        stack.enter_context(_interruptible())
+        while True:
+            wait_for_server(address, max_wait_s, context, grpc=False)
+            command = _command(address, config, root_certificates, node_key)
+            node = Child("SuperNode", command, None if verbose and log_format == "text" else home / "supernode.log")
+            try:
+                node.start(_environment(home))
+                finished = _watch(node, exchange, before, refusal, lines, address)
+            finally:
+                node.stop()
+                _show(lines)
+            if finished:
+                return finished
+            log.warning("lost the server at %s; connecting again", address)
+
+
+def _watch(
+    node: Child, exchange: Exchange, before: int, refusal: Path, lines: TextIO, address: str
+) -> FinishedRecord | None:
+    """Wait until the run is over; None if the server went away meanwhile."""
+    looked, failures = time.monotonic(), 0
+    while True:
+        _show(lines)
+        finished = exchange.read_finished()
+        if finished and _version(finished) > before:
+            _wait_for_the_servers_end(node, address)
+            return finished
+        if refusal.exists():
+            raise RefusedError(refusal.read_text())
+        if not node.is_running:
+            if not _listens(address):
+                return None
+            if node.exit_code:
+                # It waits by itself for a server that cannot be reached, so this is an answer that it got.
+                raise RefusedError(f"the server at {address} does not let this SuperNode in: {node.tail()}")
+            time.sleep(_CONNECTION_LOOK_S)
+            return None
+        if time.monotonic() - looked > _CONNECTION_LOOK_S:
+            looked = time.monotonic()
+            failures = 0 if _listens(address) else failures + 1
+            if failures > 1:
+                return None
+        time.sleep(_LOOK_S)
+
+
+def _show(lines: TextIO) -> None:
+    """Show what the relay has logged since the last time."""
+    sys.stderr.write(lines.read())
+    sys.stderr.flush()
+
+
+def _wait_for_the_servers_end(node: Child, address: str) -> None:
+    """Give the SuperNode time to pass the relay's last answer on: with all answers in, the server leaves."""
+    deadline = time.monotonic() + _END_S
+    while time.monotonic() < deadline and node.is_running and _listens(address):
+        time.sleep(_LOOK_S)
+
+
+def _command(
+    address: str, config: dict[str, str | int | float], root_certificates: Path | None, key: Path | None
+) -> list[str]:
+    command = [
+        str(_path_of("flower-supernode")), "--superlink", address, "--port", str(free_port()),
+        "--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in config.items()),
+    ]  # fmt: skip
+    if root_certificates is None:
+        return [*command, "--insecure"]
+    command += ["--root-certificates", str(root_certificates.absolute())]
+    return command if key is None else [*command, "--auth-supernode-private-key", str(key.absolute())]
+
+
+def _environment(home: Path) -> dict[str, str]:
+    paths = (str(Path(fedsplit.__file__).parent.parent), os.environ.get("PYTHONPATH", ""))
+    return {
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_S, **os.environ, "FLWR_HOME": str(home),
+        # Flower starts its other commands by name.
+        "PATH": f"{_path_of('flower-superexec').parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+
+
+def _path_of(command: str) -> Path:
+    """Return the command that was installed beside this interpreter, whatever PATH says."""
+    path = Path(sys.executable).parent / command
+    if not path.exists():
+        raise FedSplitError(f"{path} is not there; install Flower in this environment: pip install flwr")
+    return path
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let every signal that asks to stop end the block in order, so that nothing is left running."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for each, old in previous.items():
+            signal.signal(each, old)
+
+
+def _listens(address: str) -> bool:
+    try:
+        socket.create_connection(parse_address(address), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _version(finished: FinishedRecord | None) -> int:
+    return finished.version if finished else 0
