@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from fedsplit.__main__ import main
-from fedsplit.commands.plot import draw, make_figure
 from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.run.history import History, Line
+from fedsplit.watch.plot import draw, make_figure
 
 LINES: list[Line] = [
     {
