@@ -171,7 +171,7 @@ def test_without_an_evaluation_the_end_is_told_all_the_same(tmp_path: Path, caps
     assert capsys.readouterr().out.splitlines()[0] == "finished after 1 round"
 
 
-# -- child processes, small ones ----------------------------------------------------------------------------------------
+# -- child processes, small ones ---------------------------------------------------------------------------------------
 
 STUBBORN = (
     "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('ready', flush=True)\ntime.sleep(600)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -186,20 +187,42 @@ def test_a_browser_shows_the_page_within_its_width_and_with_contrast(tmp_path: P
 
 @needs_chromium
 def test_colours_of_the_lines_are_told_from_the_ground_in_both_themes(tmp_path: Path) -> None:
-    probe = "".join(
-        f'<b class="c-{name}">{name}</b>' for name in ("train", "evaluate", "hand-off", "transfer", "merging")
-    )
-    script = (
-        "<script>document.title=[...document.querySelectorAll('body > b')].map(e=>getComputedStyle(e).color).join(';')"
-        "+';'+getComputedStyle(document.body).backgroundColor</script>"
-    )
+    script = """<script>document.title = [...document.querySelectorAll("svg [style*='--c-']")].flatMap((e) => {
+      const style = getComputedStyle(e);
+      return [style.fill, style.stroke];
+    }).concat(getComputedStyle(document.body).backgroundColor).join(";")</script>"""
     page = tmp_path / "probe.html"
-    page.write_text(render(REPORT).replace("<body>", f"<body>{probe}").replace("</body>", f"{script}</body>"))
-    for dark in (False, True):
+    page.write_text(render(REPORT).replace("</body>", f"{script}</body>"))
+    for dark, grid in ((False, "rgb(213, 218, 224)"), (True, "rgb(54, 61, 71)")):
         dom = run_chromium(tmp_path, "--dump-dom", page.as_uri(), dark=dark)
         title = re.search(r"<title>(.+?)</title>", dom)
         assert title
-        *colors, ground = title[1].split(";")
-        assert len(colors) == 5
+        *found, ground = title[1].split(";")
+        colors = {color for color in found if color.startswith("rgb(")} - {grid}
+        assert len(colors) == 6, "the axes, and every stage that was drawn"
         # What WCAG asks of graphics.
-        assert min(contrast(color, ground) for color in colors) >= 3
+        assert {color: contrast(color, ground) for color in colors if contrast(color, ground) < 3} == {}
+
+
+def test_a_metric_may_have_any_name(tmp_path: Path) -> None:
+    names = ["</text><script>", "$\\frac{", "a&b", "x" * 300]
+    lines = [{**line(number), "train": dict.fromkeys(names, float(number))} for number in (1, 2)]
+    page = render(Report(record=RECORD, lines=lines))
+    Tags(page)
+    assert "<script>" not in page
+    assert page.count("$\\frac{") >= 3, "in the chart, above it, and in the table: as it is, and not as a formula"
+
+
+def test_a_missing_matplotlib_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    History(tmp_path / "server/history.jsonl").append(line(1))
+    (tmp_path / "server/run.json").write_text(json.dumps(RECORD))
+    for command, name in (("report", "report.html"), ("plot", "plot.png")):
+        output = tmp_path / name
+        code = main([command, "--checkpoint-dir", str(tmp_path), "--output", str(output)])
+        assert (code, output.exists()) == (UsageError.exit_code, False)
+        assert (
+            "a plot needs matplotlib, which is not installed: pip install 'fedsplit[plot]'" in capsys.readouterr().err
+        )

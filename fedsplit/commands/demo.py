@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,14 +22,15 @@ from types import FrameType
 from fedsplit import cli
 from fedsplit.commands.status import read_status
 from fedsplit.disk.files import make_private_directory
-from fedsplit.engines.processes import Child, end, settle
-from fedsplit.engines.superlink.processes import free_port
+from fedsplit.engines.processes import Child, free_port
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, RunStoppedError
 from fedsplit.run.history import Line, read_history
 from fedsplit.run.paths import Places
 from fedsplit.watch.rounds import refusals, value
 
 _POLL_S = 0.05
+# How long a program has to end by itself once it is asked to.
+_STOP_S = 10.0
 # When one has failed, the others are given a moment: they may fail for the same reason, or be the reason.
 _SETTLE_S = 2.0
 # When one has ended well, the run is over and the others have this long; a goodbye takes up to 10 s.
@@ -66,15 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
     _check_roles_are_free(arguments.exchange_dir, arguments.clients)
     counted = [cli.count(arguments.clients, noun) for noun in ("client", "trainer")]
     print(f"starting a server, {' and '.join(counted)}; all but the server write logs in {places.logs}", flush=True)
-    environment = _environment(arguments.clients)
-    children: list[Child] = []
+    children = plan(arguments, places)
     with _received_signals() as received:
         try:
-            for name, command, log in plan(arguments, places):
-                children.append(Child(name, command, environment, log))
+            for child in children:
+                child.start(_environment(arguments.clients))
             failed = _watch(children, received)
         finally:
-            end(children, hurry=lambda: len(received) > 1)
+            _end(children, received)
         if received:
             print(f"interrupted by {received[0].name}: all {len(children)} programs have ended", flush=True)
             return 128 + received[0]
@@ -84,8 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def plan(arguments: argparse.Namespace, places: Places) -> list[tuple[str, list[str], Path | None]]:
-    """Return name, command line and log of each program: the server, then client and trainer of each rank."""
+def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
+    """Return the programs: the server, then client and trainer of each rank."""
     address, seed, clients = f"127.0.0.1:{free_port()}", str(arguments.seed), str(arguments.clients)
     store, exchange = str(arguments.checkpoint_dir), str(arguments.exchange_dir)
     server = [
@@ -100,12 +100,11 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[tuple[str, list[
         *(["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []),
     ]  # fmt: skip
     verbose = ["--verbose"] if arguments.verbose else []
-    programs: list[tuple[str, list[str], Path | None]]
-    programs = [("server", _command("server_main", [*server, *verbose]), None)]
+    programs = [Child("server", _command("server_main", [*server, *verbose]))]
     for rank in map(str, range(1, arguments.clients + 1)):
         for role, module, flags in (("client", "client_main", client), ("trainer", "model_main", trainer)):
             command = _command(module, ["--rank", rank, *flags, *verbose])
-            programs.append((f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
+            programs.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
     return programs
 
 
@@ -117,9 +116,9 @@ def _watch(children: Sequence[Child], received: Sequence[signal.Signals]) -> lis
     """Watch until all have ended, one has failed, or a signal came; returns those that failed, the cause first."""
     over_since: float | None = None
     while not received:
-        codes = [child.exit_code for child in children]
+        codes = [child.poll() for child in children]
         if any(codes):
-            settle(children, _SETTLE_S, lambda: bool(received))
+            _settle(children, _SETTLE_S, lambda: bool(received))
             failed = [child for child in children if child.exit_code]
             return sorted(failed, key=lambda child: child.exit_code in _FOLLOWED)
         if None not in codes:
@@ -127,7 +126,7 @@ def _watch(children: Sequence[Child], received: Sequence[signal.Signals]) -> lis
         if 0 in codes:
             over_since = over_since or time.monotonic()
             if time.monotonic() - over_since > _FAREWELL_S:
-                running = [child.name for child in children if child.exit_code is None]
+                running = [child.name for child in children if child.is_running]
                 raise RunFailedError(
                     f"the run is over, but {_FAREWELL_S:.0f} s later these still ran and were stopped: "
                     f"{', '.join(running)}; see their logs"
@@ -138,10 +137,28 @@ def _watch(children: Sequence[Child], received: Sequence[signal.Signals]) -> lis
 
 def _explain(failed: Sequence[Child]) -> str:
     first = failed[0]
-    text = first.describe_end()
-    text += f"; the last lines of its log, {first.log}:" if first.log else "; what it said is above"
-    text += "".join(f"\n    {line}" for line in first.tail())
+    text = f"{first.describe_end()}; what it said is above"
+    if first.log:
+        lines = "".join(f"\n    {line}" for line in first.tail().splitlines())
+        text = f"{first.describe_end()}; the last lines of its log, {first.log}:{lines}"
     return text + "".join(f"\nalso {child.describe_end()}" for child in failed[1:])
+
+
+def _settle(children: Sequence[Child], seconds: float, hurry: Callable[[], bool]) -> None:
+    """Wait until all have ended, at most so long, and no longer once ``hurry`` says so."""
+    deadline = time.monotonic() + seconds
+    while any(child.is_running for child in children) and time.monotonic() < deadline and not hurry():
+        time.sleep(_POLL_S)
+
+
+def _end(children: Sequence[Child], received: Sequence[signal.Signals]) -> None:
+    """End all that still run: asked by SIGINT, and killed if that takes too long or the user is in a hurry."""
+    running = [child for child in children if child.is_running]
+    for child in running:
+        child.send(signal.SIGINT)
+    _settle(running, _STOP_S, lambda: len(received) > 1)
+    for child in running:
+        child.kill()
 
 
 def _conclude(lines: Sequence[Line], places: Places) -> None:

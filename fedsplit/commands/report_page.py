@@ -58,7 +58,7 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """Return the page; raises UsageError if matplotlib is not installed."""
+    """Return the page; raises MissingPackageError without matplotlib."""
     drawn = charts(report.lines)
     sections = {
         "": _headline(report),

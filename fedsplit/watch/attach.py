@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from fedsplit.watch.plot import has_matplotlib, write_plot
+from fedsplit.errors import MissingPackageError
+from fedsplit.watch.plot import write_plot
 from fedsplit.watch.trackers import open_tracker
 
 if TYPE_CHECKING:
@@ -74,11 +75,10 @@ def _draw_plot(server: Server) -> None:
     lines = server.run.history.lines
     if not lines:
         return
-    if not has_matplotlib():
-        log.info("no plot is drawn, matplotlib is not installed: pip install 'fedsplit[plot]'")
-        return
     try:
         # The clients have been told of the end by now: matplotlib takes a second to import.
         write_plot(lines, server.run.places.final_plot)
+    except MissingPackageError as exc:
+        log.info("no plot is drawn: %s", exc)
     except Exception as exc:  # noqa: BLE001  (a picture is no reason for a run to have failed)
         log.warning("no plot was drawn (%s: %s); see python -m fedsplit plot", type(exc).__name__, exc)

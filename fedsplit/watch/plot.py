@@ -6,7 +6,6 @@ the history lacks, or has as null, is a gap. Nothing here uses pyplot: it keeps 
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.disk.files import write_chunks
-from fedsplit.errors import UsageError
+from fedsplit.errors import MissingPackageError
 from fedsplit.run.history import Line
 from fedsplit.run.time_account import STAGES, account
 from fedsplit.watch.rounds import metrics_of, ranks_of, value
@@ -52,11 +51,6 @@ _SVG_INCHES = (400 / 72, 270 / 72)
 _COLOR = re.compile(r"(fill|stroke): #([0-9a-f]{6})")
 
 
-def has_matplotlib() -> bool:
-    """Whether plots can be drawn at all: matplotlib is an extra."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def write_plot(lines: Sequence[Line], output: Path) -> None:
     """Draw a history into a PNG file; see `draw`."""
     write_chunks(output, [draw(lines)])
@@ -77,7 +71,7 @@ def draw(lines: Sequence[Line]) -> bytes:
 
     Raises
     ------
-    UsageError
+    MissingPackageError
         If matplotlib is not installed.
     """
     buffer = io.BytesIO()
@@ -113,7 +107,7 @@ def charts(lines: Sequence[Line]) -> dict[str, str]:
 
     Raises
     ------
-    UsageError
+    MissingPackageError
         If matplotlib is not installed.
     """
     with _style(_SVG_STYLE):
@@ -201,9 +195,9 @@ def _title(lines: Sequence[Line], name: str) -> str:
 
 @contextmanager
 def _style(style: dict[Any, Any]) -> Iterator[None]:
-    if not has_matplotlib():
-        raise UsageError("matplotlib is not installed: pip install 'fedsplit[plot]'")
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as exc:
+        raise MissingPackageError("a plot", "matplotlib", "plot") from exc
     with matplotlib.rc_context(style):
         yield

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.errors import UsageError
+from fedsplit.errors import MissingPackageError, UsageError
 from fedsplit.run.history import Line
 from fedsplit.run.time_account import account, update_bytes
 from fedsplit.server.observer import Observer
@@ -52,13 +52,15 @@ def parse_tracker(text: str) -> tuple[str, str | None]:
     Raises
     ------
     UsageError
-        If there is no such tracker, or its package is not installed.
+        If there is no such tracker.
+    MissingPackageError
+        If its package is not installed.
     """
     name, _, place = text.partition(":")
     if name not in TRACKERS:
         raise UsageError(f"--tracker {text}: there is no {name!r}; expected {' or '.join(TRACKERS)}, or NAME:PLACE")
     if missing := [package for package in TRACKERS[name] if importlib.util.find_spec(package) is None]:
-        raise UsageError(f"--tracker {name} needs {', '.join(missing)}: pip install 'fedsplit[{name}]'")
+        raise MissingPackageError(f"--tracker {name}", " and ".join(missing), name)
     return name, place or None
 
 
