@@ -18,8 +18,7 @@ import pytest
 from fedsplit.__main__ import main
 from fedsplit.commands import demo
 from fedsplit.commands.status import read_statuses
-from fedsplit.engines import processes
-from fedsplit.engines.processes import Child, end, settle
+from fedsplit.engines.processes import Child
 from fedsplit.errors import RoleTakenError, RunFailedError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.run.history import read_history
@@ -178,42 +177,37 @@ STUBBORN = (
 )
 
 
-def child(name: str, script: str, log: Path) -> Child:
-    return Child(name, [sys.executable, "-u", "-c", script], os.environ, log)
+def started_child(name: str, script: str, log: Path) -> Child:
+    child = Child(name, [sys.executable, "-u", "-c", script], log)
+    child.start(os.environ)
+    return child
 
 
-def test_a_child_that_ignores_sigint_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "STOP_S", 0.3)
-    stubborn = child("stubborn", STUBBORN, tmp_path / "log")
+def test_a_program_that_ignores_sigint_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_STOP_S", 0.3)
+    stubborn = started_child("stubborn", STUBBORN, tmp_path / "log")
     try:
-        while stubborn.tail() != ["ready"]:
-            assert stubborn.exit_code is None
+        while stubborn.tail() != "ready":
+            assert stubborn.is_running
             time.sleep(0.01)
     finally:
-        end([stubborn])
+        demo._end([stubborn], [])
     assert stubborn.describe_end() == "the stubborn was killed by SIGKILL"
 
 
 def test_the_cause_is_named_before_those_that_followed(tmp_path: Path) -> None:
     children = [
-        child(f"program {code}", f"import sys; print('because'); sys.exit({code})", tmp_path / f"{code}.log")
+        started_child(f"program {code}", f"import sys; print('because'); sys.exit({code})", tmp_path / f"{code}.log")
         for code in (15, 0, 7)
     ]
     try:
-        assert settle(children, 60)
+        while any(child.is_running for child in children):
+            time.sleep(0.01)
     finally:
-        end(children)
+        demo._end(children, [])
     failed = demo._watch(children, [])
     assert demo._explain(failed).splitlines() == [
         f"the program 7 ended with exit code 7; the last lines of its log, {tmp_path}/7.log:",
         "    because",
         "also the program 15 ended with exit code 15",
     ]
-
-
-def test_a_long_log_is_shown_by_its_end(tmp_path: Path) -> None:
-    talker = child("talker", "", tmp_path / "log")
-    end([talker])
-    (tmp_path / "log").write_bytes(b"x" * 100_000 + b"\n" + "\n".join(map(str, range(100))).encode() + b"\xff")
-    lines = talker.tail()
-    assert (lines[0], len(lines)) == ("88", 12)

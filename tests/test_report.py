@@ -189,7 +189,7 @@ def test_a_browser_shows_the_page_within_its_width_and_with_contrast(tmp_path: P
 def test_colours_of_the_lines_are_told_from_the_ground_in_both_themes(tmp_path: Path) -> None:
     script = """<script>document.title = [...document.querySelectorAll("svg [style*='--c-']")].flatMap((e) => {
       const style = getComputedStyle(e);
-      return [style.fill, style.stroke];
+      return ["fill", "stroke"].filter((name) => e.style[name].includes("--c-")).map((name) => style[name]);
     }).concat(getComputedStyle(document.body).backgroundColor).join(";")</script>"""
     page = tmp_path / "probe.html"
     page.write_text(render(REPORT).replace("</body>", f"{script}</body>"))
@@ -217,8 +217,9 @@ def test_a_missing_matplotlib_is_told_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    History(tmp_path / "server/history.jsonl").append(line(1))
+    (tmp_path / "server").mkdir()
     (tmp_path / "server/run.json").write_text(json.dumps(RECORD))
+    History(tmp_path / "server/history.jsonl").append(line(1))
     for command, name in (("report", "report.html"), ("plot", "plot.png")):
         output = tmp_path / name
         code = main([command, "--checkpoint-dir", str(tmp_path), "--output", str(output)])

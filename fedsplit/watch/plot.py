@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and by their grey on paper.
-_TRAIN, _TEST = "#0072b2", "#d55e00"
+_TRAIN, _TEST, _CENTRAL = "#0072b2", "#d55e00", "#009e73"
 _STAGE_COLORS = {
     "training": _TRAIN, "hand-off": "#56b4e9", "transfer": "#009e73", "merging": "#e69f00", "evaluation": _TEST,
     "waiting": "#b4b4b4",
@@ -134,16 +134,16 @@ def _svg(lines: Sequence[Line], name: str | None) -> str:
 def _draw_metric(axes: Axes, lines: Sequence[Line], name: str) -> None:
     rounds, ranks = [line["round"] for line in lines], ranks_of(lines)
     marker = "o" if len(lines) <= _MOST_MARKERS else ""
-    alpha = max(0.08, min(0.35, 3 / max(1, len(ranks))))
-    phases = {"train": (_TRAIN, "training"), "evaluate": (_TEST, "test")}
-    for rank in ranks:
-        for phase, (color, _) in phases.items():
-            own = [value(line, phase, name, rank) for line in lines]
-            axes.plot(rounds, own, color=color, linewidth=1.0, alpha=alpha, marker=marker, markersize=2.0)
-    for phase, (color, label) in phases.items():
-        means = [value(line, phase, name) for line in lines]
-        if not all(map(math.isnan, means)):
-            axes.plot(rounds, means, color=color, linewidth=2.4, marker=marker, markersize=4.5, label=label)
+    faint = {"linewidth": 1.0, "alpha": max(0.08, min(0.35, 3 / max(1, len(ranks)))), "markersize": 2.0}
+    bold = {"linewidth": 2.4, "markersize": 4.5}
+    phases = {"train": (_TRAIN, "training"), "evaluate": (_TEST, "test"), "central": (_CENTRAL, "test on the server")}
+    # The means last, so that no client's line covers them.
+    for rank in [*ranks, None]:
+        for phase, (color, label) in phases.items():
+            values = [value(line, phase, name, rank) for line in lines]
+            if not all(map(math.isnan, values)):
+                style: dict[str, Any] = faint if rank else {**bold, "label": label}
+                axes.plot(rounds, values, color=color, marker=marker, **style)
     units = {"loss": " (mean over examples)", "accuracy": " (share of examples)"}
     axes.set_ylabel(name + units.get(name, ""))
     if axes.get_legend_handles_labels()[0]:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedsplit.run.events import format_bytes
-from fedsplit.run.history import Line
+from fedsplit.run.history import Line, is_number
 from fedsplit.run.time_account import update_bytes
 
 Metric = tuple[str, str]
 
 ACCURACY: Metric = ("evaluate", "accuracy")
+# What a round is judged by is called test; a strategy may judge it on the server too.
+PHASES = {"evaluate": "test", "central": "server", "train": "train"}
+_ALWAYS = (("train", "loss"), ("evaluate", "loss"), ACCURACY)
 _ORDER = {"loss": 0, "accuracy": 1}
 
 
@@ -24,7 +27,7 @@ def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
     line
         The round's line of the history.
     phase
-        ``train`` or ``evaluate``.
+        A key of `PHASES`.
     name
         Of the metric.
     rank
@@ -36,20 +39,21 @@ def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
         NaN if the line has none.
     """
     row = line if rank is None else line.get("clients", {}).get(rank, {})
-    if rank is None or phase == "evaluate":
+    # A rank's training metrics stand in its row itself.
+    if rank is None or phase != "train":
         row = row.get(phase, {})
-    number = row.get(name)
-    return float(number) if isinstance(number, int | float) else math.nan
+    number: Any = row.get(name)
+    return float(number) if is_number(number) else math.nan
 
 
 def metrics_of(lines: Sequence[Line]) -> list[Metric]:
     """Return phase and name of every mean: the losses first, then accuracies, then the user's own as they came."""
     found = dict.fromkeys(
         (phase, name)
-        for phase in ("evaluate", "train")
+        for phase in PHASES
         for line in lines
         for name, number in line.get(phase, {}).items()
-        if isinstance(number, int | float)
+        if is_number(number)
     )
     return sorted(found, key=lambda metric: _ORDER.get(metric[1], 2))
 
@@ -67,20 +71,19 @@ def refusals(lines: Sequence[Line]) -> list[tuple[int, str, str]]:
 
 def columns(lines: Sequence[Line]) -> list[Metric]:
     """Return the metrics that the table shows besides the losses: the test accuracy always, and first."""
-    return [ACCURACY, *(metric for metric in metrics_of(lines) if metric[1] != "loss" and metric != ACCURACY)]
+    return [ACCURACY, *(metric for metric in metrics_of(lines) if metric not in _ALWAYS)]
 
 
 def headings(metrics: Sequence[Metric]) -> list[str]:
     """Return the headings of the table."""
-    names = [f"{'test' if phase == 'evaluate' else 'train'} {name}" for phase, name in metrics]
-    names = ["accuracy" if name == "test accuracy" else name for name in names]
+    names = ["accuracy" if metric == ACCURACY else f"{PHASES[metric[0]]} {metric[1]}" for metric in metrics]
     return ["round", "clients", "train loss", "test loss", *names, "seconds", "bytes"]
 
 
 def cells(line: Line, metrics: Sequence[Metric]) -> list[str]:
     """Return the cells of a round, in the order of the headings."""
     size = update_bytes(line)
-    shown = [("train", "loss"), ("evaluate", "loss"), *metrics]
+    shown = [*_ALWAYS[:2], *metrics]
     return [
         str(line["round"]),
         f"{line.get('accepted', '?')}/{line.get('asked', '?')}",
@@ -91,4 +94,4 @@ def cells(line: Line, metrics: Sequence[Metric]) -> list[str]:
 
 
 def _format(number: Any, digits: int) -> str:
-    return f"{number:.{digits}f}" if isinstance(number, int | float) and math.isfinite(number) else "–"
+    return f"{number:.{digits}f}" if is_number(number) and math.isfinite(number) else "–"

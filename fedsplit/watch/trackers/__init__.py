@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.errors import MissingPackageError, UsageError
-from fedsplit.run.history import Line
+from fedsplit.run.history import Line, is_number
 from fedsplit.run.time_account import account, update_bytes
 from fedsplit.server.observer import Observer
+from fedsplit.watch.rounds import PHASES
 
 if TYPE_CHECKING:
     from fedsplit.run.directory import Run
@@ -125,12 +126,8 @@ def scalars_of(line: Line) -> dict[str, float]:
     found |= {f"clients/{name}": line.get(name) for name in ("asked", "accepted")}
     for prefix, row in [("", line), *((f"rank-{rank}/", row) for rank, row in line.get("clients", {}).items())]:
         # A rank's own training metrics stand in its row itself.
-        phases = {"train": row if prefix else row.get("train"), "evaluate": row.get("evaluate")}
+        phases = {phase: row if prefix and phase == "train" else row.get(phase, {}) for phase in PHASES}
         for phase, metrics in phases.items():
-            found |= {f"{prefix}{phase}/{name}": value for name, value in (metrics or {}).items()}
+            found |= {f"{prefix}{phase}/{name}": value for name, value in metrics.items()}
     found |= {f"privacy/{name}": value for name, value in (line.get("privacy") or {}).items()}
-    return {
-        name: float(value)
-        for name, value in found.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    return {name: float(value) for name, value in found.items() if is_number(value) and math.isfinite(value)}
