@@ -35,7 +35,7 @@ const look = () => {{
         return svg ? own * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : own;
       }}))],
     headings: all.filter((e) => /^H[1-6]$/.test(e.tagName)).map((e) => e.textContent),
-    drawn: all.filter((e) => ["polyline", "rect", "circle"].includes(e.tagName)
+    drawn: all.filter((e) => ["path", "use"].includes(e.tagName)
       && e.getBoundingClientRect().width > 0).length,
     charts: [...inside.querySelectorAll("svg")].map((e) => e.getBoundingClientRect().width),
     fetched: inside.defaultView.performance.getEntriesByType("resource").map((e) => e.name),

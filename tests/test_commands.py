@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from fedsplit.__main__ import main, make_parser
-from fedsplit.commands.status import format_seconds, read_status
+from fedsplit.commands.status import read_status
+from fedsplit.commands.tables import format_seconds
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError, ExchangeError, UsageError
 from fedsplit.exchange.directory import Exchange

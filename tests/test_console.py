@@ -18,7 +18,8 @@ from fedsplit.run.history import Line
 from fedsplit.run.parts import PartRow
 from fedsplit.run.time_account import account
 from fedsplit.server.observer import Observer, Observers
-from fedsplit.watch.console import LiveConsole, cells, headings_of, metric_columns, rounds_table
+from fedsplit.watch.console import LiveConsole, rounds_table
+from fedsplit.watch.rounds import cells, columns, headings
 from tests.programs import Programs, programs
 from tests.slow_digits import PAUSE_S
 from tests.terminal import ESCAPES, on_a_terminal
@@ -58,8 +59,8 @@ def shown(live: LiveConsole) -> str:
 
 
 def test_a_row_has_the_metrics_of_the_user_and_the_bytes_of_all_updates() -> None:
-    metrics = metric_columns([LINE])
-    row = dict(zip(headings_of(metrics), cells(LINE, metrics), strict=True))
+    metrics = columns([LINE])
+    row = dict(zip(headings(metrics), cells(LINE, metrics), strict=True))
     assert row == {
         "round": "1", "clients": "2/2", "train loss": "1.2500", "test loss": "0.5000", "accuracy": "0.7500",
         "test f1": "0.2500", "train grad_norm": "3.0000", "seconds": "1.50", "bytes": "2.5 MB",
@@ -67,8 +68,20 @@ def test_a_row_has_the_metrics_of_the_user_and_the_bytes_of_all_updates() -> Non
 
 
 def test_a_narrow_terminal_leaves_metrics_out_and_never_a_loss() -> None:
-    headings = [str(column.header) for column in rounds_table([LINE], "run", width=70, room=9).columns]
-    assert headings == ["round", "clients", "train loss", "test loss", "accuracy", "seconds", "bytes"]
+    shown = [str(column.header) for column in rounds_table([LINE], "run", width=70, room=9).columns]
+    assert shown == ["round", "clients", "train loss", "test loss", "accuracy", "seconds", "bytes"]
+
+
+def test_a_round_without_evaluation_or_with_nan_has_dashes() -> None:
+    line = {"round": 7, "train": {"loss": None}, "evaluate": {}, "asked": 1, "accepted": 1}
+    assert cells(line, columns([line])) == ["7", "1/1", "–", "–", "–", "–", "–"]
+
+
+def test_a_metric_may_have_any_name_also_one_that_looks_like_markup() -> None:
+    screen = io.StringIO()
+    console(screen).print(rounds_table([{**LINE, "train": {"[/red]": 1.0}}], "run [/b]", width=140, room=9))
+    assert "train [/red]" in screen.getvalue()
+    assert "run [/b]" in screen.getvalue()
 
 
 def test_bytes_are_written_in_the_unit_that_reads_best() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +16,12 @@ import pytest
 from PIL import Image
 
 from fedsplit.__main__ import main
-from fedsplit.commands.plot import draw, make_figure
 from fedsplit.errors import CheckpointError, UsageError
+from fedsplit.run.directory import Run
 from fedsplit.run.history import History, Line
+from fedsplit.run.paths import Places
+from fedsplit.watch.attach import watching
+from fedsplit.watch.plot import charts, draw, make_figure
 
 LINES: list[Line] = [
     {
@@ -122,3 +129,35 @@ def test_plot_of_nothing_and_under_a_wrong_name_are_errors(tmp_path: Path) -> No
     assert main([*command, str(tmp_path / "plot.jpg")]) == UsageError.exit_code
     assert main([*command, str(tmp_path / "nowhere/plot.png")]) == UsageError.exit_code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_matplotlib_ends_well_and_says_that_there_is_no_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(logging.getLogger("fedsplit"), "propagate", True)
+    with Run(tmp_path) as run:
+        run.history.append(LINES[0])
+        server = SimpleNamespace(run=run, failure=None)
+        with caplog.at_level(logging.INFO), watching(server, live=False, rounds=1):  # type: ignore[arg-type]
+            pass
+    assert not Places(tmp_path).server.joinpath("plot.png").exists()
+    assert {record.getMessage() for record in caplog.records if "plot" in record.getMessage()} == {
+        "no plot is drawn: a plot needs matplotlib, which is not installed: pip install 'fedsplit[plot]'"
+    }
+
+
+def test_charts_for_a_page_leave_the_colours_to_it_and_are_always_the_same() -> None:
+    drawn = charts(LINES)
+    assert list(drawn) == ["loss", "accuracy", "time"]
+    for name, svg in drawn.items():
+        assert svg.startswith("<svg ") and svg.rstrip().endswith("</svg>")
+        assert not re.search(r"(fill|stroke): #", svg), name
+        assert f'aria-label="{"seconds" if name == "time" else name} by round"' in svg
+    assert charts(LINES) == drawn
+
+
+def test_of_very_many_metrics_a_page_gets_eight_charts() -> None:
+    line = {**LINES[0], "train": {f"metric {number}": 1.0 for number in range(20)} | {"loss": 1.0}}
+    assert list(charts([line]))[:2] == ["loss", "accuracy"]
+    assert len(charts([line])) == 8 + 1

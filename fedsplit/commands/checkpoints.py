@@ -9,39 +9,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedsplit import cli
-from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
+from fedsplit.commands.tables import print_table
+from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError
 from fedsplit.run.history import read_history
 from fedsplit.run.paths import HISTORY_FILE
 
 _STORE = re.compile(r"server|rank-[1-9][0-9]*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """One round of a store: what it holds, or what is wrong with it."""
-
-    store: str
-    server_round: int
-    checkpoint: Checkpoint | None
-    size_bytes: int = 0
-    metrics: str = ""
-    problem: str = ""
-
-    def cells(self) -> list[str]:
-        """Return what is shown: store, round, run, files, bytes, metrics, state."""
-        if self.checkpoint is None:
-            return [self.store, str(self.server_round), "", "", "", "", f"corrupt: {self.problem}"]
-        return [
-            self.store, str(self.server_round), self.checkpoint.run_id, str(len(self.checkpoint.files)),
-            f"{self.size_bytes:,}", self.metrics, "valid",
-        ]  # fmt: skip
+_HEADINGS = ("store", "round", "run", "files", "bytes", "metrics", "state")
 
 
 def add_to(commands: cli.Commands) -> None:
@@ -55,13 +35,13 @@ def add_to(commands: cli.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the list; raises CheckpointError at its end if a checkpoint is corrupt."""
-    listed = [row for store in find_stores(arguments.checkpoint_dir) for row in list_store(store)]
-    _print(listed)
-    corrupt = [row for row in listed if row.checkpoint is None]
+    rows = [row for store in find_stores(arguments.checkpoint_dir) for row in read_store(store)]
+    corrupt = [f"{row[0]} round {row[1]}" for row in rows if row[-1] != "valid"]
+    styles = ["" if row[-1] == "valid" else "bold red" for row in rows]
+    print_table(rows, _HEADINGS, styles=styles, numbers=("round", "files", "bytes"))
     if corrupt:
-        names = ", ".join(f"{row.store} round {row.server_round}" for row in corrupt)
         raise CheckpointError(
-            f"{len(corrupt)} of {len(listed)} checkpoints are corrupt ({names}); --resume passes over them"
+            f"{len(corrupt)} of {len(rows)} checkpoints are corrupt ({', '.join(corrupt)}); --resume passes over them"
         )
     return 0
 
@@ -88,28 +68,26 @@ def find_stores(directory: Path) -> list[CheckpointStore]:
     return [CheckpointStore(path) for path in found]
 
 
-def list_store(store: CheckpointStore) -> list[Listed]:
-    """Read and check every round of a store."""
-    rows = []
-    # A round's checkpoint is written before it is evaluated: the test metrics stand in the history only.
+def read_store(store: CheckpointStore) -> Iterator[list[str]]:
+    """Read and check every round of a store; yields the cells of its row, the last is ``valid`` or what is wrong."""
+    # A round's checkpoint is written before the round is evaluated: only the history has its test metrics.
     history = read_history(store.directory / HISTORY_FILE)
     evaluated = {line["round"]: line.get("evaluate", {}) for line in history}
     for server_round in store.rounds():
-        name = store.directory.name
+        first = [store.directory.name, str(server_round)]
         try:
             checkpoint = store.read(server_round)
             size = sum(checkpoint.path(file).stat().st_size for file in checkpoint.files)
-            metrics = _shown({**checkpoint.metrics, "test": evaluated.get(server_round)})
-            rows.append(Listed(store=name, server_round=server_round, checkpoint=checkpoint, size_bytes=size,
-                               metrics=metrics))  # fmt: skip
         except (CheckpointError, FileNotFoundError) as exc:
             # One that is gone was pruned meanwhile, by a run that is on.
             if store.round_directory(server_round).exists():
-                rows.append(Listed(store=name, server_round=server_round, checkpoint=None, problem=str(exc)))
-    return rows
+                yield [*first, "", "", "", "", f"corrupt: {exc}"]
+        else:
+            metrics = _describe({**checkpoint.metrics, "test": evaluated.get(server_round)})
+            yield [*first, checkpoint.run_id, str(len(checkpoint.files)), f"{size:,}", metrics, "valid"]
 
 
-def _shown(metrics_by_phase: Mapping[str, Any]) -> str:
+def _describe(metrics_by_phase: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{phase} {name} {value:.4f}"
         for phase, metrics in metrics_by_phase.items()
@@ -117,23 +95,3 @@ def _shown(metrics_by_phase: Mapping[str, Any]) -> str:
         for name, value in metrics.items()
         if isinstance(value, int | float)
     )
-
-
-def _print(listed: list[Listed]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    headings = ["store", "round", "run", "files", "bytes", "metrics", "state"]
-    console = Console()
-    if not console.is_terminal:
-        print("\t".join(headings))
-        for row in listed:
-            print("\t".join(row.cells()))
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in headings:
-        is_number = heading in ("round", "files", "bytes")
-        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
-    for row in listed:
-        table.add_row(*row.cells(), style=None if row.checkpoint else "bold red")
-    console.print(table)

@@ -2,8 +2,9 @@
 
     python -m fedsplit demo --rounds 5
 
-The programs are those that are otherwise started by hand, each with a log of its own in CHECKPOINT_DIR/logs.
-Ctrl-C ends all of them. Ends with exit code 15 if one of them fails, and says which and why.
+These are the programs that are otherwise started by hand. The server has the terminal; the others write logs, in
+CHECKPOINT_DIR/logs. Ctrl-C ends all of them. If one of them fails, the demo shows why, ends the others, and ends with
+exit code 15.
 """
 
 from __future__ import annotations
@@ -11,29 +12,32 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from fedsplit import cli
-from fedsplit.commands.demo_follower import Follower
-from fedsplit.commands.demo_view import View, make_view, refusals
-from fedsplit.commands.plot import write_plot
-from fedsplit.commands.programs import Program, Programs
 from fedsplit.commands.status import read_status
 from fedsplit.disk.files import make_private_directory
-from fedsplit.engines.processes import free_port
-from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError
+from fedsplit.engines.processes import Child, free_port
+from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, RunStoppedError
+from fedsplit.run.history import Line, read_history
 from fedsplit.run.paths import Places
+from fedsplit.watch.rounds import refusals, value
 
-_POLL_S = 0.1
+_POLL_S = 0.05
+# How long a program has to end by itself once it is asked to.
+_STOP_S = 10.0
 # When one has failed, the others are given a moment: they may fail for the same reason, or be the reason.
 _SETTLE_S = 2.0
-# When one has ended well, the run is over, the others have this long; a goodbye takes up to 10 s.
+# When one has ended well, the run is over and the others have this long; a goodbye takes up to 10 s.
 _FAREWELL_S = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Exit codes of programs that end because another one did.
+_FOLLOWED = (RunStoppedError.exit_code, RunFailedError.exit_code)
 
 
 def add_to(commands: cli.Commands) -> None:
@@ -41,52 +45,19 @@ def add_to(commands: cli.Commands) -> None:
     parser = cli.add_command(commands, "demo", __doc__, run)
     add = parser.add_argument
     add("-r", "--rounds", type=cli.positive_int, default=5, metavar="N", help="rounds to run in all")
-    add(
-        "--clients",
-        type=cli.positive_int,
-        default=2,
-        metavar="N",
-        help="how many clients, each with its trainer",
-    )
-    add(
-        "--checkpoint-dir",
-        "--directory",
-        type=Path,
-        default=Path("checkpoints"),
-        metavar="DIR",
-        help="where checkpoints, logs and the plot go; what an earlier run left there is put aside",
-    )
-    add(
-        "--exchange-dir",
-        type=Path,
-        default=Path("exchange"),
-        metavar="DIR",
-        help="where clients and trainers meet; a RAM disk such as /dev/shm is fastest",
-    )
-    add(
-        "--aggregate",
-        action="append",
-        default=[],
-        metavar="RULE",
-        help="how the state_dict is merged, as for server_main.py; repeatable (default: fedavg)",
-    )
-    add("--workload", default="digits", metavar="MODULE:FACTORY", help="what to train, as for model_main.py")
-    add(
-        "--workload-option",
-        action="append",
-        type=cli.key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="tell the workload, for example partition=dirichlet; repeatable",
-    )
+    add("--clients", type=cli.positive_int, default=2, metavar="N", help="how many clients, each with its trainer")
+    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
+        help="where checkpoints and logs go; what an earlier run left there is put aside")  # fmt: skip
+    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
+        help="where clients and trainers meet; a RAM disk such as /dev/shm is fastest")  # fmt: skip
+    add("--aggregate", action="append", default=[], metavar="RULE",
+        help="how the state_dict is merged, as for the server; repeatable (default: fedavg)")  # fmt: skip
+    add("--workload", default="digits", metavar="MODULE:FACTORY", help="what to train, as for the trainer")
+    add("--workload-option", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
+        help="tell the workload, for example partition=dirichlet; repeatable")  # fmt: skip
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
-    add(
-        "--seed",
-        type=cli.natural,
-        default=0,
-        metavar="N",
-        help="seed for the initial model, the partitioning and the server",
-    )
+    add("--seed", type=cli.natural, default=0, metavar="N",
+        help="seed for the initial model, the partitioning and the server")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,97 +65,117 @@ def run(arguments: argparse.Namespace) -> int:
     places = Places(arguments.checkpoint_dir)
     make_private_directory(places.logs, CheckpointError)
     _check_roles_are_free(arguments.exchange_dir, arguments.clients)
-    follower = Follower(places, arguments.exchange_dir, arguments.clients)
-    parts = cli.count(arguments.clients, "client"), cli.count(arguments.rounds, "round")
-    title = f"fedsplit demo: {arguments.workload}, {', '.join(parts)}"
+    counted = [cli.count(arguments.clients, noun) for noun in ("client", "trainer")]
+    print(f"starting a server, {' and '.join(counted)}; all but the server write logs in {places.logs}", flush=True)
+    children = plan(arguments, places)
     with _received_signals() as received:
-        programs = Programs(plan(arguments, places), _environment(arguments.clients), lambda: len(received) > 1)
-        # The view last: its thread must not be there when the programs are forked.
-        with programs, make_view(title) as view:
-            _watch(programs, follower, view, received)
+        try:
+            for child in children:
+                child.start(_environment(arguments.clients))
+            failed = _watch(children, received)
+        finally:
+            _end(children, received)
         if received:
-            # Only now: every program has ended.
-            print(
-                f"interrupted by {received[0].name}: all {len(programs.programs)} programs have ended",
-                flush=True,
-            )
+            print(f"interrupted by {received[0].name}: all {len(children)} programs have ended", flush=True)
             return 128 + received[0]
-        if programs.failed:
-            raise RunFailedError(_explain(programs.failed))
-    _conclude(follower, places)
+    if failed:
+        raise RunFailedError(_explain(failed))
+    _conclude(read_history(places.history), places)
     return 0
 
 
-def plan(arguments: argparse.Namespace, places: Places) -> list[Program]:
+def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
     """Return the programs: the server, then client and trainer of each rank."""
     address, seed, clients = f"127.0.0.1:{free_port()}", str(arguments.seed), str(arguments.clients)
     store, exchange = str(arguments.checkpoint_dir), str(arguments.exchange_dir)
-    verbose = ["--verbose"] if arguments.verbose else []
     server = [
         "--address", address, "--rounds", str(arguments.rounds), "--min-clients", clients, "--checkpoint-dir",
-        store, "--seed", seed, *(f"--aggregate={rule}" for rule in arguments.aggregate), *verbose,
+        store, "--seed", seed, *(f"--aggregate={rule}" for rule in arguments.aggregate),
     ]  # fmt: skip
-    client = ["--server-address", address, "--exchange-dir", exchange, *verbose]
+    client = ["--server-address", address, "--exchange-dir", exchange]
     trainer = [
         "--exchange-dir", exchange, "--checkpoint-dir", store, "--num-partitions", clients, "--seed", seed,
-        f"--workload={arguments.workload}", *verbose,
+        f"--workload={arguments.workload}",
         *(f"--workload-option={key}={value}" for key, value in arguments.workload_option),
+        *(["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []),
     ]  # fmt: skip
-    if arguments.data_dir:
-        trainer += ["--data-dir", str(arguments.data_dir)]
-    programs = [Program("server", "fedsplit", ["server", *server], places.logs / "server.log")]
+    verbose = ["--verbose"] if arguments.verbose else []
+    programs = [Child("server", _command("server", [*server, *verbose]))]
     for rank in map(str, range(1, arguments.clients + 1)):
         for role, flags in (("client", client), ("trainer", trainer)):
-            log = places.logs / f"{role}-{rank}.log"
-            programs.append(Program(f"{role} of rank {rank}", "fedsplit", [role, "--rank", rank, *flags], log))
+            command = _command(role, ["--rank", rank, *flags, *verbose])
+            programs.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
     return programs
 
 
-def _watch(programs: Programs, follower: Follower, view: View, received: Sequence[signal.Signals]) -> None:
-    """Watch until all have ended; leaves early when one failed, hangs at the end, or a signal came."""
+def _command(program: str, flags: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "fedsplit", program, *flags]
+
+
+def _watch(children: Sequence[Child], received: Sequence[signal.Signals]) -> list[Child]:
+    """Watch until all have ended, one has failed, or a signal came; returns those that failed, the cause first."""
     over_since: float | None = None
     while not received:
-        programs.poll()
-        if programs.failed:
-            view.show(f"{programs.failed[0].describe_end()}: stopping the others", follower.lines)
-            programs.settle(_SETTLE_S)
-            return
-        activity, running = follower.update(), programs.running
-        if not running:
-            view.show("", follower.lines)
-            return
-        view.show(activity, follower.lines)
-        if len(running) < len(programs.programs):
+        codes = [child.poll() for child in children]
+        if any(codes):
+            _settle(children, _SETTLE_S, lambda: bool(received))
+            failed = [child for child in children if child.exit_code]
+            return sorted(failed, key=lambda child: child.exit_code in _FOLLOWED)
+        if None not in codes:
+            break
+        if 0 in codes:
             over_since = over_since or time.monotonic()
             if time.monotonic() - over_since > _FAREWELL_S:
+                running = [child.name for child in children if child.is_running]
                 raise RunFailedError(
                     f"the run is over, but {_FAREWELL_S:.0f} s later these still ran and were stopped: "
-                    + ", ".join(f"{program.name} ({program.log})" for program in running)
+                    f"{', '.join(running)}; see their logs"
                 )
         time.sleep(_POLL_S)
-    view.show(f"{received[0].name}: stopping all programs", follower.lines)
+    return []
 
 
-def _explain(failed: Sequence[Program]) -> str:
+def _explain(failed: Sequence[Child]) -> str:
     first = failed[0]
-    text = f"{first.describe_end()}; the last lines of its log, {first.log}:"
-    text += "".join(f"\n    {line}" for line in first.tail().splitlines())
-    return text + "".join(f"\nalso {program.describe_end()}: see {program.log}" for program in failed[1:])
+    text = f"{first.describe_end()}; what it said is above"
+    if first.log:
+        lines = "".join(f"\n    {line}" for line in first.tail().splitlines())
+        text = f"{first.describe_end()}; the last lines of its log, {first.log}:{lines}"
+    return text + "".join(f"\nalso {child.describe_end()}" for child in failed[1:])
 
 
-def _conclude(follower: Follower, places: Places) -> None:
-    """Draw the plot and say what came out; a run in which nothing was ever learned is a failed one."""
-    follower.update()
-    lines = follower.lines
+def _settle(children: Sequence[Child], seconds: float, hurry: Callable[[], bool]) -> None:
+    """Wait until all have ended, at most so long, and no longer once ``hurry`` says so."""
+    deadline = time.monotonic() + seconds
+    while any(child.is_running for child in children) and time.monotonic() < deadline and not hurry():
+        time.sleep(_POLL_S)
+
+
+def _end(children: Sequence[Child], received: Sequence[signal.Signals]) -> None:
+    """End all that still run: asked by SIGINT, and killed if that takes too long or the user is in a hurry."""
+    running = [child for child in children if child.is_running]
+    for child in running:
+        child.send(signal.SIGINT)
+    _settle(running, _STOP_S, lambda: len(received) > 1)
+    for child in running:
+        child.kill()
+
+
+def _conclude(lines: Sequence[Line], places: Places) -> None:
+    """Say what came out; a run in which nothing was ever learned is a failed one."""
     if not any(line.get("accepted") for line in lines):
-        reasons = "; ".join(refusals(lines)[-2:]) or "no round was run"
-        raise RunFailedError(f"no update of any trainer was accepted: {reasons}; see the logs in {places.logs}")
-    write_plot(lines, places.plot)
-    final = lines[-1].get("evaluate", {})
-    shown = [f"final {name} {final[name]:.4f}" for name in ("accuracy", "loss") if isinstance(final.get(name), float)]
-    print(f"{shown[0] if shown else 'finished'} after {cli.count(lines[-1]['round'], 'round')}")
-    for name, path in (("checkpoints", places.server), ("plot", places.plot), ("logs", places.logs)):
-        print(f"{name + ':':<12} {path}", flush=True)
+        reasons = [f"round {number}: rank {rank}: {reason}" for number, rank, reason in refusals(lines)[-2:]]
+        raise RunFailedError(
+            f"no update of any trainer was accepted ({'; '.join(reasons) or 'no round was run'}); "
+            f"see the logs in {places.logs}"
+        )
+    judged = {name: value(lines[-1], "evaluate", name) for name in ("accuracy", "loss")}
+    name, number = next(((name, number) for name, number in judged.items() if number == number), ("", 0.0))
+    shown = f"final {name} {number:.4f}" if name else "finished"
+    print(f"{shown} after {cli.count(lines[-1]['round'], 'round')}")
+    for title, path in (("checkpoints", places.server), ("plot", places.server / "plot.png"), ("logs", places.logs)):
+        if path.exists():
+            print(f"{title + ':':<12} {path}", flush=True)
 
 
 def _check_roles_are_free(exchange_dir: Path, clients: int) -> None:
@@ -208,7 +199,7 @@ def _environment(clients: int) -> dict[str, str]:
 
 @contextmanager
 def _received_signals() -> Iterator[list[signal.Signals]]:
-    """Collect signals instead of being interrupted: one is acted on between two steps, not inside one."""
+    """Collect signals instead of being interrupted: each is acted on between two steps, not inside one."""
     received: list[signal.Signals] = []
 
     def note(number: int, _: FrameType | None) -> None:

@@ -2,8 +2,8 @@
 
     python -m fedsplit status exchange
 
-Looking disturbs nobody: it may be done while a run is on, and makes no file. Whether a process is alive is
-told by its lock, how long a step has lasted by the time stamp of its record, which nothing else looks at.
+It may be used while a run is on: it disturbs nobody and makes no file. A process is alive if it holds its lock. How
+long a step has lasted is the age of its record, which nothing else looks at.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TypeVar, get_args
 
 from fedsplit import cli
+from fedsplit.commands.tables import format_seconds, print_table
 from fedsplit.errors import ExchangeError, FedSplitError
 from fedsplit.exchange.directory import Exchange, Owner, Role
 from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-ROLES: tuple[Role, ...] = get_args(Role)
 
 _RANK = re.compile(r"rank-([1-9][0-9]*)")
 _DOING = {"initialize": "gives the initial state", "train": "trains", "evaluate": "evaluates"}
@@ -125,16 +121,10 @@ def add_to(commands: cli.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the status of every rank."""
-    statuses = read_statuses(arguments.exchange_dir)
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if console.is_terminal:
-        _print_table(console, statuses)
-        return 0
-    for status in statuses:
-        for heading, text in status.rows().items():
-            print(f"rank {status.rank}: {heading}: {text}")
+    shown = [(status.rank, heading, text) for status in read_statuses(arguments.exchange_dir)
+             for heading, text in status.rows().items()]  # fmt: skip
+    styles = ["yellow" if text == "nobody" else "bold" if heading == "now" else "" for _, heading, text in shown]
+    print_table([(f"rank {rank}", *rest) for rank, *rest in shown], styles=styles, separator=": ")
     return 0
 
 
@@ -157,12 +147,12 @@ def read_statuses(directory: Path) -> list[RankStatus]:
     raise ExchangeError(f"no client and no trainer has used {directory} yet: it has no rank-K; is it the right one?")
 
 
-def read_status(exchange_dir: Path, rank: int, *, probe: bool = True) -> RankStatus:
-    """Read one rank; without ``probe`` the locks are left alone and nobody's role is known."""
+def read_status(exchange_dir: Path, rank: int) -> RankStatus:
+    """Read one rank."""
     exchange = Exchange(exchange_dir, rank)
     problems: list[str] = []
     holders: dict[Role, Owner | str | None] = {}
-    for role in ROLES if probe else ():
+    for role in get_args(Role):
         try:
             holders[role] = _holder(exchange, role)
         except (OSError, FedSplitError) as exc:
@@ -179,16 +169,6 @@ def read_status(exchange_dir: Path, rank: int, *, probe: bool = True) -> RankSta
         result_age_s=_age_s(exchange.result_path),
         problems=tuple(problems),
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a length of time for people."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _holder(exchange: Exchange, role: Role) -> Owner | str | None:
@@ -211,20 +191,3 @@ def _age_s(path: Path) -> float:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return 0.0
-
-
-def _print_table(console: Console, statuses: list[RankStatus]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(justify="right", style="bold")
-    table.add_column()
-    table.add_column(overflow="fold")
-    for status in statuses:
-        name = f"rank {status.rank}"
-        for heading, text in status.rows().items():
-            style = "yellow" if text == "nobody" else "bold" if heading == "now" else ""
-            table.add_row(name, heading, Text(text, style), end_section=heading == "now")
-            name = ""
-    console.print(table)

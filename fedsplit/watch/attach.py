@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from fedsplit.watch.trackers import open_tracker, parse_tracker
+from fedsplit.errors import MissingPackageError
+from fedsplit.watch.plot import write_plot
+from fedsplit.watch.trackers import open_tracker
 
 if TYPE_CHECKING:
     from fedsplit.server.server import Server
@@ -43,12 +45,16 @@ def watching(
     run.note_session(command=shlex.join(command), software=software())
     with ExitStack() as stack:
         for text in trackers:
-            server.observe(stack.enter_context(open_tracker(parse_tracker(text), run)))
-        if live and (console := _terminal()):
+            server.observe(stack.enter_context(open_tracker(text, run)))
+        if live:
+            from rich.console import Console
+
             from fedsplit.watch.console import LiveConsole
 
-            title = f"fedsplit run {run.run_id}, {rounds} round{'' if rounds == 1 else 's'}"
-            server.observe(stack.enter_context(LiveConsole(console, title, run.history.lines)))
+            console = Console(stderr=True, highlight=False)
+            if console.is_terminal and not console.is_dumb_terminal:
+                title = f"fedsplit run {run.run_id}, {rounds} round{'' if rounds == 1 else 's'}"
+                server.observe(stack.enter_context(LiveConsole(console, title, run.history.lines)))
         yield
     if server.failure is None:
         _draw_plot(server)
@@ -65,25 +71,14 @@ def software() -> dict[str, str]:
     return versions
 
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-def _terminal() -> Console | None:
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
-    return console if console.is_terminal and not console.is_dumb_terminal else None
-
-
 def _draw_plot(server: Server) -> None:
     lines = server.run.history.lines
     if not lines:
         return
     try:
-        # Only here: matplotlib takes a second to import, and the clients have been told by now.
-        from fedsplit.commands.plot import write_plot
-
+        # The clients have been told of the end by now: matplotlib takes a second to import.
         write_plot(lines, server.run.places.final_plot)
+    except MissingPackageError as exc:
+        log.info("no plot is drawn: %s", exc)
     except Exception as exc:  # noqa: BLE001  (a picture is no reason for a run to have failed)
         log.warning("no plot was drawn (%s: %s); see python -m fedsplit plot", type(exc).__name__, exc)

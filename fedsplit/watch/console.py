@@ -9,19 +9,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 from fedsplit.run.events import format_bytes
 from fedsplit.run.history import Line
 from fedsplit.run.parts import PartRow
-from fedsplit.run.time_account import describe_privacy, update_bytes
+from fedsplit.run.time_account import describe_privacy
 from fedsplit.server.observer import Observer
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.table import Table
+from fedsplit.watch.rounds import cells, columns, headings
 
 log = logging.getLogger("fedsplit")
 
@@ -46,9 +49,6 @@ class LiveConsole(Observer):
     """
 
     def __init__(self, console: Console, title: str, lines: Sequence[Line] = ()) -> None:
-        from rich.live import Live
-        from rich.spinner import Spinner
-
         self._console = console
         self._title = title
         self._lines = list(lines)
@@ -109,9 +109,6 @@ class LiveConsole(Observer):
 
     def render(self) -> RenderableType:
         """Return all that is shown."""
-        from rich.console import Group
-        from rich.text import Text
-
         with self._lock:
             shown: list[RenderableType] = []
             if self._split:
@@ -142,9 +139,6 @@ class LiveConsole(Observer):
 
 def split_table(rows: Sequence[PartRow]) -> Table:
     """Return the split as a table."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("part", "rule", "entries", "bytes"):
         table.add_column(heading, justify="right" if heading in ("entries", "bytes") else "left", overflow="fold")
@@ -167,55 +161,20 @@ def rounds_table(lines: Sequence[Line], title: str, *, width: int, room: int) ->
     room
         How many rounds fit.
     """
-    from rich.table import Table
-
     room = max(3, room)
-    metrics = metric_columns(lines)[: max(1, width // _COLUMN_WIDTH - 5)]
-    headings = headings_of(metrics)
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    metrics = columns(lines)[: max(1, width // _COLUMN_WIDTH - 5)]
+    names = headings(metrics)
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    for name in names:
+        # As text: what a trainer calls its metrics must not be read as markup.
+        table.add_column(Text(name), justify="right")
     if len(lines) > room:
-        table.add_row(*["…"] * len(headings), style="dim")
+        table.add_row(*["…"] * len(names), style="dim")
     if lines and (spent := describe_privacy(lines[-1])):
         table.caption, table.caption_justify = spent, "left"
     for line in lines[-room:]:
         table.add_row(*cells(line, metrics), style="yellow" if line.get("refused") else None)
     return table
-
-
-def metric_columns(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Return phase and name of each metric besides the losses: the accuracy first, then the user's own as they came."""
-    found = {
-        (phase, name): None
-        for phase in ("evaluate", "train")
-        for line in lines
-        for name, value in (line.get(phase) or {}).items()
-        if name != "loss" and isinstance(value, int | float)
-    }
-    found.pop(("evaluate", "accuracy"), None)
-    return [("evaluate", "accuracy"), *found]
-
-
-def headings_of(metrics: Sequence[tuple[str, str]] = (("evaluate", "accuracy"),)) -> list[str]:
-    """Return the headings of the rounds' table."""
-    names = [f"{'test' if phase == 'evaluate' else 'train'} {name}" for phase, name in metrics]
-    names = ["accuracy" if name == "test accuracy" else name for name in names]
-    return ["round", "clients", "train loss", "test loss", *names, "seconds", "bytes"]
-
-
-def cells(line: Line, metrics: Sequence[tuple[str, str]] = (("evaluate", "accuracy"),)) -> list[str]:
-    """Return the cells of a round, in the order of the headings."""
-    size = update_bytes(line)
-    return [
-        str(line["round"]),
-        f"{line.get('accepted', '?')}/{line.get('asked', '?')}",
-        _number((line.get("train") or {}).get("loss")),
-        _number((line.get("evaluate") or {}).get("loss")),
-        *(_number((line.get(phase) or {}).get(name)) for phase, name in metrics),
-        _number(line.get("seconds"), digits=2),
-        format_bytes(size) if size else "–",
-    ]
 
 
 class _ConsoleHandler(logging.Handler):
@@ -229,17 +188,11 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        from rich.text import Text
-
         if getattr(record, "event", None) in _SHOWN_IN_TABLES:
             return
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
         self._console.print(Text(self.format(record), style), soft_wrap=True)
 
 
-def _named(ranks: Any) -> str:
+def _named(ranks: Iterable[int | str]) -> str:
     return ", ".join(map(str, ranks))
-
-
-def _number(value: Any, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "–"

@@ -28,8 +28,8 @@ from mlflow.entities import Metric, Param, Run  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 
-class MlflowTracker:
-    """Writes to an MLflow store; see `fedsplit.watch.trackers.base.Tracker`."""
+class Tracker:
+    """Writes to an MLflow store; see `fedsplit.watch.trackers`."""
 
     def __init__(self, place: str, run_id: str, first_round: int, settings: Mapping[str, Any]) -> None:
         # Its lines about making a database are no lines of ours.

@@ -9,8 +9,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 
-class TensorBoardTracker:
-    """Writes event files; see `fedsplit.watch.trackers.base.Tracker`."""
+class Tracker:
+    """Writes event files; see `fedsplit.watch.trackers`."""
 
     def __init__(self, place: str, run_id: str, first_round: int, settings: Mapping[str, Any]) -> None:
         # A resumed run does its last rounds again: what the dead server wrote of them is not shown any more.

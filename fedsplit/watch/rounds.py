@@ -1,0 +1,97 @@
+"""The lines of a history as people read them: the table's headings and cells, and the numbers of a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fedsplit.run.events import format_bytes
+from fedsplit.run.history import Line, is_number
+from fedsplit.run.time_account import update_bytes
+
+Metric = tuple[str, str]
+
+ACCURACY: Metric = ("evaluate", "accuracy")
+# What a round is judged by is called test; a strategy may judge it on the server too.
+PHASES = {"evaluate": "test", "central": "server", "train": "train"}
+_ALWAYS = (("train", "loss"), ("evaluate", "loss"), ACCURACY)
+_ORDER = {"loss": 0, "accuracy": 1}
+
+
+def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
+    """Return one number of a round.
+
+    Parameters
+    ----------
+    line
+        The round's line of the history.
+    phase
+        A key of `PHASES`.
+    name
+        Of the metric.
+    rank
+        Whose number; None for the mean over all ranks.
+
+    Returns
+    -------
+    number : float
+        NaN if the line has none.
+    """
+    row = line if rank is None else line.get("clients", {}).get(rank, {})
+    # A rank's training metrics stand in its row itself.
+    if rank is None or phase != "train":
+        row = row.get(phase, {})
+    number: Any = row.get(name)
+    return float(number) if is_number(number) else math.nan
+
+
+def metrics_of(lines: Sequence[Line]) -> list[Metric]:
+    """Return phase and name of every mean: the losses first, then accuracies, then the user's own as they came."""
+    found = dict.fromkeys(
+        (phase, name)
+        for phase in PHASES
+        for line in lines
+        for name, number in line.get(phase, {}).items()
+        if is_number(number)
+    )
+    return sorted(found, key=lambda metric: _ORDER.get(metric[1], 2))
+
+
+def ranks_of(lines: Sequence[Line]) -> list[str]:
+    """Return every rank that answered, counted or not, in order."""
+    found = {rank for line in lines for rank in (*line.get("clients", {}), *line.get("refused", {}))}
+    return sorted(found, key=lambda rank: (len(rank), rank))
+
+
+def refusals(lines: Sequence[Line]) -> list[tuple[int, str, str]]:
+    """Return round, rank and reason of each answer that was not counted."""
+    return [(line["round"], rank, reason) for line in lines for rank, reason in line.get("refused", {}).items()]
+
+
+def columns(lines: Sequence[Line]) -> list[Metric]:
+    """Return the metrics that the table shows besides the losses: the test accuracy always, and first."""
+    return [ACCURACY, *(metric for metric in metrics_of(lines) if metric not in _ALWAYS)]
+
+
+def headings(metrics: Sequence[Metric]) -> list[str]:
+    """Return the headings of the table."""
+    names = ["accuracy" if metric == ACCURACY else f"{PHASES[metric[0]]} {metric[1]}" for metric in metrics]
+    return ["round", "clients", "train loss", "test loss", *names, "seconds", "bytes"]
+
+
+def cells(line: Line, metrics: Sequence[Metric]) -> list[str]:
+    """Return the cells of a round, in the order of the headings."""
+    size = update_bytes(line)
+    shown = [*_ALWAYS[:2], *metrics]
+    return [
+        str(line["round"]),
+        f"{line.get('accepted', '?')}/{line.get('asked', '?')}",
+        *(_format(value(line, phase, name), 4) for phase, name in shown),
+        _format(line.get("seconds"), 2),
+        format_bytes(size) if size else "–",
+    ]
+
+
+def _format(number: Any, digits: int) -> str:
+    return f"{number:.{digits}f}" if is_number(number) and math.isfinite(number) else "–"
