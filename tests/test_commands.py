@@ -17,9 +17,10 @@ from fedsplit.__main__ import main, make_parser
 from fedsplit.commands.status import format_seconds, read_status
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError, ExchangeError, UsageError
+from fedsplit.exchange.client_side import ClientSide
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide, TrainerSide
 from fedsplit.exchange.records import Request, TaskRecord
+from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import encode
 
 COMMANDS = ("demo", "status", "checkpoints", "export", "plot", "report", "new")

@@ -36,8 +36,8 @@ from flwr.common import (
 from fedsplit.disk.files import remove
 from fedsplit.disk.payload_store import Incoming, PayloadStore, read_nonce, read_part
 from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RefusedError
+from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide, Source
 from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, ResultRecord, request_from_json
 from fedsplit.exchange.waiting import Watch
 from fedsplit.wire.join import Transcript, is_nonce

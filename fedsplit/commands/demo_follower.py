@@ -70,10 +70,10 @@ class Follower:
         return f"starting: waiting for {', '.join(missing)}" if missing else ""
 
     def _describe_run(self, statuses: Sequence[RankStatus]) -> str:
-        mine = [status for status in statuses if status.task and status.task.request.run_id == self._run_id]
+        mine = [status for status in statuses if status.task and status.task.run_id == self._run_id]
         if any(status.is_over for status in mine):
             return "the run is over: waiting for the programs to end"
-        requests = [status.task.request for status in mine if status.task]
+        requests = [status.task for status in mine if status.task]
         if not requests:
             return "starting: waiting for the first task"
         newest = max(requests, key=_place_in_run)

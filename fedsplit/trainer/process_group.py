@@ -257,7 +257,7 @@ class ProcessGroupChannel:
         if lost:
             log.error(
                 "a process of this trainer is gone; %s of round %d stays unanswered, and is done again when the "
-                "trainer is started again", record.request.kind, record.request.server_round,
+                "trainer is started again", record.kind, record.server_round,
             )  # fmt: skip
 
     def _part(self) -> None:

@@ -58,17 +58,17 @@ class StandaloneChannel:
         if answer.state is not None:
             self._state = {name: tensor.detach().cpu().clone() for name, tensor in answer.state.items()}
         numbers = ({} if answer.loss is None else {"loss": answer.loss}) | dict(answer.metrics)
-        if record.request.kind != "initialize":
+        if record.kind != "initialize":
             shown = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, str))
             log.info(
                 "standalone: %s of round %d/%d, %d examples%s",
-                record.request.kind, record.request.server_round, self._rounds, answer.num_examples, shown,
+                record.kind, record.server_round, self._rounds, answer.num_examples, shown,
             )  # fmt: skip
         return True
 
     def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
         """Show the error; the state stays as it was."""
-        log.error("standalone: %s of round %d failed\n%s", record.request.kind, record.request.server_round,
+        log.error("standalone: %s of round %d failed\n%s", record.kind, record.server_round,
                   error.get("traceback", ""))  # fmt: skip
 
     def share(self, value: int) -> int:

@@ -66,10 +66,10 @@ class Task:
     """
 
     def __init__(self, trainer: Trainer, record: TaskRecord, base: Checkpoint | None, restore: bool) -> None:
-        self.kind = record.request.kind
-        self.server_round = record.request.server_round
-        self.total_rounds = record.request.total_rounds
-        self.config: Mapping[str, Scalar] = record.request.config
+        self.kind = record.kind
+        self.server_round = record.server_round
+        self.total_rounds = record.total_rounds
+        self.config: Mapping[str, Scalar] = record.config
         self.restore = restore
         self._trainer = trainer
         self._record = record
@@ -96,7 +96,7 @@ class Task:
 
     def is_local(self, name: str) -> bool:
         """Tell whether an entry of the state_dict stays at home under the server's rules."""
-        return is_local(name, self._record.request.split)
+        return is_local(name, self._record.split)
 
     def load_into(self, model: torch.nn.Module) -> None:
         """Copy the received state into a model, by name; entries that the rules keep local stay as they are.
@@ -353,7 +353,7 @@ class Trainer:
         if task.kind != "train":
             return
         if accepted:
-            self._memory = (record.request.run_id, server_round)
+            self._memory = (record.run_id, server_round)
             if saved:
                 self._writer.submit(lambda: self._store.flush(server_round))
         elif saved:
@@ -376,7 +376,7 @@ class Trainer:
                 self._store.remove(later)
         base = task._base.server_round if task._base else None
         self._store.save(
-            run_id=task._record.request.run_id, server_round=task.server_round, files=files,
+            run_id=task._record.run_id, server_round=task.server_round, files=files,
             info={"base": base, "processes": self.processes}, durable=False,
         )  # fmt: skip
         self._store.prune()
