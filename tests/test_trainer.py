@@ -34,7 +34,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import Request, ResultRecord
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import StateDict, decode, encode, own_state
-from fedsplit.trainer.trainer import KEEP_ROUNDS
+from fedsplit.trainer.local_state import KEEP_ROUNDS
 from tests.handoffs import digest_of, wait_until
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-from fedsplit.exchange.records import FinishedRecord, Request, TaskRecord
+from fedsplit.exchange.records import FinishedRecord, TaskRecord
 from fedsplit.states.state_dict import StateDict
 from fedsplit.trainer.channel import Answer
 
@@ -79,7 +79,8 @@ class StandaloneChannel:
         tasks = [("initialize", 0)]
         tasks += [(kind, number) for number in range(1, self._rounds + 1) for kind in ("train", "evaluate")]
         for version, (kind, server_round) in enumerate(tasks, start=1):
-            request = Request(run_id=_RUN_ID, kind=kind, server_round=server_round, total_rounds=self._rounds)
-            yield TaskRecord(version=version, request=request, payload=None)
+            yield TaskRecord(
+                version=version, run_id=_RUN_ID, kind=kind, server_round=server_round, total_rounds=self._rounds
+            )
         while True:
             yield FinishedRecord(version=len(tasks) + 1, run_id=_RUN_ID, outcome="complete")
