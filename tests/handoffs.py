@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide, Source, TrainerSide
 from fedsplit.exchange.records import FinishedRecord, Request, TaskRecord
+from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.header import build_header
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +39,8 @@ def digest_of(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def request(kind: str = "train", server_round: int = 1, run_id: str = "run-a", **fields: Any) -> Request:
-    return Request(run_id=run_id, kind=kind, server_round=server_round, total_rounds=9, **fields)
+def request(kind: str = "train", server_round: int = 1, run_id: str = "run-a", **others: Any) -> Request:
+    return Request(run_id=run_id, kind=kind, server_round=server_round, total_rounds=9, **others)
 
 
 def source_of(payload: bytes | Path) -> Callable[[str], Source]:
@@ -54,6 +56,11 @@ def nothing(digest: str) -> None:
 def never(digest: str) -> Source:
     """Be a fetch function that must not be called."""
     raise AssertionError(f"fetch was called for {digest}")
+
+
+def request_of(task: TaskRecord) -> Request:
+    """Return what a task asks, without its version and its payload."""
+    return Request(**{field.name: getattr(task, field.name) for field in fields(Request)})
 
 
 def offer(client: ClientSide, asked: Request, payload: bytes | None) -> int:

@@ -18,9 +18,10 @@ from fedsplit.commands.status import read_status
 from fedsplit.commands.tables import format_seconds
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError, ExchangeError, UsageError
+from fedsplit.exchange.client_side import ClientSide
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide, TrainerSide
 from fedsplit.exchange.records import Request, TaskRecord
+from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import encode
 
 COMMANDS = ("demo", "server", "client", "trainer", "status", "checkpoints", "export", "plot", "report", "new")

@@ -1,7 +1,8 @@
 """Fuzz of everything that reads bytes of others: records, payload headers, payloads, manifests.
 
-Seeded random mutation of valid bytes, and generation from a rough grammar of hostile JSON; over 100,000 cases. The
-outcome must be a valid value or a FedSplitError, in bounded time and memory. Not covered: torch's own reader of
+Seeded random mutation of valid bytes, and generation from a rough grammar of hostile JSON: some thousand cases, over
+100,000 where all tests are asked for. The outcome must be a valid value or a FedSplitError, in bounded time and
+memory. Not covered: torch's own reader of
 ``.pt`` files (`weights_only`), and Flower's decoding of messages.
 """
 
@@ -21,15 +22,19 @@ import pytest
 import torch
 
 from fedsplit.errors import FedSplitError
+from fedsplit.exchange import records
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord, loads
+from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord, parse, read
 from fedsplit.states.header import parse_header
 from fedsplit.states.state_dict import decode, encode
+from tests.depth import EVERYTHING, scaled
 from tests.test_records import FAILED, FINISHED, RESULT, TASK
 
-torch.set_num_threads(1)
-TRACED_CASES = 5_000
-CASES = {"records": 46_000, "headers": 47_000, "payloads": 6_000, "files": 2_000}
+TRACED_CASES = 200
+CASES = {
+    "records": scaled(2_000, 46_000), "headers": scaled(2_000, 47_000), "payloads": scaled(500, 6_000),
+    "files": scaled(600, 2_000),
+}  # fmt: skip
 
 ODD_VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63) - 1, 10**30, 10**400, 0.0, -0.0,
@@ -114,7 +119,8 @@ def survive(cases: int, make: Callable[[random.Random], bytes], read: Callable[[
     finally:
         tracemalloc.stop()
     assert peak < 20_000_000, f"{peak:,} bytes were allocated"
-    assert slowest < 2.0, f"one case took {slowest:.1f} s"
+    # A bound against cases that take for ever; a busy machine may stop this process for seconds.
+    assert slowest < 30.0, f"one case took {slowest:.1f} s"
     # Else the mutations never get past the first check, or never do any harm: a fuzz that cannot fail.
     assert valid > cases // 200 and refused > cases // 10, (valid, refused)
     return valid, refused
@@ -125,8 +131,8 @@ def as_json(value: Any) -> bytes:
 
 
 def test_any_bytes_in_a_record_are_a_record_or_a_fedsplit_error():
-    originals = [TASK.to_json(), RESULT.to_json(), FAILED.to_json(), FINISHED.to_json()]
-    texts = [as_json(original) for original in originals]
+    texts = [records.encode(record, "there") for record in (TASK, RESULT, FAILED, FINISHED)]
+    originals = [json.loads(text) for text in texts]
 
     def make(rng: random.Random) -> bytes:
         if rng.random() < 0.5:
@@ -136,21 +142,20 @@ def test_any_bytes_in_a_record_are_a_record_or_a_fedsplit_error():
             value = mutate_value(rng, value)
         return as_json(value)
 
-    def read(content: bytes) -> None:
-        record = loads(content, "here")
+    def believe(content: bytes) -> None:
+        fields = parse(content, "here")
         errors = []
         for kind in (TaskRecord, ResultRecord, FinishedRecord):
             try:
                 # What was believed can be written again, and is then the same record.
-                found = kind.from_json(record, "here")
-                again = kind.from_json(loads(as_json(found.to_json()), "again"), "again")
-                assert as_json(again.to_json()) == as_json(found.to_json())
+                text = records.encode(read(fields, kind, "here"), "there")
+                assert records.encode(read(parse(text, "again"), kind, "again"), "there") == text
             except FedSplitError as exc:
                 errors.append(exc)
         if len(errors) == 3:
             raise errors[0]
 
-    survive(CASES["records"], make, read)
+    survive(CASES["records"], make, believe)
 
 
 def header_of(entries: Any, rng: random.Random) -> bytes:
@@ -218,7 +223,8 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
 
 def test_any_bytes_in_any_file_of_an_exchange_are_believed_or_refused(memory_path):
     """Through the files, both sides: what one reads the other must also survive."""
-    from fedsplit.exchange.handoff import ClientSide, TrainerSide
+    from fedsplit.exchange.client_side import ClientSide
+    from fedsplit.exchange.trainer_side import TrainerSide
     from tests.handoffs import blob, digest_of, request, source_of
 
     state = blob("state")
@@ -252,8 +258,9 @@ def test_any_bytes_in_any_file_of_an_exchange_are_believed_or_refused(memory_pat
                 outcomes[True] += 1
             except FedSplitError:
                 outcomes[False] += 1
-    assert min(outcomes.values()) > 50, outcomes
+    assert min(outcomes.values()) > 20, outcomes
 
 
+@pytest.mark.skipif(not EVERYTHING, reason="fewer by default")
 def test_the_cases_are_as_many_as_were_promised():
     assert sum(CASES.values()) >= 100_000

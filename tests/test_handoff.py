@@ -15,9 +15,10 @@ import pytest
 
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError, SchemaError
+from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide, Source, TrainerSide
 from fedsplit.exchange.records import TaskRecord
+from fedsplit.exchange.trainer_side import TrainerSide
 from tests.handoffs import (
     begin,
     blob,
@@ -29,6 +30,7 @@ from tests.handoffs import (
     offer,
     pair,
     request,
+    request_of,
     source_of,
     text_of,
 )  # fmt: skip
@@ -56,7 +58,7 @@ def test_a_task_reaches_the_trainer_and_its_answer_comes_back(sides):
     asked = request(config={"lr": 0.1}, split=(("head.*", True),))
     version = offer(client, asked, STATE)
     task = begin(trainer)
-    assert (task.version, task.request) == (version, asked)
+    assert (task.version, request_of(task)) == (version, asked)
     assert (trainer.exchange.directory / task.payload.file).read_bytes() == STATE
     assert client.result(version) is None
     answer = blob("trained")
@@ -125,7 +127,7 @@ def test_another_request_is_another_version_also_from_the_same_state(sides, othe
     version = offer(client, request(), STATE)
     trainer.answer(begin(trainer), [blob("trained")])
     assert client.offer(other, digest_of(STATE), never) == version + 1
-    assert begin(trainer).request == other
+    assert request_of(begin(trainer)) == other
 
 
 def test_the_same_request_from_another_state_is_another_version(sides):
@@ -269,7 +271,7 @@ def test_misleading_time_stamps_change_nothing(sides):
         os.utime(directory / name, (2e9 - 1e6 * age, 2e9 - 1e6 * age))
     os.utime(directory / "task-1.safetensors", (4e9, 4e9))
     task = begin(trainer)
-    assert task.request.server_round == 3
+    assert task.server_round == 3
     assert text_of((directory / task.payload.file).read_bytes()) == "state 3"
 
 
@@ -294,7 +296,7 @@ def test_cancelling_an_older_version_leaves_the_newest_alone(sides):
     version = offer(client, request(), STATE)
     offer(client, request(server_round=2), STATE)
     client.cancel(version)
-    assert begin(trainer).request.server_round == 2
+    assert begin(trainer).server_round == 2
 
 
 def test_an_answer_that_was_quicker_than_the_cancelling_is_not_lost(sides):
@@ -361,7 +363,7 @@ def test_the_next_run_is_not_affected_by_the_end_of_the_one_before(sides):
     version = offer(client, request(run_id="run-b"), STATE)
     assert version > first + 1
     task = begin(trainer)
-    assert task.request.run_id == "run-b" and trainer.is_wanted(task)
+    assert task.run_id == "run-b" and trainer.is_wanted(task)
     trainer.answer(task, [blob("trained")])
     client.finish("run-b", "complete")
     assert end(trainer).run_id == "run-b"
@@ -516,8 +518,8 @@ def test_a_state_that_serves_several_tasks_is_read_for_its_digest_once(sides, mo
     offer(client, request(), STATE)
     trainer.answer(begin(trainer), [blob("trained")])
     offer(client, request("evaluate"), STATE)
-    monkeypatch.setattr("fedsplit.exchange.handoff._check_digest", never)
-    assert begin(trainer).request.kind == "evaluate"
+    monkeypatch.setattr("fedsplit.exchange.directory.file_digest", never)
+    assert begin(trainer).kind == "evaluate"
 
 
 def test_a_damaged_file_in_the_store_is_named_instead_of_placed_for_ever(sides, tmp_path):
@@ -608,4 +610,4 @@ def test_a_task_record_is_read_back_as_it_was_written(sides):
     asked = request(config={"a": True, "b": 2, "c": 0.5, "d": "x"}, split=(("a.*", True), ("*", False)))
     offer(client, asked, STATE)
     task = client.exchange.read_task()
-    assert isinstance(task, TaskRecord) and task.request == asked
+    assert isinstance(task, TaskRecord) and request_of(task) == asked

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from fedsplit.exchange.client_side import ClientSide
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide
 from tests.handoffs import ROOT, kill, names_in
 
 KILLS = 20
@@ -33,7 +33,7 @@ from pathlib import Path
 from fedsplit.errors import RecordError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.disk.files import write_chunks
-from fedsplit.exchange.handoff import ClientSide
+from fedsplit.exchange.client_side import ClientSide
 from tests.handoffs import blob, digest_of, request, source_of, text_of
 
 directory, rounds, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -71,7 +71,7 @@ import sys, time
 from pathlib import Path
 from fedsplit.errors import RecordError
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import TrainerSide
+from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.exchange.records import FinishedRecord
 from tests.handoffs import blob, text_of
 
@@ -91,7 +91,7 @@ with exchange.hold("trainer"):
         if task is None:
             time.sleep(0.001)
             continue
-        at, kind = task.request.server_round, task.request.kind
+        at, kind = task.server_round, task.kind
         state = text_of((exchange.directory / task.payload.file).read_bytes())
         assert state == f"state {at}", (state, at)
         content = blob(f"trained {at}", size)

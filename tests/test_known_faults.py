@@ -17,8 +17,8 @@ from torch import nn
 from fedsplit import EvaluateResult, Trainer, TrainResult
 from fedsplit.aggregation import Update, check_update
 from fedsplit.errors import PeerMissingError, RecordError, StateMismatchError
+from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide, Source
 from fedsplit.exchange.records import Request
 from fedsplit.run.history import weighted_mean
 from fedsplit.states.state_dict import decode, encode, load_into

@@ -13,7 +13,7 @@ from fedsplit.client.relay import Relay
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import TrainerSide
+from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.server.conversation import Conversation, Reply, RoundContext
 from fedsplit.server.peer import PeerLostError
 from fedsplit.wire.protocol import TENSOR_TYPE, ask_record, pack, unpack

@@ -29,11 +29,12 @@ from fedsplit.errors import (
     StateMismatchError,
     UsageError,
 )  # fmt: skip
+from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide, Source, TrainerSide
 from fedsplit.exchange.records import Request, ResultRecord
+from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import StateDict, decode, encode, own_state
-from fedsplit.trainer.trainer import KEEP_ROUNDS
+from fedsplit.trainer.local_state import KEEP_ROUNDS
 from tests.handoffs import digest_of, wait_until
 
 torch.set_num_threads(1)
@@ -639,7 +640,7 @@ def test_a_server_that_goes_back_finds_the_local_entries_of_that_round(federatio
 # -- kills ---------------------------------------------------------------------------------------------------------
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "fedsplit.trainer.trainer", "fedsplit.exchange.handoff"])
+_PROCESSES.set_forkserver_preload(["torch", "fedsplit.trainer.trainer", "fedsplit.exchange.client_side"])
 
 
 def script_process(directory: Path, die_at: tuple[str, int] | None) -> None:
@@ -648,7 +649,7 @@ def script_process(directory: Path, die_at: tuple[str, int] | None) -> None:
     answer = TrainerSide.answer
 
     def dying(self: TrainerSide, task: Any, *args: Any, **kwargs: Any) -> bool:
-        here = task.request.kind == "train" and die_at is not None and task.request.server_round == die_at[1]
+        here = task.kind == "train" and die_at is not None and task.server_round == die_at[1]
         if here and die_at[0] == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         accepted = answer(self, task, *args, **kwargs)

@@ -1,18 +1,17 @@
 """The Flower client: a relay between the server and the exchange directory.
 
 It decodes no tensor and imports no torch: the bytes it receives go to a file, the bytes of a file go to the server,
-and where both sides see the same disk only a digest travels. It answers every question within the engine's hold, a
-second or twenty, so it always knows what the server wants; how long a training takes is none of its business.
+and where both sides see the same disk only a digest travels. It answers every question within a second or twenty (see
+`fedsplit.client.long_poll`), however long the training takes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
@@ -33,25 +32,25 @@ from flwr.common import (
     Status,
 )  # fmt: skip
 
+from fedsplit.client.greeting import Greeting
+from fedsplit.client.long_poll import LongPoll
+from fedsplit.disk.digest import bytes_digest
 from fedsplit.disk.files import remove
-from fedsplit.disk.payload_store import Incoming, PayloadStore, read_nonce, read_part
+from fedsplit.disk.payload_store import Incoming, read_part
 from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RefusedError
+from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import ClientSide, Source
-from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, ResultRecord, request_from_json
-from fedsplit.exchange.waiting import Watch
-from fedsplit.wire.join import Transcript, is_nonce
-from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, Engine, pack, unpack
+from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, ResultRecord, read
+from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, Ask, Engine, Piece, pack, unpack
 
 if TYPE_CHECKING:
     from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
-_TRAINER_CHECK_S = 0.08
-_BAD_RESULT_S = 5.0
 # Also for a task that failed: with another code Flower drops the metrics, and with them the reason.
 _OK = Status(code=Code.OK, message="")
+_Reply = tuple[dict[str, Any], list[bytes]]
 
 
 class Relay(Client):
@@ -78,8 +77,6 @@ class Relay(Client):
         How the run ended, once the server has said so.
     refused : RefusedError or None
         Why the server turned this client away, or this client the server.
-    missing_since : float or None
-        `time.monotonic` since when no trainer was there, while a task waits for one.
     """
 
     def __init__(
@@ -96,34 +93,42 @@ class Relay(Client):
         self.refused: RefusedError | None = None
         self._exchange = exchange
         self._side = ClientSide(exchange)
-        self._trainer_wait_s = trainer_wait_s
-        self._use_store = use_store
-        self._remote = remote
-        self._store: PayloadStore | RemoteStore | None = None
-        self._join_key = join_key
+        self._greeting = Greeting(self._side, join_key=join_key, use_store=use_store, remote=remote)
+        self._long_poll = LongPoll(self._side, trainer_wait_s)
         self._engine = engine
-        self._transcript: Transcript | None = None
-        self._knows_server = join_key is None
         self._last_heard = time.monotonic()
         self._busy = False
         self._incoming: Incoming | None = None
-        self.missing_since: float | None = None
-        self._watch = Watch(exchange.result_path)
-        self._trainer_checked = 0.0
         self._announced: tuple[str, str, int] | None = None
 
     # -- the connection --------------------------------------------------------------------------------------------
 
     def begin_connection(self) -> None:
-        """Forget what was proved: whoever answers in a new connection has proved nothing yet."""
-        self._transcript = None
-        self._knows_server = self._join_key is None
-        self._store = None
+        """Forget what was proved in the connection before."""
+        self._greeting.begin()
         self._last_heard = time.monotonic()
 
     def silence_s(self) -> float:
-        """Return for how many seconds the server was silent; 0 while busy."""
+        """Return for how many seconds the server was silent; 0 while a question of it is being answered."""
         return 0.0 if self._busy else time.monotonic() - self._last_heard
+
+    def leave(self) -> dict[str, str | float | bool]:
+        """Return what the relay of the next message must know, where each message has a process of its own."""
+        state: dict[str, str | float | bool] = self._greeting.leave()
+        if self.missing_since is not None:
+            state["missing-since"] = self.missing_since
+        return state
+
+    def take_up(self, kept: Mapping[str, Any]) -> None:
+        """Go on from what the relay of the message before has left."""
+        # The clock is the machine's: it goes on from one process to the next.
+        self._long_poll.missing_since = kept.get("missing-since")
+        self._greeting.take_up(kept)
+
+    @property
+    def missing_since(self) -> float | None:
+        """`time.monotonic` since when no trainer was there, while a task waits for one; else None."""
+        return self._long_poll.missing_since
 
     @contextmanager
     def _question(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -131,7 +136,7 @@ class Relay(Client):
         self._busy = True
         try:
             message = unpack(config, "the server")
-            if not self._knows_server and message.get("op") not in ("join", "hello", "refuse"):
+            if not self._greeting.knows_server and message.get("op") not in ("join", "hello", "refuse"):
                 raise RefusedError("the server asks for work and has not proved that it knows the join token")
             yield message
         finally:
@@ -145,7 +150,7 @@ class Relay(Client):
             operation = message.get("op")
             reply: dict[str, Any] = {}
             if operation == "join":
-                reply = self._prove(message)
+                reply = self._greeting.prove(message)
             elif operation == "hello":
                 reply = self._greet(message)
             elif operation == "finish":
@@ -164,7 +169,7 @@ class Relay(Client):
             if message.get("op") == "push":
                 reply, blobs = self._take(message, ins.parameters), list[bytes]()
             else:
-                reply, blobs = self._ask(message, ins.parameters.tensors)
+                reply, blobs = self._ask(read(message, Ask, "the server's request"), ins.parameters.tensors)
         return FitRes(
             status=_OK, parameters=Parameters(blobs, TENSOR_TYPE),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
@@ -173,7 +178,7 @@ class Relay(Client):
     def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
         """Answer ``ask`` for ``evaluate``."""
         with self._question(ins.config) as message:
-            reply, _ = self._ask(message, ins.parameters.tensors)
+            reply, _ = self._ask(read(message, Ask, "the server's request"), ins.parameters.tensors)
         return EvaluateRes(
             status=_OK, loss=float(reply.get("loss") or 0.0),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
@@ -183,10 +188,11 @@ class Relay(Client):
         """Answer ``pull``: a piece of the payload of the newest result, in one read."""
         with self._question(ins.config) as message:
             try:
+                wanted = read(message, Piece, "the server's message")
                 result = self._exchange.read_result()
-                if result and result.payload and result.payload.digest == message.get("digest"):
+                if result and result.payload and result.payload.digest == wanted.digest:
                     path = self._exchange.check_payload(result.payload)
-                    piece = read_part(path, _number(message, "offset"), _number(message, "bytes"))
+                    piece = read_part(path, wanted.offset, wanted.bytes)
                     return GetParametersRes(status=_OK, parameters=Parameters([piece], TENSOR_TYPE))
             except (RecordError, OSError) as exc:
                 log.warning("%s", exc)
@@ -196,51 +202,12 @@ class Relay(Client):
 
     # -- the operations ---------------------------------------------------------------------------------------------
 
-    def _prove(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Answer the server's challenge, and challenge it."""
-        if self._join_key is None:
-            return {"rank": self._exchange.rank}
-        if not is_nonce(message.get("nonce")):
-            raise RecordError("the server's challenge is none")
-        transcript = self._transcript = Transcript(
-            run_id=str(message.get("run_id")), rank=self._exchange.rank, exchange_id=self._side.exchange_id(),
-            server_nonce=message["nonce"],
-        )  # fmt: skip
-        return {
-            "rank": transcript.rank, "exchange_id": transcript.exchange_id, "nonce": transcript.client_nonce,
-            "proof": transcript.proof(self._join_key, "client"),
-        }  # fmt: skip
-
-    def _distrust(self, message: dict[str, Any]) -> str | None:
-        """Return why a server that greets is not the one to work for, or None."""
-        if self._join_key is None:
-            return None
-        if self._transcript is None:
-            return "the server asks for no join token, this client was given one; start both with --join-token-file"
-        if not self._transcript.is_proof(self._join_key, "server", message.get("proof")):
-            return "the server did not prove that it knows the join token"
-        return None
-
     def _greet(self, message: dict[str, Any]) -> dict[str, Any]:
-        if reason := self._distrust(message):
-            self.refused = RefusedError(f"rank {self._exchange.rank} turned the server down: {reason}")
-            return {"rank": self._exchange.rank, "leaving": reason}
-        self._knows_server = True
-        proof = None
-        self._store = None
-        root, name = message.get("store_root"), str(message.get("nonce_name"))
-        if self._remote:
-            proof = self._remote.read_nonce(name)
-            self._store = self._remote if proof else None
-        elif self._use_store and root:
-            proof = read_nonce(Path(str(root)), name)
-            self._store = PayloadStore(Path(str(root))) if proof else None
-        how = "the payload store" if self._store else "messages"
-        log.info("rank %d: joined run %s; payloads travel by %s", self._exchange.rank, message.get("run_id"), how)
-        return {
-            "rank": self._exchange.rank, "exchange_id": self._side.exchange_id(),
-            "held": self._side.held_digest(), "nonce": proof,
-        }  # fmt: skip
+        try:
+            return self._greeting.greet(message)
+        except RefusedError as exc:
+            self.refused = RefusedError(f"rank {self._exchange.rank} turned the server down: {exc}")
+            return {"rank": self._exchange.rank, "leaving": str(exc)}
 
     def _finish(self, message: dict[str, Any]) -> None:
         run_id, outcome, reason = (str(message.get(key, "")) for key in ("run_id", "outcome", "reason"))
@@ -250,112 +217,66 @@ class Relay(Client):
     def _take(self, message: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
         """Take a piece of a state that is too large for one message."""
         try:
-            digest, size, offset = str(message.get("digest")), _number(message, "bytes"), _number(message, "offset")
-            if self._incoming is None or (self._incoming.digest, self._incoming.size) != (digest, size):
-                self._incoming = Incoming(self._exchange.fetched_path, digest, size)
+            piece = read(message, Piece, "the server's message")
+            if self._incoming is None or (self._incoming.digest, self._incoming.size) != (piece.digest, piece.bytes):
+                self._incoming = Incoming(self._exchange.fetched_path, piece.digest, piece.bytes)
             if parameters.tensors:
-                self._incoming.add(offset, parameters.tensors[0])
+                self._incoming.add(piece.offset, parameters.tensors[0])
             return {"have": self._incoming.have}
         except FedSplitError as exc:
             self._incoming = None
-            log.warning("rank %d: %s", self._exchange.rank, exc)
-            return {"error": {"type": type(exc).__name__, "message": str(exc)}}
+            return self._failed(exc)
 
-    def _ask(self, message: dict[str, Any], blobs: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
-        request = request_from_json(message, "the server's request")
+    def _ask(self, ask: Ask, blobs: list[bytes]) -> _Reply:
         began = time.monotonic()
         try:
-            reply, results = self._relay(request, message, blobs)
+            reply, results = self._relay(ask, blobs)
         except FedSplitError as exc:
             # An exception would end the client process and with it the rank; the server decides what a failure means.
-            log.warning("rank %d: %s", self._exchange.rank, exc)
-            return {"status": "error", "error": {"type": type(exc).__name__, "message": str(exc)}}, []
-        if reply["status"] == "ok" and isinstance(then := message.pop("then", None), dict):
+            return {"status": "error", **self._failed(exc)}, []
+        if ask.then and reply["status"] == "ok":
             asked = time.monotonic()
-            left_s = max(0.0, float(message.get("hold_s", 0.0)) - (asked - began))
-            reply["then"], results = self._ask({**message, **then, "hold_s": left_s}, [])
+            left_s = max(0.0, ask.hold_s - (asked - began))
+            reply["then"], results = self._ask(replace(ask, **vars(ask.then), then=None, hold_s=left_s), [])
             reply["then"]["held_s"] = time.monotonic() - asked
         return reply, results
 
-    def _relay(
-        self, request: Request, message: dict[str, Any], blobs: list[bytes]
-    ) -> tuple[dict[str, Any], list[bytes]]:
-        digest = message.get("digest")
-
-        def fetch(wanted: str) -> Source | None:
-            if blobs:
-                return _checked(blobs[0], wanted)
-            incoming = self._incoming
-            if incoming and incoming.is_whole and incoming.digest == wanted:
-                return Source(digest=wanted, bytes=incoming.size, content=incoming.path)
-            path = self._store.take(wanted, self._exchange.fetched_path) if self._store else None
-            return Source(digest=wanted, bytes=int(message["bytes"]), content=path) if path else None
-
+    def _relay(self, ask: Ask, blobs: list[bytes]) -> _Reply:
         try:
-            version = self._side.offer(request, digest, fetch)
+            version = self._side.offer(ask, ask.digest, lambda digest: self._fetch(digest, ask.bytes, blobs))
         finally:
             self._incoming = None
             remove(self._exchange.fetched_path)
         if version is None:
             return {"status": "need"}, []
-        self._announce(request, version)
+        self._announce(ask, version)
         try:
-            result = self._await(version, float(message.get("hold_s", 0.0)))
+            result = self._long_poll.wait(version, ask.hold_s)
         except FedSplitError:
             # The server is told that this came to nothing: a trainer that comes later must not begin it.
             self._side.cancel(version)
             raise
         if result is not None:
             return self._deliver(result)
-        if message.get("cancel"):
+        if ask.cancel:
             self._side.cancel(version)
             return {"status": "cancelled"}, []
         waiting_for = "trainer" if self.missing_since is not None else None
         return {"status": "working", "waiting_for": waiting_for}, []
 
-    def _await(self, version: int, hold_s: float) -> ResultRecord | None:
-        """Wait for the answer to a version; None if it does not come within ``hold_s``."""
-        began = time.monotonic()
-        bad_since = None
-        self._watch.begin()
-        while True:
-            now = time.monotonic()
-            try:
-                if self._watch.has_changed() and (result := self._side.result(version)):
-                    self.missing_since = None
-                    return result
-            except RecordError as exc:
-                bad_since = bad_since or now
-                if now - bad_since > min(hold_s, _BAD_RESULT_S):
-                    raise RecordError(f"the trainer's answer cannot be read: {exc}") from exc
-            if now - self._trainer_checked >= _TRAINER_CHECK_S:
-                self._trainer_checked = now
-                self._check_trainer(now)
-            if now - began >= hold_s:
-                return None
-            self._watch.sleep()
+    def _fetch(self, digest: str, size: int, blobs: list[bytes]) -> Source | None:
+        """Return where the state is: in the message, in the pieces that came before it, or in the store."""
+        if blobs:
+            if (found := bytes_digest(blobs[0])) != digest:
+                raise RecordError(f"the server sent a state with digest {found[:12]}…, announced as {digest[:12]}…")
+            return Source(digest=digest, bytes=len(blobs[0]), content=blobs[0])
+        incoming, store = self._incoming, self._greeting.store
+        if incoming and incoming.is_whole and incoming.digest == digest:
+            return Source(digest=digest, bytes=incoming.size, content=incoming.path)
+        path = store.take(digest, self._exchange.fetched_path) if store else None
+        return Source(digest=digest, bytes=size, content=path) if path else None
 
-    def _check_trainer(self, now: float) -> None:
-        rank = self._exchange.rank
-        if self._exchange.is_held("trainer"):
-            if self.missing_since is not None:
-                log.info("rank %d: a trainer is here (%s)", rank, self._exchange.owner("trainer"))
-            self.missing_since = None
-            return
-        if self.missing_since is None:
-            self.missing_since = now
-            log.warning(
-                "rank %d: no trainer holds %s; waiting up to %g s for model_main.py --rank %d",
-                rank, self._exchange.lock_path("trainer"), self._trainer_wait_s, rank,
-            )  # fmt: skip
-        elif now - self.missing_since > self._trainer_wait_s:
-            self.missing_since = None
-            raise FedSplitError(
-                f"no trainer of rank {rank} for {self._trainer_wait_s:g} s; start model_main.py --rank {rank} "
-                f"with the same --exchange-dir ({self._exchange.directory.parent})"
-            )
-
-    def _deliver(self, result: ResultRecord) -> tuple[dict[str, Any], list[bytes]]:
+    def _deliver(self, result: ResultRecord) -> _Reply:
         if result.status == "error":
             return {"status": "error", "error": dict(result.error or {}), "seconds": result.seconds}, []
         reply: dict[str, Any] = {
@@ -372,13 +293,17 @@ class Relay(Client):
 
     def _place(self, payload: PayloadRecord) -> str:
         """Bring a result to where the server can get it; returns how it gets there."""
-        if self._store:
+        if store := self._greeting.store:
             try:
-                self._store.give(self._exchange.directory / payload.file, payload.digest)
+                store.give(self._exchange.directory / payload.file, payload.digest)
                 return "store"
             except ExchangeError as exc:  # the server's disk is full, say: then a message is the way
                 log.warning("rank %d: %s; sending the result in a message", self._exchange.rank, exc)
         return "pull" if payload.bytes > self._engine.piece_bytes else "inline"
+
+    def _failed(self, exc: FedSplitError) -> dict[str, Any]:
+        log.warning("rank %d: %s", self._exchange.rank, exc)
+        return {"error": {"type": type(exc).__name__, "message": str(exc)}}
 
     def _announce(self, request: Request, version: int) -> None:
         what = (request.run_id, request.kind, request.server_round)
@@ -388,17 +313,3 @@ class Relay(Client):
                 "rank %d: %s, round %d of %d (version %d)",
                 self._exchange.rank, request.kind, request.server_round, request.total_rounds, version,
             )  # fmt: skip
-
-
-def _number(message: dict[str, Any], key: str) -> int:
-    value = message.get(key)
-    if type(value) is not int or value < 0:
-        raise RecordError(f"the server's message has {value!r} for {key!r}, expected a number of bytes")
-    return value
-
-
-def _checked(blob: bytes, digest: str) -> Source:
-    found = hashlib.sha256(blob).hexdigest()
-    if found != digest:
-        raise RecordError(f"the server sent a state with digest {found[:12]}…, announced as {digest[:12]}…")
-    return Source(digest=digest, bytes=len(blob), content=blob)

@@ -70,7 +70,7 @@ class RankStatus:
         """Say what was asked last."""
         if self.task is None:
             return "none"
-        asked = self.task.request
+        asked = self.task
         what = f"version {self.task.version}: {asked.kind}, round {asked.server_round} of {asked.total_rounds}"
         return what + (", cancelled" if self.task.cancelled else "")
 
@@ -97,7 +97,7 @@ class RankStatus:
             return f"answered {format_seconds(self.result_age_s)} ago, waiting for the next task"
         if self.holders.get("trainer", "unknown") is None:
             return f"waiting for a trainer, {format_seconds(self.task_age_s)} since the task came"
-        return f"the trainer {_DOING[self.task.request.kind]}, for {format_seconds(self.task_age_s)}"
+        return f"the trainer {_DOING[self.task.kind]}, for {format_seconds(self.task_age_s)}"
 
     def rows(self) -> dict[str, str]:
         """Return everything that is shown, by its heading."""

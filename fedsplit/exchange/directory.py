@@ -16,6 +16,7 @@ any order by time stamps (there are none).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -24,10 +25,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
+from fedsplit.disk.digest import file_digest
 from fedsplit.disk.files import (
     check_space,
     explain,
@@ -36,17 +38,29 @@ from fedsplit.disk.files import (
     overwrite_in_place,
     remove,
     remove_leftovers,
+    write_chunks,
 )  # fmt: skip
-from fedsplit.errors import ExchangeError, RecordError, RoleTakenError, UsageError
-from fedsplit.exchange.records import FinishedRecord, PayloadRecord, ResultRecord, TaskRecord, loads
+from fedsplit.errors import ExchangeError, RecordError, RoleTakenError, SchemaError, UsageError
+from fedsplit.exchange.records import (
+    RECORD_BYTES,
+    AnyRecord,
+    FinishedRecord,
+    PayloadRecord,
+    Record,
+    ResultRecord,
+    TaskRecord,
+    decode,
+    encode,
+)  # fmt: skip
 from fedsplit.states.header import read_header
 
+log = logging.getLogger("fedsplit")
+
 Role = Literal["client", "trainer"]
-Record = TypeVar("Record")
+Found = TypeVar("Found")
 
 _LOCK_POLL_S = 0.001
 _HANDOFF_TIMEOUT_S = 30.0
-_RECORD_BYTES = 4_000_000
 _LEAST_SPACE_BYTES = 1_000_000
 _PAYLOAD_NAME = re.compile(r"(task|result)-([1-9][0-9]{0,18})\.safetensors")
 _EXCHANGE_ID = re.compile(rb"[0-9a-f]{32}")
@@ -54,7 +68,7 @@ _EXCHANGE_ID = re.compile(rb"[0-9a-f]{32}")
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Who holds, or last held, a role: for messages only, the lock itself is the truth."""
+    """Who holds a role, or was the last to hold it. For messages only: the lock itself says who is alive."""
 
     pid: int
     host: str
@@ -87,7 +101,7 @@ class Exchange:
         self.fetched_path = self.directory / "fetched.safetensors"
         self.exchange_id_path = self.directory / "exchange-id"
         self._handoff = self._lock_of("handoff")
-        self._parsed: dict[Path, tuple[bytes, Any]] = {}
+        self._parsed: dict[Path, tuple[bytes, Record]] = {}
 
     def payload_path(self, of: Literal["task", "result"], version: int) -> Path:
         """Return the path of the payload of a version."""
@@ -123,7 +137,7 @@ class Exchange:
                 stack.callback(lock.release)
                 me = Owner(pid=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
                 overwrite_in_place(self.lock_path(role), json.dumps(asdict(me)))
-            # What a dead predecessor left half-written: nobody else writes these while the lock is held.
+            # Half-written files of a dead predecessor. Nobody else writes these while the lock is held.
             for written in ("task", "finished", "exchange-id") if role == "client" else ("result", "left"):
                 remove_leftovers(self.directory, written)
             yield
@@ -131,7 +145,8 @@ class Exchange:
     def is_held(self, role: Role) -> bool:
         """Tell whether a live process holds a role.
 
-        Tried under the hand-off lock, which a starting process takes too: so a probe can never be what makes it fail.
+        The probe takes the role's lock for a moment. It does so under the hand-off lock, which a starting process takes
+        too, so a probe never makes a starting process fail.
         """
         if not self.directory.is_dir():
             return False
@@ -143,7 +158,7 @@ class Exchange:
             return False
 
     def owner(self, role: Role) -> Owner | None:
-        """Return who wrote his name into a role's lock last, or None."""
+        """Return the process that last wrote its name into a role's lock, or None."""
         try:
             found = json.loads(self._read(self.lock_path(role)) or b"")
             return Owner(pid=int(found["pid"]), host=str(found["host"]), started=str(found["started"]))
@@ -166,31 +181,53 @@ class Exchange:
     # -- records -------------------------------------------------------------------------------------------------
 
     def read_task(self) -> TaskRecord | None:
-        """Return the newest task, or None; raises RecordError if what is there is not one."""
-        return self._record(self.task_path, TaskRecord.from_json)
+        """Return the newest task, or None; raises RecordError if it cannot be believed."""
+        return self._record(self.task_path, TaskRecord)
 
     def read_result(self) -> ResultRecord | None:
-        """Return the newest result, or None; raises RecordError if what is there is not one."""
-        return self._record(self.result_path, ResultRecord.from_json)
+        """Return the newest result, or None; raises RecordError if it cannot be believed."""
+        return self._record(self.result_path, ResultRecord)
 
     def read_finished(self) -> FinishedRecord | None:
-        """Return the newest end of a run, or None; raises RecordError if what is there is not one."""
-        return self._record(self.finished_path, FinishedRecord.from_json)
+        """Return the newest end of a run, or None; raises RecordError if it cannot be believed."""
+        return self._record(self.finished_path, FinishedRecord)
 
     def read_left(self) -> FinishedRecord | None:
-        """Return the end of a run that a trainer has seen and left for, or None."""
-        return self._record(self.left_path, FinishedRecord.from_json)
+        """Return the end of a run that a trainer has seen and left for, or None; raises RecordError."""
+        return self._record(self.left_path, FinishedRecord)
+
+    def write(self, path: Path, record: Record) -> None:
+        """Put a record into place.
+
+        Raises
+        ------
+        RecordError
+            If no reader would take it; then nothing is written.
+        ExchangeError
+            If the file cannot be written.
+        """
+        write_chunks(path, [encode(record, str(path))])
 
     def read_exchange_id(self) -> str | None:
-        """Return the name that this directory was given, or None if it has none."""
+        """Return this directory's id, or None if it has none yet."""
         text = self._read(self.exchange_id_path) or b""
         return text.decode() if _EXCHANGE_ID.fullmatch(text) else None
 
     def check_payload(self, payload: PayloadRecord) -> Path:
-        """Return the path of a payload whose length matches and whose header parses; raises RecordError."""
+        """Return the path of a payload if its length matches and its header parses; else raises RecordError."""
         path = self.directory / payload.file
         read_header(path, payload.bytes)
         return path
+
+    def check_digest(self, payload: PayloadRecord) -> None:
+        """Read all bytes of a payload; raises RecordError if they have another digest than its record says."""
+        path = self.directory / payload.file
+        try:
+            found = file_digest(path)
+        except OSError as exc:
+            raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
+        if found != payload.digest:
+            raise RecordError(f"{path} has digest {found[:12]}…, its record says {payload.digest[:12]}…")
 
     def payload_versions(self, of: Literal["task", "result"]) -> list[int]:
         """Return the versions of which a payload file is there."""
@@ -198,20 +235,21 @@ class Exchange:
         return sorted(int(match[2]) for match in matches if match and match[1] == of)
 
     def remove_payloads(self, of: Literal["task", "result"], *, below: int) -> None:
-        """Remove the payload files of lower versions: the other side has moved on."""
+        """Remove the payload files of lower versions, once the other side has moved on."""
         for version in self.payload_versions(of):
             if version < below:
                 remove(self.payload_path(of, version))
 
-    def _record(self, path: Path, parse: Callable[[dict[str, Any], str], Record]) -> Record | None:
+    def _record(self, path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
         text = self._read(path)
         if text is None:
             return None
-        # The same text is the same record: each is read several times before the next one comes.
+        # Each record is read several times before the next one comes: the same text is not parsed twice.
         known = self._parsed.get(path)
-        if known is None or known[0] != text:
-            known = self._parsed[path] = (text, parse(loads(text, str(path)), str(path)))
-        record: Record = known[1]
+        if known and known[0] == text and isinstance(known[1], kind):
+            return known[1]
+        record = decode(text, kind, str(path))
+        self._parsed[path] = (text, record)
         return record
 
     def _lock_of(self, name: str) -> FileLock:
@@ -222,14 +260,31 @@ class Exchange:
     def _read(path: Path) -> bytes | None:
         try:
             with open_regular(path) as file:
-                text = file.read(_RECORD_BYTES + 1)
+                text = file.read(RECORD_BYTES + 1)
         except FileNotFoundError:
             return None
         except OSError as exc:
             raise RecordError(f"cannot read the record {path}: {exc.strerror or exc}") from exc
-        if len(text) > _RECORD_BYTES:
-            raise RecordError(f"{path} is over {_RECORD_BYTES:,} bytes; a record is small")
+        if len(text) > RECORD_BYTES:
+            raise RecordError(f"{path} is over {RECORD_BYTES:,} bytes; a record is small")
         return text
+
+
+def forgive(read: Callable[[], Found | None]) -> Found | None:
+    """Read a record that its writer can make again, or that is past: one that cannot be believed counts as missing.
+
+    Raises
+    ------
+    SchemaError
+        If it is of another version of the protocol, which writing it again would not mend.
+    """
+    try:
+        return read()
+    except SchemaError:
+        raise
+    except RecordError as exc:
+        log.warning("%s; taken as not there", exc)
+        return None
 
 
 def _take(lock: FileLock, timeout_s: float) -> bool:

@@ -17,8 +17,8 @@ from typing import Protocol
 
 from fedsplit.errors import PeerMissingError, RecordError, SchemaError
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.handoff import TrainerSide
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord
+from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.exchange.waiting import Watch
 from fedsplit.states.state_dict import StateDict, encode, map_file
 

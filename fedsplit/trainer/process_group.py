@@ -1,33 +1,27 @@
 """One trainer in several processes: DistributedDataParallel, or anything else on an initialised process group.
 
-`Trainer` puts this before its ordinary channel when a process group is there. Process 0 alone touches the exchange;
-the others follow it. Whatever the training's own backend is, this uses two gloo groups of its own:
+`Trainer` puts this before its ordinary channel when a process group is there. Only process 0 uses the exchange; the
+others follow it. Whatever the training's own backend is, this uses two gloo groups of its own:
 
-- *data*: tasks, states and answers, as collectives that process 0 begins. Each names what it is about, so that
-  processes that are out of step say so instead of taking one thing for another. A state is broadcast as the bytes of
-  one tensor, and nothing is pickled.
-- *control*: one thread of process 0 for each other process, blocked in a receive. An error arrives there also while all
-  main threads are stuck in a collective that will never end; and the kernel closes the connection of a process that is
-  killed, so that its death is known at once and is not reported as an error of the training.
+- *data*: tasks, states and answers, as collectives that process 0 begins. Each names what it is about: processes that
+  are out of step say so, instead of taking one thing for another. A state is broadcast as the bytes of one tensor, and
+  nothing is pickled.
+- *control*: errors and deaths, see `fedsplit.trainer.error_reports`.
 
-After an error in any process no collective can be trusted: the error is reported, once, and the processes end; whatever
+After an error in any process no collective can be trusted. The error is reported once, and the processes end; whatever
 started them (``torchrun --max-restarts N``) starts them again, and the next task is done. After a death nothing is
-reported: the task keeps standing and the processes that are started next do it again.
+reported: the task stays there, and the processes that are started next do it again.
 
-Not covered: that process 0 and its machine die without closing their connections (then the launcher's own time limits
-hold), and models whose state_dict is sharded, unless what is given to `reply` is the whole one.
+Not covered: models whose state_dict is sharded, unless `reply` is given the whole one.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,21 +29,14 @@ import torch.distributed as dist
 
 from fedsplit import errors
 from fedsplit.errors import FedSplitError, TrainingError
-from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord
+from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, read
 from fedsplit.states.state_dict import StateDict, decode, encode
 from fedsplit.trainer.channel import Answer, Channel
+from fedsplit.trainer.error_reports import ErrorReports, as_tensor, from_tensor, new_group
 
 log = logging.getLogger("fedsplit")
 
-# A process may wait for its slower siblings, or for the server, for as long as it takes; a dead one is noticed anyway.
-_FOREVER = timedelta(days=365)
-# When a process is killed, others fail of it. Within this time its closed connection has said so.
-_DEATH_NOTICE_S = 1.0
-_ACKNOWLEDGE_S = 15.0
-_PART_S = 60.0
-
 _STEPS = ("enter", "next task", "should_stop()", "reply()", "agree")
-_BYE, _REPORT = 0, 1
 
 
 class ProcessGroupChannel:
@@ -58,36 +45,32 @@ class ProcessGroupChannel:
     Parameters
     ----------
     inner
-        The way to the other side. Only process 0's is ever used.
+        The channel to the client. Only process 0's is ever used.
     """
 
     def __init__(self, inner: Channel) -> None:
         self.process: int = dist.get_rank()
         self.processes: int = dist.get_world_size()
         self._inner = inner
+        self._errors = ErrorReports(inner)
         self._count = 0
         self._states: tuple[int, StateDict] = (0, {})
         self._warned = False
-        self._lost = threading.Event()
-        self._reporting = threading.Lock()
-        self._reported = 0
-        self._newest: TaskRecord | None = None
-        self._listeners: list[threading.Thread] = []
 
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Hold the role in process 0; where it cannot be had, every process raises the same error."""
-        self._data, self._control = _new_group(), _new_group()
+        self._data = new_group()
+        self._errors.open()
         with ExitStack() as stack:
             self._lead("enter", lambda: stack.enter_context(self._inner.hold()) and None)
             if self.process == 0:
-                for peer in range(1, self.processes):
-                    listener = threading.Thread(target=self._listen, args=(peer,), daemon=True, name=f"process-{peer}")
-                    listener.start()
-                    self._listeners.append(listener)
-            # After an exception nothing is awaited: the connections close with the process.
+                self._errors.listen()
+            # After an exception nothing is waited for: the connections close with the process.
             yield
-            self._part()
+            self._errors.close()
+            dist.destroy_process_group(self._data)
+            del self._data  # see ErrorReports.close
 
     def next(self) -> TaskRecord | FinishedRecord:
         """Wait in process 0, and give what it found, with its state, to all."""
@@ -97,18 +80,18 @@ class ProcessGroupChannel:
             nonlocal flat
             found = self._inner.next()
             if isinstance(found, FinishedRecord):
-                return {"finished": found.to_json()}
+                return {"finished": asdict(found)}
             state = self._inner.read_state(found)
             self._states = (found.version, state)
-            # Before anybody else has it: a process may fail of it, and say so, while this one is still sending.
-            self._newest = found
+            # Before anybody else has the task: a process may fail, and say so, while this one is still sending.
+            self._errors.begin(found)
             flat = torch.frombuffer(bytearray().join(encode(state)), dtype=torch.uint8)
-            return {"task": found.to_json(), "bytes": flat.numel()}
+            return {"task": asdict(found), "bytes": flat.numel()}
 
         message = self._lead("next task", find)
         if "finished" in message:
-            return FinishedRecord.from_json(message["finished"], "process 0")
-        record = TaskRecord.from_json(message["task"], "process 0")
+            return read(message["finished"], FinishedRecord, "process 0")
+        record = read(message["task"], TaskRecord, "process 0")
         if flat is None:
             flat = torch.empty(message["bytes"], dtype=torch.uint8)
         dist.broadcast(flat, src=0, group=self._data)
@@ -132,7 +115,7 @@ class ProcessGroupChannel:
     def answer(self, record: TaskRecord, answer: Answer) -> bool:
         """Offer one answer for all: process 0's state, the sum of the examples, the weighted means of the numbers."""
         self._step("reply()", 0)
-        parts = self._gather({**asdict(answer), "state": None})
+        parts = self._gather({**vars(answer), "state": None})
         if self.process:
             return bool(self._step("reply()", 0))
         self._compare([part["checksum"] for part in parts])
@@ -140,18 +123,8 @@ class ProcessGroupChannel:
         return bool(self._step("reply()", int(accepted)))
 
     def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
-        """Report an error through process 0, unless it comes of another process's death or one was reported already."""
-        if self.process == 0:
-            self._report(self.process, record, error, seconds)
-            return
-        message = {"version": record.version, "error": dict(error), "seconds": seconds}
-        try:
-            self._send_control(_REPORT, _bytes_of(message))
-            acknowledged = dist.irecv(torch.empty(1, dtype=torch.int64), src=0, group=self._control)
-            if acknowledged is not None:
-                acknowledged.wait(timedelta(seconds=_ACKNOWLEDGE_S))
-        except RuntimeError as exc:  # process 0 is gone, or stuck where no thread of it runs
-            log.warning("process %d could not report its error to process 0: %s", self.process, _first_line(exc))
+        """Report an error through process 0, once, unless another process died."""
+        self._errors.report(record, error, seconds)
 
     # -- collectives that process 0 begins ------------------------------------------------------------------------
 
@@ -173,11 +146,11 @@ class ProcessGroupChannel:
         content = torch.empty(0, dtype=torch.uint8)
         if self.process == 0:
             try:
-                content = _bytes_of({"made": make()})
+                content = as_tensor({"made": make()})
             except FedSplitError as exc:
-                self._tell(step, _bytes_of({"error": [type(exc).__name__, str(exc)]}))
+                self._tell(step, as_tensor({"error": [type(exc).__name__, str(exc)]}))
                 raise
-        message = json.loads(self._tell(step, content).numpy().tobytes())
+        message = from_tensor(self._tell(step, content))
         if "error" in message:
             name, text = message["error"]
             raise getattr(errors, name, FedSplitError)(text)
@@ -193,7 +166,7 @@ class ProcessGroupChannel:
 
     def _gather(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         """Return every process's message in every process."""
-        content = _bytes_of(message)
+        content = as_tensor(message)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.processes)]
         dist.all_gather(sizes, torch.tensor([content.numel()]), group=self._data)
         longest = max(int(size) for size in sizes)
@@ -201,7 +174,7 @@ class ProcessGroupChannel:
         padded[: content.numel()] = content
         rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.processes)]
         dist.all_gather(rows, padded, group=self._data)
-        return [json.loads(row[: int(size)].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+        return [from_tensor(row[: int(size)]) for row, size in zip(rows, sizes, strict=True)]
 
     def _compare(self, checksums: Sequence[float | None]) -> None:
         first = checksums[0]
@@ -215,71 +188,6 @@ class ProcessGroupChannel:
                     "server; is the model wrapped in DistributedDataParallel?", process,
                 )  # fmt: skip
                 return
-
-    # -- errors and deaths ------------------------------------------------------------------------------------------
-
-    def _send_control(self, what: int, content: torch.Tensor | None = None) -> None:
-        size = 0 if content is None else content.numel()
-        dist.send(torch.tensor([what, size], dtype=torch.int64), dst=0, group=self._control)
-        if content is not None:
-            dist.send(content, dst=0, group=self._control)
-
-    def _listen(self, peer: int) -> None:
-        """Take a process's error reports until it says goodbye or dies; runs in a thread of process 0."""
-        header = torch.empty(2, dtype=torch.int64)
-        try:
-            while True:
-                dist.recv(header, src=peer, group=self._control)
-                what, size = header.tolist()
-                if what == _BYE:
-                    return
-                content = torch.empty(size, dtype=torch.uint8)
-                dist.recv(content, src=peer, group=self._control)
-                message = json.loads(content.numpy().tobytes())
-                record = self._newest
-                if record is not None and record.version == message["version"]:
-                    self._report(peer, record, message["error"], message["seconds"])
-                dist.send(torch.ones(1, dtype=torch.int64), dst=peer, group=self._control)
-        except RuntimeError:
-            self._lost.set()
-        except FedSplitError as exc:
-            log.error("an error of process %d could not be reported: %s", peer, exc)
-
-    def _report(self, process: int, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
-        lost = self._lost.wait(_DEATH_NOTICE_S)
-        with self._reporting:
-            if self._reported == record.version:
-                return
-            if not lost:
-                self._reported = record.version
-                where = f"process {process} of {self.processes}: {error['message']}"
-                self._inner.fail(record, {**error, "message": where}, seconds)
-        if lost:
-            log.error(
-                "a process of this trainer is gone; %s of round %d stays unanswered, and is done again when the "
-                "trainer is started again", record.request.kind, record.request.server_round,
-            )  # fmt: skip
-
-    def _part(self) -> None:
-        """Let every process know that all have left the loop as they should, then give the groups back."""
-        if self.process:
-            # Process 0 waits for this, but not for ever; if it has gone by now, then because its run is over too.
-            with suppress(RuntimeError):
-                self._send_control(_BYE)
-        for listener in self._listeners:
-            listener.join(_PART_S)
-        dist.destroy_process_group(self._control)
-        dist.destroy_process_group(self._data)
-        # The groups' threads are joined when the last reference goes. One that still lets go of a tensor while the
-        # interpreter shuts down aborts the process.
-        del self._control, self._data
-
-
-def _new_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=_FOREVER)
-    if not isinstance(group, dist.ProcessGroup):
-        raise TrainingError("this process is not in the process group that it was asked to join")
-    return group
 
 
 def merge(first: Answer, parts: Sequence[Mapping[str, Any]]) -> Answer:
@@ -315,11 +223,3 @@ def _mean(values: Sequence[Scalar | None], weights: Sequence[int], first: Scalar
         pairs = [(value, 1) for value, _ in pairs]
     # A process without examples has no mean of them, whatever it says.
     return sum(value * weight for value, weight in pairs if weight) / sum(weight for _, weight in pairs)
-
-
-def _bytes_of(message: Mapping[str, Any]) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-
-
-def _first_line(exc: BaseException) -> str:
-    return str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-from fedsplit.exchange.records import FinishedRecord, Request, TaskRecord
+from fedsplit.exchange.records import FinishedRecord, TaskRecord
 from fedsplit.states.state_dict import StateDict
 from fedsplit.trainer.channel import Answer
 
@@ -58,17 +58,17 @@ class StandaloneChannel:
         if answer.state is not None:
             self._state = {name: tensor.detach().cpu().clone() for name, tensor in answer.state.items()}
         numbers = ({} if answer.loss is None else {"loss": answer.loss}) | dict(answer.metrics)
-        if record.request.kind != "initialize":
+        if record.kind != "initialize":
             shown = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, str))
             log.info(
                 "standalone: %s of round %d/%d, %d examples%s",
-                record.request.kind, record.request.server_round, self._rounds, answer.num_examples, shown,
+                record.kind, record.server_round, self._rounds, answer.num_examples, shown,
             )  # fmt: skip
         return True
 
     def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
         """Show the error; the state stays as it was."""
-        log.error("standalone: %s of round %d failed\n%s", record.request.kind, record.request.server_round,
+        log.error("standalone: %s of round %d failed\n%s", record.kind, record.server_round,
                   error.get("traceback", ""))  # fmt: skip
 
     def share(self, value: int) -> int:
@@ -79,7 +79,8 @@ class StandaloneChannel:
         tasks = [("initialize", 0)]
         tasks += [(kind, number) for number in range(1, self._rounds + 1) for kind in ("train", "evaluate")]
         for version, (kind, server_round) in enumerate(tasks, start=1):
-            request = Request(run_id=_RUN_ID, kind=kind, server_round=server_round, total_rounds=self._rounds)
-            yield TaskRecord(version=version, request=request, payload=None)
+            yield TaskRecord(
+                version=version, run_id=_RUN_ID, kind=kind, server_round=server_round, total_rounds=self._rounds
+            )
         while True:
             yield FinishedRecord(version=len(tasks) + 1, run_id=_RUN_ID, outcome="complete")

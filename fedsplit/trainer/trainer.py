@@ -10,8 +10,8 @@
             else:
                 task.reply(model, num_examples=…, metrics={"loss": …})
 
-The process is nobody's child: it may be started before or after its client and outlives it. Killed at any moment and
-started again, it finds the task that has no answer and does it again from the same state.
+Nobody starts this process but the user: it may be started before or after its client, and outlives it. Killed at any
+moment and started again, it finds the task that has no answer and does it again from the same state.
 
 Where a process group of torch.distributed is initialised, the same lines run in every process and act as one trainer
 (see `fedsplit.trainer.process_group`). With ``standalone=True`` the trainer asks itself (see
@@ -20,7 +20,6 @@ Where a process group of torch.distributed is initialised, the same lines run in
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import time
@@ -34,22 +33,18 @@ from typing import Any, Literal, Self
 
 import torch
 
-from fedsplit.disk.checkpoints import BackgroundWriter, Checkpoint, CheckpointStore
-from fedsplit.disk.files import make_private_directory, write_chunks
-from fedsplit.errors import CheckpointError, FedSplitError, TrainingError, UsageError
+from fedsplit.errors import FedSplitError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import ModelSource, StateDict, encode, load_into, map_file, own_state
+from fedsplit.states.state_dict import ModelSource, StateDict, load_into, own_state
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel
+from fedsplit.trainer.local_state import Base, LocalStates
 
 log = logging.getLogger("fedsplit")
 
-# A server that finds its newest checkpoints corrupt goes back up to its --keep-checkpoints (3) rounds; the trainer
-# must still have the round before those, and is itself up to one round ahead.
-KEEP_ROUNDS = 5
-_LOCAL_STATE = "local_state.pt"
-_LOCAL_PART = "local.safetensors"
+# Three such texts fit into a record, whatever their characters.
+_ERROR_CHARACTERS = 100_000
 
 
 class Task:
@@ -63,14 +58,18 @@ class Task:
         The round, counted from 1, and how many there will be.
     config : Mapping[str, bool | int | float | str]
         What ``server_main.py --train-config`` gave.
+    restore : bool
+        Whether `local_state` has to be read: this process is not itself at the end of the round before.
+    answered, failed : bool
+        Whether there was a reply, and whether it was an error.
     """
 
-    def __init__(self, trainer: Trainer, record: TaskRecord, base: Checkpoint | None, restore: bool) -> None:
-        self.kind = record.request.kind
-        self.server_round = record.request.server_round
-        self.total_rounds = record.request.total_rounds
-        self.config: Mapping[str, Scalar] = record.request.config
-        self.restore = restore
+    def __init__(self, trainer: Trainer, record: TaskRecord, base: Base) -> None:
+        self.kind = record.kind
+        self.server_round = record.server_round
+        self.total_rounds = record.total_rounds
+        self.config: Mapping[str, Scalar] = record.config
+        self.restore = base.restore
         self._trainer = trainer
         self._record = record
         self._base = base
@@ -82,7 +81,7 @@ class Task:
 
     @property
     def state_dict(self) -> StateDict:
-        """The state that was received, mapped from the exchange: read it or copy it; writing to it changes nothing."""
+        """The state that was received: tensors over a mapped file. Writing to them changes nothing elsewhere."""
         if self._state is None:
             self._state = self._trainer._channel.read_state(self._record)
         return self._state
@@ -90,13 +89,11 @@ class Task:
     @property
     def local_state(self) -> Any:
         """What was kept with the last round that this trainer took part in, or None at the start."""
-        if self._base is None or _LOCAL_STATE not in self._base.files or self._trainer.state == "reset":
-            return None
-        return torch.load(self._base.path(_LOCAL_STATE), weights_only=True, map_location="cpu")
+        return None if self._trainer.state == "reset" else self._base.load_local_state()
 
     def is_local(self, name: str) -> bool:
         """Tell whether an entry of the state_dict stays at home under the server's rules."""
-        return is_local(name, self._record.request.split)
+        return is_local(name, self._record.split)
 
     def load_into(self, model: torch.nn.Module) -> None:
         """Copy the received state into a model, by name; entries that the rules keep local stay as they are.
@@ -156,7 +153,7 @@ class Task:
             checksum=_checksum(model) if self._trainer.processes > 1 else None,
         )  # fmt: skip
         self._trainer._answer(self, answer, state or {}, local_state)
-        # Not before: a reply that could not be given is an error that the client must hear of.
+        # Not before: if the reply cannot be given, the client must hear of that error.
         self.answered = True
 
     def fail(self, exc: BaseException) -> None:
@@ -179,10 +176,9 @@ class Task:
     def _local_part(self, kept: Mapping[str, torch.Tensor]) -> StateDict:
         if not kept or not self.restore:
             return {}
-        if self._base and _LOCAL_PART in self._base.files:
-            saved = map_file(self._base.path(_LOCAL_PART))
-        else:
-            saved = self._trainer.initial_state()
+        saved = self._base.load_local_part()
+        if saved is None:
+            saved = self._trainer._local.initial_state()
         return {name: saved[name] for name in kept if name in saved}
 
 
@@ -238,51 +234,38 @@ class Trainer:
         self.exchange = Exchange(exchange_dir, rank)
         self.state = state
         self.outcome: FinishedRecord | None = None
-        self._model = model
-        self._has_snapshot = isinstance(model, torch.nn.Module | Mapping)
+        self._has_model = model is not None
         self._channel = _channel(self.exchange, client_wait_s, standalone_rounds if standalone else None)
         self.process, self.processes = self._channel.process, self._channel.processes
         self._stack = ExitStack()
         if standalone:
             checkpoint_dir = self._stack.enter_context(TemporaryDirectory(prefix="fedsplit-standalone-"))
-        # Process 0's store is that of a single process; the others' lie in it.
-        self._first_store = CheckpointStore(Path(checkpoint_dir) / f"rank-{rank}", keep=KEEP_ROUNDS)
-        self._store = self._first_store
-        if self.process:
-            self._store = CheckpointStore(self._store.directory / f"process-{self.process}", keep=KEEP_ROUNDS)
-        self._initial_path = self._store.directory / "initial.safetensors"
-        self._writer = BackgroundWriter()
+        self._local = LocalStates(Path(checkpoint_dir) / f"rank-{rank}", self._channel, model, reset=state == "reset")
         self._current: Task | None = None
-        self._run_id: str | None = None
-        # Which round's end the process memory stands at: (run, round), (None, 0) when fresh, None when in between.
-        self._memory: tuple[str | None, int] | None = (None, 0)
 
     def __enter__(self) -> Self:
         self._stack.enter_context(self._channel.hold())
-        make_private_directory(self._store.directory, CheckpointError)
-        if self._has_snapshot:
-            # Training changes the model in place; a later run must start from what it was.
-            write_chunks(self._initial_path, encode(own_state(self._model)))  # type: ignore[arg-type]
+        self._local.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         try:
             if isinstance(exc, Exception) and self._current and not self._current.answered:
                 self._current.fail(exc)
-            self._writer.close()
+            self._local.close()
         finally:
             self._stack.__exit__(kind, exc, tb)
 
     def __iter__(self) -> Iterator[Task]:
         while isinstance(record := self._channel.next(), TaskRecord):
             try:
-                task = self._current = self._begin(record)
+                task = self._current = Task(self, record, self._local.begin(record))
             except FedSplitError as exc:
-                # Before the loop body could fail the task: the client must hear of this too.
+                # No loop body runs that could report this, and the client must hear of it too.
                 self._channel.fail(record, _describe(exc), 0.0)
                 raise
-            if task.kind == "initialize" and self._model is not None:
-                state = self.initial_state()
+            if task.kind == "initialize" and self._has_model:
+                state = self._local.initial_state()
                 task.reply(state, num_examples=0, metrics=_describe_local(task, state))
                 continue
             yield task
@@ -298,89 +281,14 @@ class Trainer:
                 )
         self.outcome = record
 
-    def initial_state(self) -> StateDict:
-        """Return the state that the model had on entering."""
-        if self._has_snapshot:
-            return map_file(self._initial_path)
-        return {} if self._model is None else own_state(self._model)
-
-    def _begin(self, record: TaskRecord) -> Task:
-        request = record.request
-        if request.run_id != self._run_id:
-            self._store.begin_run(request.run_id)
-            self._run_id = request.run_id
-        before = request.server_round + (request.kind == "evaluate")
-        base = self._find_base(request.run_id, before)
-        if base is None and self.state == "keep":
-            self._check_beginning(request.server_round)
-        restore = self._memory != ((request.run_id, base.server_round) if base else (None, 0))
-        if request.kind == "train" or restore:
-            self._memory = None
-        return Task(self, record, base, restore or self.state == "reset")
-
-    def _find_base(self, run_id: str, before: int) -> Checkpoint | None:
-        """Return the round whose local state is gone on from: process 0 chooses it, each process reads its own."""
-        base = self._store.newest(run_id=run_id, before=before, verify=False)
-        if base and self._memory != (run_id, base.server_round):
-            # What was not written by this process a round ago is checked before it is gone on from.
-            base = self._store.newest(run_id=run_id, before=before)
-        chosen = self._channel.share(base.server_round if base else -1)
-        saved_by = self._channel.share(base.info.get("processes", 1) if base else 0)
-        if chosen >= 0 and saved_by != self.processes:
-            log.warning(
-                "the local state of round %d was saved by %d processes, now there are %d: each takes that of process 0",
-                chosen, saved_by, self.processes,
-            )  # fmt: skip
-        if self.process == 0:
-            return base
-        if chosen < 0:
-            return None
-        return (self._store if saved_by == self.processes else self._first_store).read(chosen)
-
-    def _check_beginning(self, server_round: int) -> None:
-        """Refuse to start afresh in a run whose earlier local states were pruned."""
-        rounds = self._store.rounds()
-        if rounds and self._store.read(rounds[0], verify=False).info.get("base") is not None:
-            raise CheckpointError(
-                f"the server asks for round {server_round}, but the local states in {self._store.directory} "
-                f"begin with round {rounds[0]}; resume the server from a later round, or start with --state reset"
-            )
-
     def _answer(self, task: Task, answer: Answer, state: StateDict, local_state: Any) -> None:
-        record, server_round = task._record, task.server_round
-        saved = task.kind == "train" and self._save(task, state, local_state)
-        accepted = self._channel.answer(record, answer)
-        if task.kind != "train":
-            return
-        if accepted:
-            self._memory = (record.request.run_id, server_round)
-            if saved:
-                self._writer.submit(lambda: self._store.flush(server_round))
-        elif saved:
-            self._store.remove(server_round)
-
-    def _save(self, task: Task, state: StateDict, local_state: Any) -> bool:
-        local_part = {name: tensor for name, tensor in state.items() if task.is_local(name)}
-        files: dict[str, Any] = {}
-        if local_state is not None:
-            files[_LOCAL_STATE] = [_dump(local_state)]
-        if local_part:
-            files[_LOCAL_PART] = encode(local_part)
-        # Several processes save each round or none, also where only one of them has something to keep.
-        if not files and not self._store.rounds() and self.processes == 1:
-            return False
-        # Before the result is offered: whoever sees the result can count on the state that made it.
-        self._writer.wait()
-        for later in self._store.rounds():
-            if later > task.server_round:  # the server went back: these belong to a course that was given up
-                self._store.remove(later)
-        base = task._base.server_round if task._base else None
-        self._store.save(
-            run_id=task._record.request.run_id, server_round=task.server_round, files=files,
-            info={"base": base, "processes": self.processes}, durable=False,
-        )  # fmt: skip
-        self._store.prune()
-        return True
+        saved = False
+        if task.kind == "train":
+            local_part = {name: tensor for name, tensor in state.items() if task.is_local(name)}
+            saved = self._local.save(task._record, task._base, local_part, local_state)
+        accepted = self._channel.answer(task._record, answer)
+        if task.kind == "train":
+            self._local.settle(task._record, saved=saved, accepted=accepted)
 
 
 def _channel(exchange: Exchange, client_wait_s: float | None, standalone_rounds: int | None) -> Channel:
@@ -402,23 +310,17 @@ def _channel(exchange: Exchange, client_wait_s: float | None, standalone_rounds:
 def _describe(exc: BaseException) -> dict[str, str]:
     """Return what the client and the server are told of an error."""
     text = "".join(traceback.format_exception(exc))
-    return {"type": type(exc).__name__, "message": str(exc), "traceback": text}
+    return {"type": type(exc).__name__, "message": _shorten(str(exc)), "traceback": _shorten(text)}
 
 
-def _dump(local_state: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(local_state, buffer)
-    buffer.seek(0)
-    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):  # type: ignore[arg-type]
-        raise UsageError(
-            f"local_state holds {', '.join(sorted(map(str, unsafe)))}, which cannot be read back safely; "
-            "use tensors, numbers, strings, and lists, tuples and dicts of these"
-        )
-    return buffer.getvalue()
+def _shorten(text: str) -> str:
+    """Leave out the middle of a text that a record has no room for."""
+    half = _ERROR_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]}\n… {len(text) - 2 * half:,} characters …\n{text[-half:]}"
 
 
 def _describe_local(task: Task, state: StateDict) -> dict[str, str]:
-    """Tell the server which entries it will never see, so that it can show the whole split and check its patterns."""
+    """Describe the entries that the server never sees: so it can show the whole split and check its patterns."""
     local = {
         name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         for name, tensor in state.items()
@@ -428,7 +330,7 @@ def _describe_local(task: Task, state: StateDict) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    # numpy and torch scalars are what people have at hand.
+    # Scripts often have numpy or torch scalars.
     return value.item() if hasattr(value, "item") and not isinstance(value, bool | int | float | str) else value
 
 

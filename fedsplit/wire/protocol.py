@@ -8,23 +8,22 @@ operation     travels as            meaning
                                     neither side does anything for the other (see `fedsplit.wire.join`)
 ``hello``     ``get_properties``    who are you? The rank, the exchange directory's id, the state held there, and
                                     whether the server's payload store can be seen (proved by reading back a nonce)
-``ask``       ``fit`` for           do this task. Answered within ``hold_s`` seconds, with the result or with
-              ``initialize`` and    ``working``; asked again until it is done. So a dead link is noticed, the server
-              ``train``,            can stop or cancel at any time, and an hour of training is no hour of silence.
-              ``evaluate``          With ``then``, another task of the same state is begun once it is done, and as
-                                    much of it answered along with it as there is (through ``fit``)
-``push``      ``fit``               a piece of the state that the next ``ask`` names. Answered with how many bytes of it
-                                    are there: what was lost with a connection goes on from where it stopped
+``ask``       ``fit`` for           do this task. Long polling: answered within ``hold_s`` seconds, with the result or
+              ``initialize`` and    with ``working``, and asked again until it is done. So a dead link is noticed, the
+              ``train``,            server can stop or cancel at any time, and an hour of training is no hour of silence
+              ``evaluate``          With ``then``, another task of the same state is begun once the first is done, and
+                                    how far it came is part of the same answer (through ``fit``)
+``push``      ``fit``               take a piece of the state that the next ``ask`` names. Answered with how many bytes
+                                    of it are there, so a lost connection costs at most one piece
 ``pull``      ``get_parameters``    send a piece of a result's payload, when the merge has come to it
 ``finish``    ``get_properties``    the run is over; tell the trainer
 ``refuse``    ``get_properties``    you cannot take part, and why
 ``ping``      ``get_properties``    are you still there? Asked when there was nothing else to ask for a while
 ============  ====================  ==============================================================================
 
-Each record stands as a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The
-bytes of a state travel in Flower's ``Parameters``, and only when the other side does not hold them: a small safetensors
-blob along with the question, a large one in pieces, so that neither its size nor Flower's many copies of a message are
-a limit.
+Each record is a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The bytes of a
+state travel in Flower's ``Parameters``, and only when the other side does not hold them: a small safetensors blob along
+with the question, a large one in pieces, so that neither its size nor Flower's many copies of a message are a limit.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedsplit.errors import RecordError
-from fedsplit.exchange.records import SCHEMA, Request, loads
+from fedsplit.exchange.records import SCHEMA, Count, Digest, Request, parse
 
 KEY = "fedsplit"
 TENSOR_TYPE = "safetensors"
@@ -48,19 +47,19 @@ BYTES_PER_S = 1_000_000.0
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How an engine of Flower's wants to be spoken through.
+    """How questions are asked on one of Flower's engines.
 
     Attributes
     ----------
     hold_s : float
-        Seconds that a client holds an unanswered question.
+        Seconds that a client holds a question which it cannot answer yet (long polling).
     piece_bytes : int
-        States and results up to this size go along with a question; larger ones in pieces of this size before or after
-        it.
+        States and results up to this size go along with a question. Larger ones go before or after it, in pieces of
+        this size.
     asks_ahead : bool
-        Whether the training of the next round is asked for along with an evaluation, because a question is dear.
+        Whether the next round's training is asked for along with an evaluation, because a question is expensive.
     ping_s : float or None
-        Seconds of silence after which a client is asked whether it is still there; None if the engine sees to that.
+        Seconds of silence after which a client is asked whether it is still there; None if the engine does that.
     """
 
     name: str
@@ -70,12 +69,51 @@ class Engine:
     ping_s: float | None
 
 
-# A second costs nothing, since a question takes a millisecond; and a run that is stopped stops at once.
-# Of a piece there are half a dozen copies on its way through Flower; smaller ones would spend their time on the way.
+# Asking again every second costs nothing (a question takes a millisecond), and a run that is stopped stops at once.
+# Flower makes half a dozen copies of each piece, so pieces are small; much smaller ones would only take longer.
 EMBEDDED = Engine(name="embedded", hold_s=1.0, piece_bytes=1 << 22, asks_ahead=False, ping_s=10.0)
-# A question starts a process and is found by polls of seconds: most tasks should take one. Not for ever, or nobody
-# could tell a trainer in the middle of a task that the run was stopped. Flower cuts its messages into pieces itself.
+# A question starts a process and is found by polling every few seconds, so most tasks should need only one. But none is
+# held for ever: a trainer in the middle of a task must hear that the run was stopped. Flower cuts its messages into
+# pieces itself.
 SUPERLINK = Engine(name="superlink", hold_s=20.0, piece_bytes=1 << 62, asks_ahead=True, ping_s=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask(Request):
+    """The record of ``ask``, as a client reads it.
+
+    Attributes
+    ----------
+    digest, bytes
+        SHA-256 and length of the state that the task starts from; None and 0 if it needs none.
+    hold_s
+        For how many seconds the client may hold the question.
+    cancel
+        Whether the task is to be cancelled if it has no answer yet.
+    then
+        What to begin next, from the same state.
+    """
+
+    digest: Digest | None = None
+    bytes: Count = 0
+    hold_s: float = 0.0
+    cancel: bool = False
+    then: Request | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The record of ``push`` and ``pull``: which piece of which payload.
+
+    Attributes
+    ----------
+    bytes
+        Of ``push``: the length of the whole payload. Of ``pull``: the length of the piece.
+    """
+
+    digest: Digest
+    bytes: Count
+    offset: Count
 
 
 def pack(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +132,7 @@ def unpack(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     text = fields.get(KEY)
     if not isinstance(text, str):
         raise RecordError(f"{where} does not speak fedsplit: its message has no {KEY!r} record")
-    return loads(text.encode(), where)
+    return parse(text.encode(), where)
 
 
 def ask_record(

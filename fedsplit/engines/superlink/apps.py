@@ -46,7 +46,6 @@ from flwr.serverapp import Grid, ServerApp
 from fedsplit.cli import set_up_logging
 from fedsplit.client.relay import Relay
 from fedsplit.disk.files import write_chunks
-from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.disk.remote_store import open_remote
 from fedsplit.engines.assembly import open_server
 from fedsplit.errors import RoleTakenError, UsageError
@@ -193,29 +192,11 @@ class _NodeRelay(Relay):
         with ExitStack() as stack:
             if self._context.node_config.get("client-lock") != "held":
                 self._take_role(stack)
-            self._take_up(state[_STATE] if _STATE in state else {})  # noqa: SIM401  (its get wants a record)
+            self.take_up(state[_STATE] if _STATE in state else {})  # noqa: SIM401  (its get wants a record)
             yield
-        state[_STATE] = ConfigRecord({**self._leave()})
+        state[_STATE] = ConfigRecord({**self.leave()})
         if self.refused and (path := self._context.node_config.get("refusal-file")):
             write_chunks(Path(str(path)), [str(self.refused).encode()])
-
-    def _take_up(self, kept: Mapping[str, Any]) -> None:
-        # The clock is the machine's: it goes on from one process to the next.
-        self.missing_since = kept.get("missing-since")
-        # That it is the server's store was proved in the greeting.
-        self._store = self._remote if kept.get("by-url") else None
-        if root := kept.get("store-root"):
-            self._store = PayloadStore(Path(root))
-
-    def _leave(self) -> dict[str, str | float | bool]:
-        state: dict[str, str | float | bool] = {}
-        if self.missing_since is not None:
-            state["missing-since"] = self.missing_since
-        if isinstance(self._store, PayloadStore):
-            state["store-root"] = str(self._store.root)
-        elif self._store is not None:
-            state["by-url"] = True
-        return state
 
     def _take_role(self, stack: ExitStack) -> None:
         deadline = time.monotonic() + _LOCK_WAIT_S

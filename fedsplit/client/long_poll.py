@@ -1,0 +1,94 @@
+"""Long polling: a question of the server is held until the trainer's answer is there, or for a second or twenty.
+
+So the server hears of an answer at once, and the client hears at once what else the server wants; how long a training
+takes does not matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from fedsplit.errors import FedSplitError, RecordError
+from fedsplit.exchange.client_side import ClientSide
+from fedsplit.exchange.records import ResultRecord
+from fedsplit.exchange.waiting import Watch
+
+log = logging.getLogger("fedsplit")
+
+_TRAINER_CHECK_S = 0.08
+_BAD_RESULT_S = 5.0
+
+
+class LongPoll:
+    """Waits for the trainer's answers.
+
+    Parameters
+    ----------
+    side
+        The exchange directory.
+    trainer_wait_s
+        Seconds to wait for a trainer to be there before a task counts as failed.
+
+    Attributes
+    ----------
+    missing_since : float or None
+        `time.monotonic` since when no trainer was there, while a task waits for one.
+    """
+
+    def __init__(self, side: ClientSide, trainer_wait_s: float) -> None:
+        self._side = side
+        self._exchange = side.exchange
+        self._trainer_wait_s = trainer_wait_s
+        self._watch = Watch(self._exchange.result_path)
+        self._trainer_checked = 0.0
+        self.missing_since: float | None = None
+
+    def wait(self, version: int, hold_s: float) -> ResultRecord | None:
+        """Wait for the answer to a version; returns None if it does not come within `hold_s` seconds.
+
+        Raises
+        ------
+        RecordError
+            If there is an answer that stays unreadable.
+        FedSplitError
+            If no trainer came in time.
+        """
+        began = time.monotonic()
+        bad_since = None
+        self._watch.begin()
+        while True:
+            now = time.monotonic()
+            try:
+                if self._watch.has_changed() and (result := self._side.result(version)):
+                    self.missing_since = None
+                    return result
+            except RecordError as exc:
+                bad_since = bad_since or now
+                if now - bad_since > min(hold_s, _BAD_RESULT_S):
+                    raise RecordError(f"the trainer's answer cannot be read: {exc}") from exc
+            if now - self._trainer_checked >= _TRAINER_CHECK_S:
+                self._trainer_checked = now
+                self._check_trainer(now)
+            if now - began >= hold_s:
+                return None
+            self._watch.sleep()
+
+    def _check_trainer(self, now: float) -> None:
+        rank = self._exchange.rank
+        if self._exchange.is_held("trainer"):
+            if self.missing_since is not None:
+                log.info("rank %d: a trainer is here (%s)", rank, self._exchange.owner("trainer"))
+            self.missing_since = None
+        elif self.missing_since is None:
+            self.missing_since = now
+            log.warning(
+                "rank %d: no trainer holds %s; waiting up to %g s for model_main.py --rank %d",
+                rank, self._exchange.lock_path("trainer"), self._trainer_wait_s, rank,
+            )  # fmt: skip
+        elif now - self.missing_since > self._trainer_wait_s:
+            self.missing_since = None
+            raise FedSplitError(
+                f"no trainer of rank {rank} for {self._trainer_wait_s:g} s; start model_main.py --rank {rank} "
+                f"with the same --exchange-dir ({self._exchange.directory.parent})"
+            )
