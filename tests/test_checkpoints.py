@@ -250,6 +250,7 @@ for number in itertools.count(first):
 """
 
 
+@pytest.mark.slow
 def test_kills_while_saving_and_pruning_leave_no_half_round_that_counts(store):
     rng, half, newest, kills = random.Random(5), 0, 0, 0
     # On a busy machine few rounds are saved between two kills: go on until enough kills hit a save.

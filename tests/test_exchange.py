@@ -161,6 +161,7 @@ def test_the_end_of_a_forked_child_does_not_drop_the_lock_of_its_live_parent(exc
         assert exchange.is_held("trainer")
 
 
+@pytest.mark.slow
 def test_probing_without_a_pause_never_makes_a_starting_peer_fail(tmp_path):
     Exchange(tmp_path, 1).directory.mkdir(mode=0o700)
     with (

@@ -663,6 +663,7 @@ def script_process(directory: Path, die_at: tuple[str, int] | None) -> None:
         script.serve(trainer)
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_died(tmp_path):
     undisturbed, script = Federation(tmp_path / "undisturbed"), Script()
     state = own_state(make_net())
@@ -703,6 +704,7 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
 # -- what is imported ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

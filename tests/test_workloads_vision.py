@@ -220,7 +220,7 @@ def test_cifars_published_archive_may_be_put_there(
     assert not no_network
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
 def test_the_cifar_workload_trains_a_resnet_for_small_images(
     norm: str, cifar: dict[str, bytes], tmp_path: Path
 ) -> None:
