@@ -27,6 +27,7 @@ from fedsplit.workloads import WorkloadContext, create_workload
 from fedsplit.workloads.image import ImageWorkload
 from fedsplit.workloads.models import cifar_resnet18
 from fedsplit.workloads.vision import CIFAR10, FASHION_MNIST, MNIST, Source, load_data
+from tests.bounds import BOUND_S
 
 Bytes = npt.NDArray[np.uint8]
 TASK = SimpleNamespace(config={}, should_stop=lambda: False)
@@ -326,5 +327,5 @@ def test_a_trainer_waits_while_another_one_is_still_unpacking(tmp_path: Path) ->
         thread.start()
         assert not done.wait(0.3)
         write_all(tmp_path / "MNIST" / "raw", grey_files())
-    assert done.wait(10)
+    assert done.wait(BOUND_S)
     thread.join()
