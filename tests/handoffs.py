@@ -18,6 +18,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Request, TaskRecord
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.header import build_header
+from tests.bounds import BOUND_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,7 +106,7 @@ def running(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise AssertionError(f"the program ended before it was ready: {process.communicate(timeout=30)[1]}")
+            raise AssertionError(f"the program ended before it was ready: {process.communicate(timeout=BOUND_S)[1]}")
         yield process
     finally:
         kill(process)
@@ -115,13 +116,13 @@ def kill(process: subprocess.Popen[str]) -> None:
     """Kill a program with SIGKILL and reap it."""
     if process.poll() is None:
         process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    process.wait(timeout=BOUND_S)
     for stream in (process.stdout, process.stderr):
         if stream:
             stream.close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
+def wait_until(condition: Callable[[], bool], timeout_s: float = BOUND_S) -> float:
     """Wait for a condition and return the seconds it took."""
     began = time.monotonic()
     while not condition():

@@ -22,6 +22,7 @@ from fedsplit.exchange.records import Request
 from fedsplit.server.conversation import Conversation, RoundContext
 from fedsplit.states.state_dict import decode, encode
 from fedsplit.wire.protocol import SUPERLINK, TENSOR_TYPE, ask_record, pack, unpack
+from tests.bounds import BOUND_S
 from tests.handoffs import digest_of, request
 
 MODEL = {"weight": torch.zeros(3)}
@@ -69,7 +70,7 @@ def trainer(directory: Path, seen: list[Any], *, train_s: float = 0.0, fails: st
         yield
     finally:
         greeted(Exchange(directory, 1))._side.finish("run-a", "complete")
-        thread.join(20)
+        thread.join(BOUND_S)
         assert not thread.is_alive()
 
 

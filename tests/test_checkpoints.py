@@ -19,6 +19,7 @@ import pytest
 
 from fedsplit.disk.checkpoints import BackgroundWriter, CheckpointStore
 from fedsplit.errors import CheckpointError, FedSplitError
+from tests.bounds import BOUND_S
 from tests.handoffs import kill, names_in, running
 
 
@@ -250,6 +251,7 @@ for number in itertools.count(first):
 """
 
 
+@pytest.mark.slow
 def test_kills_while_saving_and_pruning_leave_no_half_round_that_counts(store):
     rng, half, newest, kills = random.Random(5), 0, 0, 0
     # On a busy machine few rounds are saved between two kills: go on until enough kills hit a save.
@@ -312,12 +314,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or not mount:
         pytest.skip("only root can mount")
     done = subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(path)], capture_output=True, timeout=20
+        [mount, "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(path)], capture_output=True, timeout=BOUND_S
     )
     if done.returncode:
         pytest.skip(f"cannot mount a small tmpfs: {done.stderr.decode().strip()}")
     yield path
-    subprocess.run(["umount", str(path)], check=True, timeout=20)
+    subprocess.run(["umount", str(path)], check=True, timeout=BOUND_S)
 
 
 def test_a_really_full_disk_is_the_same_error(small_disk):
@@ -392,7 +394,7 @@ def test_jobs_run_one_after_the_other_beside_the_caller():
     writer, order, go = BackgroundWriter(), [], threading.Event()
 
     def first() -> None:
-        assert go.wait(20)
+        assert go.wait(BOUND_S)
         order.append("first")
 
     writer.submit(first)
@@ -420,7 +422,7 @@ def test_a_check_tells_of_a_failure_and_does_not_wait_for_a_running_job():
     writer, go = BackgroundWriter(), threading.Event()
 
     def slow() -> None:
-        assert go.wait(20)
+        assert go.wait(BOUND_S)
         raise CheckpointError("too late")
 
     writer.check()

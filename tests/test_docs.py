@@ -196,6 +196,7 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_source_word_for_wor
 # -- the site ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path: Path) -> None:
     for module in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(module, reason="pip install 'fedsplit[docs]'")

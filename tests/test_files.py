@@ -33,6 +33,7 @@ from fedsplit.disk.files import (
     write_json,
 )  # fmt: skip
 from fedsplit.errors import CheckpointError, ExchangeError
+from tests.bounds import BOUND_S
 from tests.handoffs import kill, names_in, running, wait_until
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away and drop to another user")
@@ -398,7 +399,9 @@ def test_a_directory_that_one_cannot_write_is_refused(tmp_path, what):
             path.mkdir()
             os.chown(path, 65534, 65534)
             path.chmod(0o500)
-        done = subprocess.run([sys.executable, "-c", AS_NOBODY, str(path)], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            [sys.executable, "-c", AS_NOBODY, str(path)], capture_output=True, text=True, timeout=BOUND_S
+        )
     assert done.returncode == 0, done.stderr
     assert (
         "is not writable (mode 0500)" if what == "own but not writable" else "cannot make the directory"

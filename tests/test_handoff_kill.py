@@ -21,6 +21,7 @@ import pytest
 
 from fedsplit.exchange.client_side import ClientSide
 from fedsplit.exchange.directory import Exchange
+from tests.bounds import BOUND_S
 from tests.handoffs import ROOT, kill, names_in
 
 KILLS = 20
@@ -119,7 +120,7 @@ def launch(code: str, *arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
     assert process.stdout is not None
     if process.stdout.readline() != "ready\n":
-        raise AssertionError(f"it did not start: {process.communicate(timeout=30)[1]}")
+        raise AssertionError(f"it did not start: {process.communicate(timeout=BOUND_S)[1]}")
     return process
 
 
@@ -147,7 +148,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_mix_nothing_up(director
                     processes[name] = launch(*commands[name])
         (directory / "enough").touch()
         for process in processes.values():
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=BOUND_S)
             assert process.returncode == 0, errors
     finally:
         for process in processes.values():
@@ -171,7 +172,7 @@ def test_a_reader_never_sees_a_half_written_answer(tmp_path):
     worker = launch(WORKER, tmp_path, 2_000_000)
     try:
         for process in (driver, worker):
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=BOUND_S)
             assert process.returncode == 0, errors
             assert "doing it again" not in errors
     finally:

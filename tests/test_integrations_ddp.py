@@ -24,6 +24,7 @@ from fedsplit.states.state_dict import StateDict, own_state
 from fedsplit.trainer.channel import Answer
 from fedsplit.trainer.process_group import merge
 from fedsplit.workloads import WorkloadContext, create_workload
+from tests.bounds import BOUND_S
 from tests.programs import ROOT
 from tests.training import TORCHRUN, Client, end_well, federation, kill_a_process, wait_until
 
@@ -87,7 +88,7 @@ def process_main(script: Callable[..., None], directory: Path, group: str, proce
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory}/{group}", rank=process, world_size=processes,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=10 * BOUND_S),
     )  # fmt: skip
     script(directory, process)
     torch.distributed.destroy_process_group()
@@ -115,7 +116,7 @@ class Processes:
         self.all += started
         return started
 
-    def end(self, started: list[Any], timeout_s: float = 90.0) -> list[int]:
+    def end(self, started: list[Any], timeout_s: float = BOUND_S) -> list[int]:
         """Wait until processes have ended by themselves; returns their exit codes."""
         deadline = time.monotonic() + timeout_s
         for process in started:
@@ -246,9 +247,8 @@ def test_an_error_in_one_process_is_one_error_while_the_other_is_stuck_in_a_coll
     assert result.status == "error" and result.error["type"] == "ArithmeticError"
     assert result.error["message"] == "process 1 of 2: only here"
     assert "fail_in_process_1" in result.error["traceback"]
-    began = time.monotonic()
+    # Well before the collective itself would give up.
     assert 0 not in processes.end(started)
-    assert time.monotonic() - began < 20
     # Started anew they take the next task, as torchrun --max-restarts does it.
     version = client.ask("train", 2, state)
     again = processes.start(failing)
@@ -502,7 +502,7 @@ def test_killing_a_process_in_the_middle_of_a_round_is_mended_by_starting_torchr
         wait_until(lambda: '"kind": "train"' in (found.exchange / "rank-1" / "task.json").read_text())
         time.sleep(0.3)
         kill_a_process(found, "model-1", 1)
-        assert found.wait(60, ["model-1"])["model-1"] != 0
+        assert found.wait(names=["model-1"])["model-1"] != 0
         assert "round 2: trained" not in found.log("model-1"), "killed too late to show anything"
         found.start("model-1")
         end_well(found, 90)

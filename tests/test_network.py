@@ -199,15 +199,15 @@ def test_a_cable_cut_in_the_middle_of_a_round_changes_no_bit_of_the_result(tmp_p
     federation = Distributed(tmp_path, server_flags=flags, model_flags=models, network=network)
     try:
         federation.start_all()
-        federation.wait_for("client-2", "train, round 2", 90)
+        federation.wait_for("client-2", "train, round 2")
         cable = network.cables[2]
         cable.cut = True
         began = time.monotonic()
-        federation.wait_for("server", "rank 2: the client is gone", CUT_S)
-        federation.wait_for("client-2", "heard nothing of the server", CUT_S + 10)
+        federation.wait_for("server", "rank 2: the client is gone")
+        federation.wait_for("client-2", "heard nothing of the server")
         time.sleep(max(0.0, began + CUT_S - time.monotonic()))
         cable.cut = False
-        assert federation.wait(120) == dict.fromkeys(federation.names, 0), federation.tails()
+        assert federation.wait() == dict.fromkeys(federation.names, 0), federation.tails()
         assert "rank 2: client is back" in federation.log("server")
         # Trained once, during the cut; the rank that had its link all the time was never dropped.
         assert federation.log("model-2").count("round 2: trained") == 1

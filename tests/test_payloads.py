@@ -12,6 +12,7 @@ import pytest
 from fedsplit.disk.files import link_or_copy
 from fedsplit.disk.payload_store import Incoming, PayloadStore, read_nonce
 from fedsplit.errors import CheckpointError, ExchangeError, RecordError
+from tests.bounds import BOUND_S
 from tests.handoffs import ROOT, blob, digest_of, names_in
 
 CONTENT = blob("a state")
@@ -141,7 +142,7 @@ def test_a_nonce_is_read_back_by_another_process(store):
         "print(read_nonce(pathlib.Path(sys.argv[1]), sys.argv[2]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(store.root), name], capture_output=True, text=True, timeout=30, cwd=ROOT
+        [sys.executable, "-c", code, str(store.root), name], capture_output=True, text=True, timeout=BOUND_S, cwd=ROOT
     )
     assert done.stdout.strip() == content
 

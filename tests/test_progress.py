@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import BOUND_S
 from tests.programs import programs
 from tests.terminal import on_a_terminal
 
@@ -33,7 +34,7 @@ def test_a_loop_of_ones_own_shows_its_epochs_batches_and_loss(tmp_path: Path) ->
 
 
 def test_without_a_terminal_there_is_no_bar(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=BOUND_S, check=True)
     assert (ended.stdout, ended.stderr) == ("", "")
 
 
@@ -45,5 +46,5 @@ def test_the_shipped_workloads_show_it(tmp_path: Path) -> None:
         # Long enough for rich's ten pictures a second.
         code, shown = on_a_terminal([*federation.command("model-1"), "--workload-option", "epochs=40"], tmp_path)
         assert code == 0, shown
-        assert federation.wait(60, ["server", "client-1"]) == {"server": 0, "client-1": 0}, federation.tails()
+        assert federation.wait(names=["server", "client-1"]) == {"server": 0, "client-1": 0}, federation.tails()
     assert re.search(r"rank 1 train 1/2 .*epoch \d+/40, loss \d\.\d{4}", shown), shown[-2000:]

@@ -233,12 +233,12 @@ def test_the_run_of_those_with_the_token_completes_and_the_others_are_told(tmp_p
         federation.start("server")
         federation.start("client-3", "--join-token-file", str(wrong), "--verbose")
         federation.start("client-4")
-        assert federation.wait(60, ["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
+        assert federation.wait(names=["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
         for rank in (1, 2):
             federation.start(f"client-{rank}", "--join-token-file", str(right), "--verbose")
             federation.start(f"model-{rank}")
         names = ["server", "client-1", "client-2", "model-1", "model-2"]
-        assert set(federation.wait(120, names).values()) == {0}, federation.tails()
+        assert set(federation.wait(names=names).values()) == {0}, federation.tails()
         logs = "".join(federation.log(name) for name in federation.names)
         assert "wrong join token" in federation.log("client-3")
         assert "asks for a join token" in federation.log("client-4")

@@ -18,6 +18,7 @@ import pytest
 from fedsplit.engines.certificates import make_certificates
 from fedsplit.engines.tls import check_exposure, check_server, check_server_files, client_context, is_loopback
 from fedsplit.errors import ConnectionFailedError, UsageError
+from tests.bounds import BOUND_S
 from tests.in_process import Scripts
 from tests.ports import free_port
 from tests.programs import ROOT, programs
@@ -157,7 +158,7 @@ def test_the_documented_openssl_commands_make_what_the_server_takes(tmp_path: Pa
     commands = re.search(r"```bash\n(openssl req -x509.*?)```", text, re.S)
     assert commands
     script = commands[1].replace("IP:192.0.2.7", "IP:127.0.0.1")
-    subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, check=True, timeout=60)
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, check=True, timeout=BOUND_S)
     assert check_server_files(read(tmp_path)) is None
     with tls_server(tmp_path) as port:
         check_server("127.0.0.1", port, client_context((tmp_path / "ca.pem").read_bytes()), 5.0)
@@ -236,12 +237,12 @@ def test_over_tls_the_run_completes_while_those_who_do_not_belong_are_refused(tm
             federation.start("client-4", *ca, "--server-address", f"localhost:{federation.port}")
             federation.start("client-5")
             refused = ["client-3", "client-4", "client-5"]
-            assert federation.wait(60, refused) == dict.fromkeys(refused, 7), federation.tails()
+            assert federation.wait(names=refused) == dict.fromkeys(refused, 7), federation.tails()
         federation.start("client-2", *ca)
         for rank in (1, 2):
             federation.start(f"model-{rank}")
         names = ["server", "client-1", "client-2", "model-1", "model-2"]
-        assert set(federation.wait(120, names).values()) == {0}, federation.tails()
+        assert set(federation.wait(names=names).values()) == {0}, federation.tails()
         for rank, said in (
             (3, "has expired"),
             (4, "was not made for localhost"),
@@ -260,7 +261,7 @@ def test_a_client_that_expects_tls_leaves_a_server_without_it(tmp_path: Path) ->
         federation.start("server")
         federation.wait_for("server", "waiting for clients")
         federation.start("client-1", "--root-certificates", str(directory / "ca.pem"))
-        assert federation.wait(60, ["client-1"]) == {"client-1": 7}, federation.tails()
+        assert federation.wait(names=["client-1"]) == {"client-1": 7}, federation.tails()
         assert "does not speak TLS, this client does" in federation.log("client-1")
 
 
@@ -269,5 +270,5 @@ def test_a_server_does_not_start_with_an_expired_certificate(tmp_path: Path) -> 
     directory = certificates(tmp_path / "certificates", begins_in_days=-10, days=5)
     with programs(tmp_path, server_flags=server_flags(directory)) as federation:
         federation.start("server")
-        assert federation.wait(60, ["server"]) == {"server": 2}
+        assert federation.wait(names=["server"]) == {"server": 2}
         assert "expired on" in federation.log("server")

@@ -69,6 +69,7 @@ def test_an_unknown_tracker_and_a_missing_package_are_told_with_what_to_do(monke
         parse_tracker("tensorboard")
 
 
+@pytest.mark.slow
 def test_a_place_may_be_an_address_with_colons() -> None:
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
@@ -177,6 +178,7 @@ def test_a_resumed_run_goes_on_in_the_same_tensorboard_run(tmp_path: Path) -> No
     assert [(event.step, event.value) for event in reader.Scalars("train/loss")] == [(1, 1), (2, 1), (3, 2), (4, 2)]
 
 
+@pytest.mark.slow
 def test_mlflow_has_one_run_for_each_of_ours_also_when_it_is_resumed(tmp_path: Path) -> None:
     pytest.importorskip("mlflow", reason="pip install 'fedsplit[mlflow]'")
     pytest.importorskip("sqlalchemy", reason="pip install 'fedsplit[mlflow]'")

@@ -35,6 +35,7 @@ from fedsplit.exchange.records import Request, ResultRecord
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import StateDict, decode, encode, own_state
 from fedsplit.trainer.local_state import KEEP_ROUNDS
+from tests.bounds import BOUND_S
 from tests.handoffs import digest_of, wait_until
 
 torch.set_num_threads(1)
@@ -123,7 +124,7 @@ class Federation:
                 found.append(result)
             return bool(found)
 
-        wait_until(look, 15)
+        wait_until(look)
         return found[0]
 
     def state_of(self, result: ResultRecord) -> StateDict:
@@ -172,7 +173,7 @@ class Federation:
         finally:
             if fails is None and thread.is_alive():
                 self.finish()
-            thread.join(20)
+            thread.join(BOUND_S)
         assert not thread.is_alive()
         if fails is None and raised:
             raise raised[0]
@@ -460,7 +461,7 @@ def test_should_stop_turns_true_when_nobody_waits_any_more(federation, how):
 
     with federation.script(serve):
         version = federation.ask("train", 1, {"a": torch.ones(1)})
-        assert begun.wait(20)
+        assert begun.wait(BOUND_S)
         time.sleep(0.1)
         assert not noticed.is_set()
         if how == "cancelled":
@@ -469,7 +470,7 @@ def test_should_stop_turns_true_when_nobody_waits_any_more(federation, how):
             federation.finish()
         else:
             federation.ask("train", 2, {"a": torch.ones(1)})
-        assert noticed.wait(20)
+        assert noticed.wait(BOUND_S)
         assert federation.client.result(version) is None
 
 
@@ -479,12 +480,12 @@ def test_an_answer_that_nobody_waits_for_leaves_no_local_state(federation):
     def serve(trainer: Trainer) -> None:
         for task in trainer:
             begun.set()
-            assert go.wait(20)
+            assert go.wait(BOUND_S)
             task.reply(dict(task.state_dict), num_examples=1, local_state={"round": task.server_round})
 
     with federation.script(serve):
         version = federation.ask("train", 1, {"a": torch.ones(1)})
-        assert begun.wait(20)
+        assert begun.wait(BOUND_S)
         federation.client.cancel(version)
         go.set()
         federation.run("train", 2, {"a": torch.ones(1)})
@@ -582,7 +583,7 @@ def test_a_round_whose_local_state_was_pruned_is_refused_and_the_client_is_told(
         for server_round in range(1, KEEP_ROUNDS + 3):
             federation.run("train", server_round, {"a": torch.ones(1)})
         version = federation.ask("train", 2, {"a": torch.ones(1)})
-        wait_until(lambda: federation.client.result(version) is not None, 3)
+        wait_until(lambda: federation.client.result(version) is not None)
         assert "begin with round 3" in federation.wait(version).error["message"]
 
 
@@ -663,6 +664,7 @@ def script_process(directory: Path, die_at: tuple[str, int] | None) -> None:
         script.serve(trainer)
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_died(tmp_path):
     undisturbed, script = Federation(tmp_path / "undisturbed"), Script()
     state = own_state(make_net())
@@ -682,7 +684,7 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
                 process = _PROCESSES.Process(target=script_process, args=(federation.directory, die_at))
                 process.start()
             if server_round in deaths:
-                process.join(60)
+                process.join(BOUND_S)
                 assert process.exitcode == -signal.SIGKILL
                 assert (federation.client.result(version) is None) == (deaths[server_round] == "before")
                 deaths.pop(server_round)
@@ -691,7 +693,7 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
                 process.start()
             state = federation.state_of(federation.wait(version))
         federation.finish()
-        process.join(60)
+        process.join(BOUND_S)
         assert process.exitcode == 0
     finally:
         if process is not None and process.is_alive():
@@ -703,6 +705,7 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
 # -- what is imported ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
@@ -713,5 +716,5 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
 )
 def test_neither_role_loads_what_belongs_to_the_other(module, absent):
     code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=BOUND_S, check=True)
     assert done.stdout.strip() == "[]"

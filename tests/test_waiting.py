@@ -11,6 +11,7 @@ import pytest
 from fedsplit.disk.files import write_json
 from fedsplit.exchange import waiting
 from fedsplit.exchange.waiting import Watch
+from tests.bounds import BOUND_S
 
 
 @pytest.fixture(params=["events", "looks"])
@@ -44,18 +45,18 @@ def test_who_sleeps_sees_each_record_that_is_written_meanwhile(watch, tmp_path):
     def write() -> None:
         for number in range(20):
             write_json(path, {"number": number})
-            assert seen.acquire(timeout=20)
+            assert seen.acquire(timeout=BOUND_S)
 
     writer = threading.Thread(target=write)
     writer.start()
-    found, deadline = -1, time.monotonic() + 60
+    found, deadline = -1, time.monotonic() + BOUND_S
     while found < 19 and time.monotonic() < deadline:
         if watch.has_changed() and path.exists() and f": {found + 1}}}" in path.read_text():
             found += 1
             seen.release()
             continue
         watch.sleep()
-    writer.join(30)
+    writer.join(BOUND_S)
     assert found == 19
 
 

@@ -48,6 +48,7 @@ def bin_directory(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return home / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_fills_no_name_but_its_own_and_has_all_files(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -56,7 +57,7 @@ def test_the_wheel_fills_no_name_but_its_own_and_has_all_files(wheel: Path) -> N
     assert {name for name in inside if "__pycache__" not in name} <= set(names)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_five_programs_from_the_wheel_run_to_the_end_in_an_empty_folder(bin_directory: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     address = f"127.0.0.1:{free_port()}"

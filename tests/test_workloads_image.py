@@ -167,7 +167,7 @@ def test_digits_alone_learns_quickly() -> None:
     assert workload.evaluate(StubTask(kind="evaluate")).metrics["accuracy"] > 0.9
 
 
-@pytest.mark.parametrize("num_partitions", [2, 4])
+@pytest.mark.parametrize("num_partitions", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_five_averaged_rounds_reach_the_promised_accuracy(num_partitions: int) -> None:
     workloads = [digits(rank, num_partitions) for rank in range(1, num_partitions + 1)]
     state = state_of(workloads[0])

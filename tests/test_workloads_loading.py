@@ -115,6 +115,7 @@ def test_an_unknown_option_is_refused_before_any_data_is_read(name: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_package_loads_no_torch_and_digits_neither_sklearn_nor_torchvision() -> None:
     program = (
         "import sys, fedsplit.workloads as w\n"

@@ -27,6 +27,7 @@ from fedsplit.workloads import WorkloadContext, create_workload
 from fedsplit.workloads.image import ImageWorkload
 from fedsplit.workloads.models import cifar_resnet18
 from fedsplit.workloads.vision import CIFAR10, FASHION_MNIST, MNIST, Source, load_data
+from tests.bounds import BOUND_S
 
 Bytes = npt.NDArray[np.uint8]
 TASK = SimpleNamespace(config={}, should_stop=lambda: False)
@@ -220,7 +221,7 @@ def test_cifars_published_archive_may_be_put_there(
     assert not no_network
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
 def test_the_cifar_workload_trains_a_resnet_for_small_images(
     norm: str, cifar: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -326,5 +327,5 @@ def test_a_trainer_waits_while_another_one_is_still_unpacking(tmp_path: Path) ->
         thread.start()
         assert not done.wait(0.3)
         write_all(tmp_path / "MNIST" / "raw", grey_files())
-    assert done.wait(10)
+    assert done.wait(BOUND_S)
     thread.join()
