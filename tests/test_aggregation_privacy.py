@@ -47,6 +47,12 @@ def test_a_small_update_without_noise_passes_bit_for_bit(rule):
     assert all(torch.equal(result[key], sent[key]) and result[key].dtype == sent[key].dtype for key in sent)
 
 
+def test_clipping_leaves_a_mask_of_infinities_as_it_is():
+    previous = {"w": torch.tensor([float("-inf"), 0.0])}
+    sent = {"w": torch.tensor([float("-inf"), 10.0])}
+    assert run("dp(fedavg, clip=1.0, noise=0)", previous, [sent, sent])["w"].tolist() == [float("-inf"), 1.0]
+
+
 def test_the_number_of_examples_does_not_count():
     previous = {"w": torch.zeros(1)}
     states = [{"w": torch.tensor([x])} for x in (0.0, 1.0)]

@@ -26,6 +26,7 @@ from fedsplit.aggregation import (
     trimmed_mean,
 )
 from fedsplit.aggregation.base import REGISTRY, seeded_generator
+from fedsplit.aggregation.numeric import surely_finite
 from fedsplit.errors import AggregationError
 from tests.depth import scaled
 
@@ -112,6 +113,45 @@ def test_fedavg_adds_halves_up_in_float32():
     assert fedavg(updates, context())["w"].dtype == torch.bfloat16
     wide = fedavg(columns(*[[1.0 + i % 2 / 128] for i in range(1000)]), context())["w"]
     assert fedavg(updates, context())["w"].float().sub(wide).abs() <= 1 / 256
+
+
+MASK = torch.tensor([float("-inf"), float("inf"), float("nan"), float("-inf")])
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), count=st.integers(1, 6), are_identical=st.booleans())
+def test_what_is_not_finite_in_the_same_place_of_all_stays(name, dtype, seed, count, are_identical):
+    if name == "max" and dtype.is_complex:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    states = []
+    for _ in range(count):
+        state = {"w": torch.randn(4, 5, generator=generator).to(dtype), "v": torch.randn(3, generator=generator)}
+        real = torch.view_as_real(state["w"])[..., 0] if dtype.is_complex else state["w"]
+        real[:, 2] = MASK.to(dtype) if not dtype.is_complex else MASK
+        states.append(states[0] if are_identical and states else state)
+    result = RULES[name](updates_of(*states), context())["w"]
+    found = torch.view_as_real(result)[..., 0] if dtype.is_complex else result
+    assert torch.equal(found[:, 2].float().nan_to_num(nan=7), MASK.nan_to_num(nan=7))
+    finite = torch.view_as_real(result)[..., 1] if dtype.is_complex else result[:, [0, 1, 3, 4]]
+    assert finite.isfinite().all()
+    if are_identical and name not in ("max", "median", "trimmed-mean"):  # there, NaN may change its bits
+        assert same_bits(result, states[0]["w"])
+
+
+def test_a_mask_is_no_distance():
+    """Else every client would be infinitely far from every other one, and Krum would take the first."""
+    states = [{"w": torch.tensor([float("-inf"), x])} for x in [0.0, 1.0, 2.0, 10.0, 11.0]]
+    assert krum(updates_of(*states), context(), byzantine=1)["w"].tolist() == [float("-inf"), 1.0]
+
+
+def test_a_tensor_that_was_changed_after_its_check_is_checked_again():
+    tensor = torch.ones(1 << 15)
+    assert surely_finite(tensor) and surely_finite(tensor)
+    tensor[7] = float("-inf")
+    assert not surely_finite(tensor)
 
 
 def test_median_takes_the_middle_or_the_mean_of_the_two():

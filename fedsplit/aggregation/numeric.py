@@ -1,43 +1,51 @@
 """The arithmetic the rules share: precision, a running mean, an elementwise maximum, distances, sorting.
 
-A running mean is kept as ``lerp(mean, x, weight / weight_so_far)``: identical inputs come out bit for bit as
-they went in, it works in place, and it needs one pass. ``sum(weight * x)`` promises none of the three.
+A running mean is kept as ``lerp(mean, x, weight / weight_so_far)``: identical inputs come out bit for bit as they went
+in, it works in place, and it needs one pass. ``sum(weight * x)`` has none of these properties.
+
+An infinity or NaN that all inputs hold in the same place, as an attention mask of -inf, comes out as it is; distances
+do not count it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-# torch cannot compare these; each fits into the signed type beside it, but for uint64, which `maximum`
-# handles itself.
+# torch cannot compare these; each fits into the signed type beside it. `maximum` itself handles uint64.
 _SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 _CHUNK = 1 << 14
 
+# Large tensors that `surely_finite` has read, with their versions: an update is checked before it is merged, and need
+# not be read again for that.
+_finite: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+
 
 def is_floating(tensor: Tensor) -> bool:
-    """Whether a rule averages this entry: floating point or complex. The others are merged by maximum."""
+    """Return whether a rule averages this entry: floating point or complex. The others are merged by maximum."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type to add up in: at least float32, or a pair of them, or the entry's own if that is wider."""
+    """Return the type to add up in: at least float32 (complex64 for complex entries), or the entry's own if wider."""
     lowest = torch.complex64 if dtype.is_complex else torch.float32
     # Not torch.promote_types: it knows no 8-bit floats.
     return dtype if dtype.itemsize >= lowest.itemsize else lowest
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in its wide type; it shares its memory when it already has it."""
-    return tensor.detach().to(wide_dtype(tensor.dtype))
+    """Return the tensor in its wide type; it shares memory with the input if that has this type already."""
+    # The same object where that will do, so that `surely_finite` knows it again.
+    return (tensor.detach() if tensor.requires_grad else tensor).to(wide_dtype(tensor.dtype))
 
 
 def floating_keys(state: Mapping[str, Tensor]) -> list[str]:
-    """The keys of the entries that are averaged."""
+    """Return the keys of the entries that are averaged."""
     return [key for key, tensor in state.items() if is_floating(tensor)]
 
 
@@ -48,32 +56,45 @@ class RunningMean:
         self._mean: Tensor | None = None
         self._total: float = 0
         self._dtype = torch.float32
+        # Set if the first tensor has elements that are not finite: the tensor, and where all so far agree in them.
+        self._first: Tensor | None = None
+        self._agree: Tensor | None = None
 
     def add(self, tensor: Tensor, weight: float = 1) -> None:
-        """Take one more tensor; it is not kept and not changed."""
+        """Add a tensor; it is not kept and not changed."""
         self._total += weight
         if self._mean is None:
             self._dtype = tensor.dtype
-            # A contiguous copy of its own: lerp below must never write into what a client sent.
+            # A contiguous copy: lerp below must never write into what a client sent.
             self._mean = tensor.detach().to(wide_dtype(tensor.dtype), copy=True, memory_format=torch.contiguous_format)
+            if not surely_finite(tensor) and not self._mean.isfinite().all():
+                self._first = real_view(self._mean.clone())
+                self._agree = ~self._first.isfinite()
         else:
-            share, tensor = weight / self._total, widened(tensor)
-            # From the nearer end: torch then takes `end - (end - start) * …`, which leaves identical inputs
-            # as they are bit for bit, -0.0 too; `start + …` would make it 0.0.
+            share, tensor, mean = weight / self._total, widened(tensor), self._mean
+            if self._first is not None and self._agree is not None:
+                # As a complex number, one with an infinite part would lose its other part.
+                tensor, mean = real_view(tensor), real_view(mean)
+                self._agree &= same(tensor, self._first)
+            # With a weight of at least 0.5, torch computes `end - (end - start) * …`, which leaves identical inputs as
+            # they are bit for bit, -0.0 too; `start + …` would make it 0.0.
             if share < 0.5:
-                torch.lerp(tensor, self._mean, 1 - share, out=self._mean)
+                torch.lerp(tensor, mean, 1 - share, out=mean)
             else:
-                self._mean.lerp_(tensor, share)
+                mean.lerp_(tensor, share)
 
     def result(self) -> Tensor:
-        """The mean so far, in the type of the first tensor."""
+        """Return the mean so far, in the type of the first tensor."""
         if self._mean is None:
             raise ValueError("the mean of no tensors")
+        if self._first is not None and self._agree is not None:
+            # lerp makes NaN of two equal infinities.
+            real_view(self._mean)[self._agree] = self._first[self._agree]
         return self._mean.to(self._dtype)
 
 
 def mean_of(tensors: Iterable[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """The weighted mean of the tensors, weights 1 if not given; those of weight 0 are not even read."""
+    """Return the weighted mean of the tensors, weights 1 if not given; those of weight 0 are not read."""
     mean = RunningMean()
     for index, tensor in enumerate(tensors):
         weight = 1 if weights is None else weights[index]
@@ -83,7 +104,7 @@ def mean_of(tensors: Iterable[Tensor], weights: Sequence[float] | None = None) -
 
 
 def maximum(left: Tensor, right: Tensor) -> Tensor:
-    """Elementwise maximum in the entries' own type; NaN wins. Exact for every integer."""
+    """Return the elementwise maximum in the entries' own type: exact for every integer, NaN if either is NaN."""
     dtype = left.dtype
     if dtype == torch.uint64:
         # Flipping the top bit maps the order of unsigned numbers onto that of signed ones.
@@ -94,7 +115,7 @@ def maximum(left: Tensor, right: Tensor) -> Tensor:
 
 
 def max_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Elementwise maximum of them all."""
+    """Return the elementwise maximum of all tensors."""
     result = tensors[0]
     for tensor in tensors[1:]:
         result = maximum(result, tensor)
@@ -102,7 +123,7 @@ def max_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> float:
-    """Sum of squares over all entries, added up in float64 so that no finite float32 overflows it."""
+    """Return the sum of squares over all entries, in float64 so that no finite float32 overflows it."""
     total = 0.0
     for tensor in tensors:
         total += float(torch.linalg.vector_norm(flat_real(tensor), dtype=torch.float64)) ** 2
@@ -110,29 +131,42 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
 
 
 def squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor], keys: Sequence[str]) -> float:
-    """Squared Euclidean distance of two states over `keys`."""
+    """Return the squared Euclidean distance of two states over `keys`."""
     total = 0.0
     for key in keys:
         for one, other in chunks([left[key], right[key]]):
-            total += float(torch.linalg.vector_norm(one - other, dtype=torch.float64)) ** 2
+            norm = float(torch.linalg.vector_norm(one - other, dtype=torch.float64))
+            if not math.isfinite(norm):
+                apart = torch.where(same(one, other), 0, one - other)
+                norm = float(torch.linalg.vector_norm(apart, dtype=torch.float64))
+            total += norm**2
     return total
 
 
+def same(left: Tensor, right: Tensor) -> Tensor:
+    """Return elementwise whether two real tensors are equal; a NaN equals a NaN."""
+    return (left == right) | (left.isnan() & right.isnan())
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as pairs of real numbers, any other as it is; the memory is shared where possible."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def flat_real(tensor: Tensor) -> Tensor:
-    """All real numbers in an entry, in one dimension; two for each complex one."""
-    real = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
-    return real.reshape(-1)
+    """Return all real numbers in an entry, in one dimension; two for each complex one."""
+    return real_view(tensor.detach()).reshape(-1)
 
 
 def chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The same stretch of each tensor, flat and in the wide type, short enough for the processor's cache."""
+    """Yield the same stretch of each tensor, flat and in the wide type, short enough for the processor's cache."""
     rows = [flat_real(tensor) for tensor in tensors]
     for start in range(0, rows[0].numel(), _CHUNK):
         yield [widened(row[start : start + _CHUNK]) for row in rows]
 
 
 def by_coordinate(tensors: Sequence[Tensor], merge_sorted: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """Merge each coordinate by its values in ascending order; a NaN makes NaN, as with `numpy.median`.
+    """Merge each coordinate by its values in ascending order. A NaN among them gives NaN, as with `numpy.median`.
 
     Parameters
     ----------
@@ -150,10 +184,10 @@ def by_coordinate(tensors: Sequence[Tensor], merge_sorted: Callable[[list[Tensor
 
 
 def sorted_rows(rows: Sequence[Tensor]) -> list[Tensor]:
-    """The rows with each column in ascending order.
+    """Return the rows with each column in ascending order.
 
-    An odd-even transposition network: 10 to 30 times faster than `torch.sort` across rows for up to 20 of
-    them (measured on two cores), as each step is one vectorised minimum and maximum over data in the cache.
+    An odd-even transposition network: 10 to 30 times faster than `torch.sort` across up to 20 rows (measured on two
+    cores), as each step is one vectorised minimum and maximum over data in the cache.
     """
     ordered = list(rows)
     for step in range(len(ordered)):
@@ -164,12 +198,17 @@ def sorted_rows(rows: Sequence[Tensor]) -> list[Tensor]:
 
 
 def surely_finite(tensor: Tensor) -> bool:
-    """Whether one pass at the speed of memory proves that no element is NaN or infinite.
+    """Return True if one pass at the speed of memory proves that no element is NaN or infinite.
 
-    A sum with a NaN or infinity in it is never finite, so a finite sum proves that there is none. Any other
-    sum proves nothing, as finite numbers may overflow it: then each element must be looked at.
+    A sum with a NaN or infinity in it is never finite, so a finite sum proves that there is none. False proves nothing,
+    as finite numbers may overflow the sum: then each element must be looked at.
     """
     if not is_floating(tensor):
         return True
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else widened(tensor)
-    return math.isfinite(real.sum().item())
+    version = -1 if tensor.is_inference() else tensor._version
+    if version >= 0 and _finite.get(tensor) == version:
+        return True
+    is_finite = math.isfinite(real_view(widened(tensor)).sum().item())
+    if is_finite and version >= 0 and tensor.numel() > _CHUNK:
+        _finite[tensor] = version
+    return is_finite

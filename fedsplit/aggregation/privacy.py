@@ -1,28 +1,25 @@
 """Central differential privacy around any rule: `dp(rule, clip=…, noise=…)`.
 
-Each update is clipped against the state it started from, the rule inside merges the clipped ones, and
-Gaussian noise is added to what it returns. The trusted party is the server; a client is what is protected.
+Each update is clipped to an L2 distance of `clip` from the state it started from. The rule inside merges the clipped
+updates, and Gaussian noise is added to its result. The server is trusted; what is protected is a client, with all it
+contributes to a round.
 
-What the reported epsilon assumes, and no more than this:
+The epsilon that is reported rests on these assumptions:
 
-- Two runs are neighbours if in one of them one client's update is replaced by the state it started from. The
-number
-  of clients in a round is public.
-- The mean of n clipped updates then moves by at most ``clip / n``, and the noise is ``noise * clip / n`` on
-each
-  coordinate: with `fedavg` inside, the noise multiplier is `noise`. For this `num_examples` is taken as 1 for
-  all.
-- Any other rule may follow a single client all the way. Its result is clipped once more, so that it moves by
-at most
-  ``2 * clip``; the noise is the same ``noise * clip / n``, so the multiplier that is accounted for is only
-  ``noise / (2 * n)``.
-- Every client may take part in every round: nothing is gained by sampling clients.
-- Integer and boolean entries keep the server's value, as nothing protects them. `num_examples`, metrics and
-losses
-  that clients report are not protected.
+- Two runs are neighbours if one of them has, in place of one client's updates, the states these started from. The
+  number n of updates in a round is public.
+- In every round, the noise on each coordinate has the standard deviation ``noise * clip / n``.
+- With `fedavg` inside, all clients count alike (`num_examples` is taken as 1). Between neighbours, the mean of n
+  clipped updates then differs by at most ``clip / n`` in L2 norm. The noise multiplier, which is the standard deviation
+  of the noise divided by this bound, is `noise`.
+- Any other rule inside may follow a single client all the way. Its result is clipped as well, so that between
+  neighbours it differs by at most ``2 * clip``. The noise multiplier is ``noise / (2 * n)``.
+- Every client may take part in every round: no amplification by sampling is counted.
+- Integer and boolean entries keep the server's value, since no noise would protect them. `num_examples`, metrics and
+  losses that clients report are not protected.
 
-Not promised: resistance to attacks on floating-point noise. The generator is torch's, seeded from the
-operating system's; it is not a cryptographic one.
+Not promised: resistance to attacks on floating-point noise. The noise comes from torch's generator, which is not a
+cryptographic one, seeded by the operating system.
 """
 
 from __future__ import annotations
@@ -38,14 +35,14 @@ from torch import Tensor
 
 from fedsplit.aggregation.base import Accumulator, AggregationContext, Rule, StateDict, Update, merge
 from fedsplit.aggregation.guard import check_output
-from fedsplit.aggregation.numeric import floating_keys, is_floating, squared_distance, widened
+from fedsplit.aggregation.numeric import floating_keys, is_floating, squared_distance, surely_finite, widened
 from fedsplit.errors import UsageError
 
 _MISSING = "dp needs an accountant that is not installed: pip install 'fedsplit[privacy]'"
 
 
 def private_rule(name: str, inner: Rule, *, averages: bool, clip: float, noise: float, delta: float = 1e-5) -> Rule:
-    """Wrap a rule.
+    """Return a rule with differential privacy around it.
 
     Parameters
     ----------
@@ -54,11 +51,11 @@ def private_rule(name: str, inner: Rule, *, averages: bool, clip: float, noise: 
     inner : Rule
         The rule that merges the clipped updates.
     averages : bool
-        Whether `inner` is `fedavg`, whose result moves by only ``clip / n``.
+        Whether `inner` is `fedavg`, the result of which differs by at most ``clip / n`` between neighbouring runs.
     clip : float
         Largest L2 norm of an update, over all floating entries of the part.
     noise : float
-        Noise multiplier; 0 clips only, and protects nothing.
+        Standard deviation of the noise as a multiple of ``clip / n``; 0 only clips, which protects nothing.
     delta : float
         The delta at which epsilon is reported.
 
@@ -112,14 +109,14 @@ class _PrivateAccumulator:
         self._count = 0
 
     def add(self, update: Update) -> None:
-        """Clip the update and hand it on."""
+        """Clip the update and give it to the rule inside."""
         self._count += 1
         state = {key: widened(update.state_dict[key]) for key in self._start}
         clipped = _clip(state, self._start, self._rule.clip)
         self._inner.add(replace(update, state_dict=clipped, num_examples=1))
 
     def result(self) -> StateDict:
-        """The merged state with noise, and the spending of this round in the memory."""
+        """Return the merged state with noise; what this round spent is noted in the memory."""
         merged = self._inner.result()
         check_output(merged, self._start)
         if not self._rule.averages:
@@ -141,7 +138,7 @@ class _PrivateAccumulator:
 
 
 def privacy_spent(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float | int | None] | None:
-    """What all parts together have spent, by composition over parts and rounds.
+    """Return what all parts together have spent, composed over parts and rounds.
 
     Parameters
     ----------
@@ -151,9 +148,9 @@ def privacy_spent(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float | 
     Returns
     -------
     dict or None
-        ``epsilon`` (None: without bound, as noise is 0 somewhere), ``delta`` (the smallest any part asked
-        for) and ``steps`` (noisy merges, over all parts); None if no part is private. A part without `dp` is
-        not covered: whatever it releases has no guarantee.
+        ``epsilon`` (None if a part has no noise, as there is no bound then), ``delta`` (the smallest of the parts')
+        and ``steps`` (the number of merges with `dp`, over all parts); None if no part is private. A part without
+        `dp` is not covered: what it releases has no guarantee.
     """
     # A rule of the user's may remember something of its own under the same name.
     found = [part.get("privacy") for part in memory.values()]
@@ -190,17 +187,25 @@ def _clip(state: Mapping[str, Tensor], start: StateDict, clip: float) -> StateDi
     norm = math.sqrt(squared_distance(state, start, floating_keys(start)))
     if norm <= clip:
         return dict(state)
-    return {key: torch.lerp(start[key], tensor.to(start[key].dtype), clip / norm) for key, tensor in state.items()}
+    return {key: _between(start[key], tensor.to(start[key].dtype), clip / norm) for key, tensor in state.items()}
+
+
+def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    result = torch.lerp(start, end, share)
+    if not surely_finite(result):
+        # lerp makes NaN of two equal infinities.
+        return torch.where(start == end, start, result)
+    return result
 
 
 def _add_noise(state: StateDict, deviation: float) -> StateDict:
-    # Not the context's generator: who knows the run's seed could subtract the noise.
+    # Not the context's generator: anyone who knows the run's seed could subtract that noise.
     generator = torch.Generator().manual_seed(secrets.randbits(63))
     return {key: _noisy(tensor, deviation, generator) for key, tensor in state.items()}
 
 
 def _noisy(tensor: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
     if tensor.is_complex():
-        # torch would share the variance between the two coordinates; each must get all of it.
+        # torch would give each of the two coordinates half of the variance; each must have all of it.
         return torch.view_as_complex(_noisy(torch.view_as_real(tensor.resolve_conj()), deviation, generator))
     return tensor + deviation * torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)

@@ -1,23 +1,22 @@
-"""Whether one update may be merged at all. Checked once, before any rule sees it.
+"""The check of each update before any rule sees it: keys, shapes, dtypes, number of examples, NaN and infinities.
 
-Not covered: values that are finite and wrong. Those are what the robust rules are for.
+Not checked: values that are finite and wrong. Against those there are the robust rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from fedsplit.aggregation.base import Update
-from fedsplit.aggregation.numeric import is_floating, surely_finite
+from fedsplit.aggregation.numeric import is_floating, real_view, same, surely_finite, widened
 
 _NAMED = 3
 
 
 def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
-    """Say why an update must be refused.
+    """Return why an update must be refused, or None if it may be merged.
 
     Parameters
     ----------
@@ -29,8 +28,8 @@ def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
     Returns
     -------
     str or None
-        The reason in one line, or None if the update is fit to be merged. A NaN or infinity is a reason
-        unless the reference has the very same one in the same place, as an attention mask of -inf does.
+        The reason in one line. A NaN or infinity is one unless the reference has the same in the same place, as an
+        attention mask of -inf does.
     """
     return (
         _check_examples(update.num_examples)
@@ -41,14 +40,14 @@ def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
 
 
 def named(keys: Iterable[str]) -> str:
-    """The first few of the keys, and how many more there are."""
+    """Return the first few of the keys, and how many more there are."""
     known = list(keys)
     more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
     return ", ".join(map(repr, known[:_NAMED])) + more
 
 
 def difference(found: Tensor, expected: Tensor) -> str | None:
-    """How shape, dtype or device differ, in words; None if they do not."""
+    """Return in words how shape, dtype or device differ, or None."""
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
     if found.dtype != expected.dtype:
@@ -59,18 +58,11 @@ def difference(found: Tensor, expected: Tensor) -> str | None:
 
 
 def new_non_finite(found: Tensor, reference: Tensor) -> bool:
-    """Whether there is a NaN or infinity that `reference` does not have in the same place."""
+    """Return whether there is a NaN or infinity that `reference` does not have in the same place."""
     if surely_finite(found):
         return False
-    found, reference = _real(found), _real(reference)
-    same = (found == reference) | (found.isnan() & reference.isnan())
-    return not bool((found.isfinite() | same).all())
-
-
-def _real(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return torch.view_as_real(tensor.resolve_conj())
-    return tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
+    found, reference = real_view(widened(found)), real_view(widened(reference))
+    return not bool((found.isfinite() | same(found, reference)).all())
 
 
 def _check_examples(num_examples: object) -> str | None:
