@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import secrets
 import socket
@@ -92,6 +93,8 @@ def serve(server: Server, address: str, *, tls: TlsFiles | None, node_keys: Sequ
         raise UsageError("--supernode-public-key needs TLS: --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
     from flwr.superlink.main import create_app
 
+    # The run's state dies with this process: no database of the user's is for it.
+    os.environ.pop("FLWR_DATABASE", None)
     app = create_app()
     # Nobody but this process takes up tasks: with a secret that is told to nobody, no other can.
     app.state.superexec_auth_secret = secrets.token_bytes(32)
