@@ -25,6 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fedsplit.engines.processes import free_port as free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 # Peaks and processor time only grow: looking often would only take time from what is measured.
 _WATCH_S = 0.1
@@ -170,13 +172,6 @@ def scratch_directory(base: Path | None = None) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def free_port() -> int:
-    """Return a port of loopback that nothing listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for_port(port: int, timeout_s: float = 60.0) -> None:

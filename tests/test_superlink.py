@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import os
 import signal
 import ssl
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
 import torch
 
 from fedsplit.engines.certificates import make_certificates
+from fedsplit.engines.superlink.serve import Only, let_in
 from fedsplit.errors import UsageError
 from fedsplit.run.history import read_history
 from fedsplit.server.settings import ServerSettings
@@ -75,6 +78,7 @@ def test_the_same_five_terminals_work_on_a_superlink_and_nobody_else_gets_in(tmp
         federation.start("server")
         federation.wait_for("server", "waiting for clients", 90)
         control_api_is_closed(federation.port, tmp_path / "c" / "ca.pem")
+        inner_port_is_closed(psutil.Process(federation.processes["server"].pid), federation.port)
         federation.start("client-3", "--supernode-private-key", str(keys[3]))
         federation.start("client-4")
         assert federation.wait(60, ["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
@@ -138,6 +142,52 @@ def control_api_is_closed(port: int, ca: Path) -> None:
         # Unsigned, a message of a SuperNode is turned away by the SuperLink itself, one way or another.
         assert found == expected or (expected == 401 and 400 <= found < 500 and found != 404), (path, found)
         connection.close()
+
+
+def inner_port_is_closed(server: psutil.Process, outer_port: int) -> None:
+    """What else the server listens at is on loopback, and answers nobody without the run's token."""
+    listening = [each.laddr for each in server.net_connections() if each.status == psutil.CONN_LISTEN]
+    inner = [port for host, port in listening if port != outer_port]
+    assert len(inner) == 1 and {host for host, port in listening} == {"127.0.0.1"}, listening
+    for path, expected in (
+        ("/v1/control/list-runs", 404), ("/v1/fleet/pull-messages", 404), ("/health", 404),
+        ("/v1/runtime/acquire-task", 401), ("/v1/runtime/get-nodes", 401),
+    ):  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", inner[0], timeout=10)
+        connection.request("POST", path, body=b"", headers={"content-type": "application/protobuf"})
+        found = connection.getresponse().status
+        assert found == expected, (path, found)
+        connection.close()
+
+
+@pytest.mark.parametrize(("raw_path", "method", "status"), [
+    (b"/v1/fleet/pull-messages", "POST", 200), (b"/v1/fleet/pull-messages", "GET", 404),
+    (b"/v1/fleet/x/../../control/start-run", "POST", 404), (b"/v1/fleet/%2e%2e/control/start-run", "POST", 404),
+    (b"/v1/fleet/", "POST", 404), (b"/v1/fleet/pull-messages/", "POST", 404), (b"/v1/control/start-run", "POST", 404),
+    (b"/v1/runtime/acquire-task", "POST", 404), (b"", "POST", 404),
+])  # fmt: skip
+def test_a_port_answers_one_interface(raw_path: bytes, method: str, status: int) -> None:
+    found: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        found.append(200)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            found.append(message["status"])
+
+    scope = {"type": "http", "method": method, "raw_path": raw_path, "path": "/v1/fleet/pull-messages"}
+    asyncio.run(Only(cast(Any, application), "fleet")(scope, cast(Any, None), send))
+    assert found == [status]
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"no key", "no public key"), (None, "No such file")])
+def test_a_public_key_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "node.pub"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        let_in(cast(Any, None), path)
 
 
 def nothing_is_left(directory: Path) -> None:

@@ -1,12 +1,11 @@
 """Flower's embedded gRPC engine, and the only module that calls functions which Flower marks deprecated.
 
-A link that dies without a word, as a pulled cable does, is noticed on both sides: by the server when a question or a
-ping stays unanswered, by the client when it hears nothing at all for `_SILENCE_S`. Either drops the connection, and
-the client comes back with the exchange directory that it had.
+A connection can die silently, as when a cable is pulled. The server notices when a question or a ping stays
+unanswered, the client when it hears nothing at all for `_SILENCE_S`. Either drops the connection, and the client comes
+back with the exchange directory that it had.
 
-``flwr.server.start_server`` and ``flwr.client.start_client`` are what a hand-started script can run on without
-starting a process for each message. They are in every release up to the newest that was tried; see README, "Why the
-embedded engine".
+With ``flwr.server.start_server`` and ``flwr.client.start_client`` no process is started for each message. They are in
+every release up to the newest that was tried; see README, "Why the embedded engine".
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _SILENCE_S = 45.0
 
 
 class _SilentError(BaseException):
-    """Raised in the main thread when the server has not been heard of for too long; past every ordinary handler."""
+    """Raised in the main thread when the server was silent for too long; no `except Exception` catches it."""
 
 
 def is_available() -> bool:
@@ -55,7 +54,7 @@ def is_available() -> bool:
     import flwr.client
     import flwr.server
 
-    # By its name alone: to look at it would import what it takes a second to import.
+    # By its name alone: to touch the function would import its module, which takes a second.
     return "start_client" in flwr.client.__all__ and hasattr(flwr.server, "start_server")
 
 
@@ -131,8 +130,8 @@ def connect(
     Raises
     ------
     ConnectionFailedError
-        If the server could not be reached for ``max_wait_s``, what answers there is no server of ours, or its
-        certificate is not one for it.
+        If the server could not be reached for ``max_wait_s``, something else answers there, or its certificate is
+        wrong.
     RefusedError
         If the server turned this client away.
     """
@@ -142,7 +141,7 @@ def connect(
     context = None if root_certificates is None else client_context(root_certificates)
     while relay.outcome is None and relay.refused is None:
         wait_for_server(address, max_wait_s, context)
-        # Not before: Flower's client brings a second of imports along (databases, a web framework) for other engines.
+        # Not earlier: importing Flower's client takes a second (databases, a web framework), all for other engines.
         from flwr.client import start_client
 
         began = time.monotonic()
@@ -169,7 +168,7 @@ def connect(
 
 
 def quiet_flower(verbose: bool) -> None:
-    """Show Flower's own log only when asked, and never its advice to use another engine: that is our choice."""
+    """Show Flower's own log only when asked, and never its advice to use another engine."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return verbose and "deprecated" not in record.getMessage().lower()
@@ -182,8 +181,8 @@ def quiet_flower(verbose: bool) -> None:
 def _watching(relay: Relay) -> Iterator[None]:
     """Interrupt the block when the server has been silent for too long.
 
-    gRPC would wait for ever on a link whose packets vanish, and Flower lets nobody set its keepalive. The block waits
-    in the main thread, which a timer's signal can reach; from another thread there is nobody to interrupt.
+    gRPC waits for ever on a connection whose packets vanish, and Flower offers no way to set its keepalive. A timer's
+    signal interrupts the block, if it is in the main thread; another thread cannot be interrupted.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -191,7 +190,7 @@ def _watching(relay: Relay) -> Iterator[None]:
 
     def look(_number: int, _frame: FrameType | None) -> None:
         if relay.silence_s() > _SILENCE_S:
-            # Once: closing the connection must not be interrupted in its turn.
+            # Only once: the closing of the connection must not be interrupted.
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise _SilentError
 
@@ -207,7 +206,7 @@ def _watching(relay: Relay) -> Iterator[None]:
 def wait_for_server(
     address: str, max_wait_s: float | None, context: ssl.SSLContext | None, *, grpc: bool = True
 ) -> None:
-    """Wait until a server answers at an address, and see that it is one that this client can talk to.
+    """Wait until a server answers at an address, and check that this client can talk to it.
 
     Parameters
     ----------
@@ -216,14 +215,14 @@ def wait_for_server(
     max_wait_s
         Seconds to wait; None for ever.
     context
-        What verifies the server's certificate; None without TLS.
+        From `fedsplit.engines.tls.client_context`; None without TLS.
     grpc
-        Whether it is to speak gRPC, as the embedded engine does and a SuperLink does not.
+        As in `fedsplit.engines.tls.check_server`.
 
     Raises
     ------
     ConnectionFailedError
-        If it did not come in time, or will never be the right one.
+        If it did not come in time, or is the wrong kind of server.
     """
     host, port = parse_address(address)
     began, reminded, pause = time.monotonic(), 0.0, _FIRST_WAIT_S

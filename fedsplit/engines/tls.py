@@ -1,9 +1,9 @@
-"""TLS on the embedded engine: what is looked at before gRPC is, so that a mistake is one line and not endless silence.
+"""TLS: mistakes are found before Flower connects, so that each is one line and not endless silence.
 
-gRPC retries whatever fails in a handshake for ever and names no reason. So the server's files are read and checked here
-before it listens, and a client tries a handshake of its own before each connection: a certificate that has expired,
-that was made for another host or by another CA, and two sides of which one speaks TLS and the other does not, are told
-apart and end the client.
+gRPC retries a handshake that fails for ever, and names no reason. So the server's files are checked before it listens,
+and a client tries a handshake of its own before each connection. It tells apart a certificate that has expired, one
+made for another host or by another CA, and a server that does not speak TLS where the client does, or the reverse. Each
+of them ends the client.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedsplit.errors import ConnectionFailedError, UsageError
 
 _EXPIRED, _NOT_YET_VALID, _WRONG_HOST, _WRONG_ADDRESS = 10, 9, 62, 64
 _SOON = datetime.timedelta(days=14)
-# What an HTTP/2 client says first: its preface, and settings that are empty.
+# What an HTTP/2 client sends first: the preface, and empty settings.
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _HTTP2_SETTINGS, _TLS_ALERT = 4, 21
 
@@ -35,7 +35,7 @@ class TlsFiles:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether every address of a host is one of this machine's own, which no other machine can reach."""
+    """Tell whether every address of a host is a loopback address, which no other machine can reach."""
     try:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
@@ -49,7 +49,7 @@ def check_exposure(host: str, *, encrypted: bool, insecure: bool, has_token: boo
     Raises
     ------
     UsageError
-        Without TLS on anything but loopback, unless ``insecure``; with a join token there in any case.
+        Without TLS on anything but loopback, unless ``insecure`` is set. A join token is refused there in any case.
     """
     if encrypted or is_loopback(host):
         return
@@ -77,24 +77,21 @@ def check_server_files(certificates: tuple[bytes, bytes, bytes]) -> str | None:
     Raises
     ------
     UsageError
-        If one of them is no PEM, the certificate is not valid now, has no host name, or is not that of the key.
+        If a file holds no PEM, or the certificate is not valid now, names no host, or does not belong to the key.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
 
     encoding, form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    what = "--ssl-ca-certfile holds no PEM certificate"
     try:
         x509.load_pem_x509_certificate(certificates[0])
-    except ValueError as exc:
-        raise UsageError("--ssl-ca-certfile holds no PEM certificate") from exc
-    try:
+        what = "--ssl-certfile holds no PEM certificate"
         certificate = x509.load_pem_x509_certificate(certificates[1])
-    except ValueError as exc:
-        raise UsageError("--ssl-certfile holds no PEM certificate") from exc
-    try:
+        what = "--ssl-keyfile holds no unencrypted PEM private key"
         key = serialization.load_pem_private_key(certificates[2], password=None)
     except (ValueError, TypeError) as exc:
-        raise UsageError("--ssl-keyfile holds no unencrypted PEM private key") from exc
+        raise UsageError(what) from exc
     if key.public_key().public_bytes(encoding, form) != certificate.public_key().public_bytes(encoding, form):
         raise UsageError("--ssl-keyfile is not the key of --ssl-certfile")
     try:
@@ -111,7 +108,7 @@ def check_server_files(certificates: tuple[bytes, bytes, bytes]) -> str | None:
 
 
 def client_context(root_certificates: bytes) -> ssl.SSLContext:
-    """Return what verifies a server by CA certificates alone; raises UsageError if they are none."""
+    """Return the TLS context that trusts these CA certificates and no others; raises UsageError if there are none."""
     try:
         context = ssl.create_default_context(cadata=root_certificates.decode())
     except (ssl.SSLError, ValueError) as exc:
@@ -121,21 +118,21 @@ def client_context(root_certificates: bytes) -> ssl.SSLContext:
 
 
 def check_server(host: str, port: int, context: ssl.SSLContext | None, timeout_s: float, *, grpc: bool = True) -> None:
-    """Connect once as the client will, and say what is wrong if that can never work.
+    """Connect once, as the client will, and say what is wrong if that can never work.
 
     Parameters
     ----------
     context
-        What verifies the server; None if the client is to speak without TLS.
+        From `client_context`; None without TLS.
     grpc
-        Whether the server is to speak gRPC.
+        Whether the server must speak gRPC, as the embedded engine does and a SuperLink does not.
 
     Raises
     ------
     ConnectionFailedError
-        If trying again is in vain.
+        If it makes no sense to try again.
     OSError
-        If the server is not there, or not yet: worth trying again.
+        If the server is not there, or not yet: try again.
     """
     with socket.create_connection((host, port), timeout=timeout_s) as connection:
         if context is None:
@@ -168,7 +165,7 @@ def _check_plaintext(connection: socket.socket, host: str, port: int, grpc: bool
             "--root-certificates"
         )
     if not answer:
-        # What a server does that is just starting or ending.
+        # So does a server that is starting or ending.
         raise ConnectionResetError("it closed the connection at once")
     if grpc and answer.startswith(b"HTTP/"):
         raise ConnectionFailedError(
@@ -181,7 +178,7 @@ def _check_plaintext(connection: socket.socket, host: str, port: int, grpc: bool
 
 
 def _speaks_tls(host: str, port: int, timeout_s: float | None) -> bool:
-    """Tell whether a server answers a TLS handshake; whose certificate it has plays no part."""
+    """Tell whether a server answers a TLS handshake, with whatever certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import secrets
 import socket
@@ -92,23 +93,33 @@ def serve(server: Server, address: str, *, tls: TlsFiles | None, node_keys: Sequ
         raise UsageError("--supernode-public-key needs TLS: --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
     from flwr.superlink.main import create_app
 
+    # The run's state dies with this process: no database of the user's is for it.
+    os.environ.pop("FLWR_DATABASE", None)
     app = create_app()
     # Nobody but this process takes up tasks: with a secret that is told to nobody, no other can.
     app.state.superexec_auth_secret = secrets.token_bytes(32)
     app.state.enable_supernode_auth = bool(node_keys)
     for path in node_keys:
-        _register(app, path)
+        let_in(app, path)
     # The run is there before the first SuperNode can ask for it.
     with (
-        _listening(_Only(app, "runtime"), "127.0.0.1", 0) as port,
+        _listening(Only(app, "runtime"), "127.0.0.1", 0) as port,
         _started_run(app, port) as grid,
-        _listening(_Only(app, "fleet"), *parse_address(address), tls),
+        _listening(Only(app, "fleet"), *parse_address(address), tls),
     ):
         run_on(grid, server)
 
 
-class _Only:
-    """Passes on what is asked of one of the SuperLink's interfaces, and answers everything else with 404."""
+class Only:
+    """Passes on what is asked of one of the SuperLink's interfaces, and answers everything else with 404.
+
+    Parameters
+    ----------
+    app
+        The SuperLink, an ASGI application.
+    interface
+        The interface: ``fleet`` or ``runtime``.
+    """
 
     def __init__(self, app: FastAPI, interface: str) -> None:
         self._app = app
@@ -127,7 +138,7 @@ class _Only:
 
 
 @contextmanager
-def _listening(app: _Only, host: str, port: int, tls: TlsFiles | None = None) -> Iterator[int]:
+def _listening(app: Only, host: str, port: int, tls: TlsFiles | None = None) -> Iterator[int]:
     """Serve an application in a thread for the length of a block; yields the port, which is a free one for 0."""
     import uvicorn
 
@@ -152,8 +163,8 @@ def _listening(app: _Only, host: str, port: int, tls: TlsFiles | None = None) ->
         listener.close()
 
 
-def _register(app: FastAPI, path: Path) -> None:
-    """Let in the SuperNode that holds a key."""
+def let_in(app: FastAPI, path: Path) -> None:
+    """Register the public key of a SuperNode that may join; raises UsageError if the file holds none."""
     from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
