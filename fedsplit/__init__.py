@@ -1,7 +1,8 @@
 """Federated learning on Flower in which the training process is free.
 
-``fedsplit.Trainer`` is what a training script uses. ``server_main.py``, ``client_main.py`` and ``model_main.py`` are
-the programs. Importing this package loads neither torch nor Flower: each name is imported when it is first used.
+``fedsplit.Trainer`` is what a training script uses, ``fedsplit.Strategy`` what a Flower server of one's own runs.
+``server_main.py``, ``client_main.py`` and ``model_main.py`` are the programs. Importing this package loads neither
+torch nor Flower: each name is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsplit.aggregation.base import AggregationContext, Update
     from fedsplit.errors import FedSplitError
+    from fedsplit.server.strategy import Strategy
     from fedsplit.trainer.progress import Progress
     from fedsplit.trainer.trainer import Task, Trainer
     from fedsplit.workloads.base import EvaluateResult, TrainResult, WorkloadContext
@@ -21,6 +23,7 @@ __all__ = [
     "EvaluateResult",
     "FedSplitError",
     "Progress",
+    "Strategy",
     "Task",
     "TrainResult",
     "Trainer",
@@ -33,6 +36,7 @@ _HOMES = {
     "EvaluateResult": "fedsplit.workloads.base",
     "FedSplitError": "fedsplit.errors",
     "Progress": "fedsplit.trainer.progress",
+    "Strategy": "fedsplit.server.strategy",
     "Task": "fedsplit.trainer.trainer",
     "TrainResult": "fedsplit.workloads.base",
     "Trainer": "fedsplit.trainer.trainer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,10 @@ import pytest
 import torch
 from flwr.common import Code, EvaluateRes, FitRes, Parameters, Status
 
-from fedsplit.aggregation.spec import parse_rules
+from fedsplit.aggregation import Update
 from fedsplit.errors import UsageError
-from fedsplit.server.settings import StrategySettings
-from fedsplit.server.strategy import Strategy
+from fedsplit.server.settings import ServerSettings
+from fedsplit.server.strategy import Strategy, read_update
 from fedsplit.states.portable import export_state, read_initial_checkpoint
 from fedsplit.states.state_dict import StateDict, decode, encode
 
@@ -25,10 +27,20 @@ def payload(state: StateDict) -> bytes:
 
 
 def strategy_for(state: StateDict, *rules: str, **settings: Any) -> Strategy:
-    strategy = Strategy(StrategySettings(rules=parse_rules(rules), **settings), total_rounds=3)
-    strategy.set_state(payload(state))
-    strategy.resolve_split({})
+    strategy = Strategy(rules, **{"min_clients": 1, **settings})
+    strategy.begin_run(state, {})
     return strategy
+
+
+def merged(strategy: Strategy, *updates: Update | str) -> tuple[StateDict | None, list[str]]:
+    """Put updates through a round as the server does; returns the next state and why updates were refused."""
+    merge, refused = strategy.start_fit(1), []
+    for update in updates:
+        if isinstance(update, str):
+            refused.append(update)
+        else:
+            merge.add(update)
+    return strategy.end_fit(1, merge, [])[0], refused
 
 
 def test_a_list_of_flowers_results_is_merged_as_the_server_merges_them() -> None:
@@ -71,30 +83,52 @@ def test_evaluations_are_averaged_by_the_number_of_examples() -> None:
     ],
 )
 def test_what_must_not_be_merged_is_refused_and_the_state_stays(update: StateDict, number: int, said: str) -> None:
-    merge = strategy_for({"a": torch.ones(2)}).begin_merge(1)
-    reason = merge.offer(2, payload(update), number, {})
-    assert reason is not None
+    reference = {"a": torch.ones(2)}
+    state, (reason,) = merged(strategy_for(reference), read_update(2, payload(update), number, {}, reference))
+    assert state is None
     assert said in reason
-    assert merge.finish() is None
 
 
 def test_bytes_that_are_no_payload_are_refused() -> None:
-    merge = strategy_for({"a": torch.ones(2)}).begin_merge(1)
-    assert "not a safetensors" in str(merge.offer(1, b"\x80\x04\x95" + b"0" * 100, 1, {}))
+    reason = read_update(1, b"\x80\x04\x95" + b"0" * 100, 1, {}, {"a": torch.ones(2)})
+    assert "not a safetensors" in str(reason)
 
 
 def test_too_few_updates_leave_the_state_as_it_was() -> None:
-    merge = strategy_for({"a": torch.ones(2)}, min_results=2).begin_merge(1)
-    assert merge.offer(1, payload({"a": torch.zeros(2)}), 1, {}) is None
-    assert merge.finish() is None
+    reference = {"a": torch.ones(2)}
+    update = read_update(1, payload({"a": torch.zeros(2)}), 1, {}, reference)
+    assert merged(strategy_for(reference, min_results=2), update) == (None, [])
 
 
 def test_the_same_ranks_are_drawn_for_a_round_whenever_it_is_done() -> None:
-    settings = StrategySettings(rules=parse_rules([]), fraction_train=0.3, seed=5)
-    drawn = [settings.sample(number, list(range(1, 11))) for number in range(1, 20)]
-    assert drawn == [settings.sample(number, list(range(10, 0, -1))) for number in range(1, 20)]
-    assert {len(ranks) for ranks in drawn} == {3}
+    strategy, roster = strategy_for({"a": torch.ones(2)}, fraction_train=0.3, seed=5), Ranks(range(1, 13))
+    drawn = [drawn_by(strategy, number, roster) for number in range(1, 20)]
+    assert drawn == [drawn_by(strategy, number, Ranks(range(12, 0, -1))) for number in range(1, 20)]
+    assert {len(ranks) for ranks in drawn} == {4}
+    assert all(ranks == sorted(ranks) for ranks in drawn)
     assert len({tuple(ranks) for ranks in drawn}) > 5
+    # What a run drew before must be drawn again when it is resumed, with this version or a later one.
+    assert drawn[:3] == [sorted(random.Random(f"5/{number}").sample(range(1, 13), 4)) for number in (1, 2, 3)]
+
+
+class Ranks:
+    """A client manager with these ranks."""
+
+    def __init__(self, ranks: Iterable[int]) -> None:
+        self._clients = {str(rank): SimpleNamespace(cid=str(rank)) for rank in ranks}
+
+    def wait_for(self, number: int, timeout: float) -> bool:
+        return len(self._clients) >= number
+
+    def all(self) -> dict[str, Any]:
+        return self._clients
+
+
+def drawn_by(strategy: Strategy, server_round: int, roster: Any) -> list[int]:
+    parameters = Parameters([payload({"a": torch.ones(2)})], "safetensors")
+    chosen = strategy.configure_fit(server_round, parameters, roster)
+    assert all(ins.parameters is parameters for _, ins in chosen), "the state itself, not a copy"
+    return [int(client.cid) for client, _ in chosen]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +136,23 @@ def test_the_same_ranks_are_drawn_for_a_round_whenever_it_is_done() -> None:
     [{"fraction_train": 0.0}, {"fraction_train": 1.5}, {"min_clients": 0}, {"min_results": 0}, {"evaluate_every": -1}],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
-        StrategySettings(rules=parse_rules([]), **wrong)
+    for make in (ServerSettings, Strategy):
+        with pytest.raises(UsageError):
+            make(**wrong)
+
+
+@pytest.mark.parametrize("beside", [
+    {"aggregate": ("median",)}, {"fraction_train": 0.5}, {"min_results": 2},
+])  # fmt: skip
+def test_a_flag_that_a_strategy_decides_itself_is_refused_beside_it(beside: dict[str, Any]) -> None:
+    (name,) = beside
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} cannot go with --strategy"):
+        ServerSettings(strategy="FedAvg", **beside)
+
+
+def test_a_strategy_that_cannot_be_read_is_told_of_before_anything_starts() -> None:
+    with pytest.raises(UsageError, match="expected"):
+        ServerSettings(strategy="FedAdam(eta=")
 
 
 def test_what_rules_remember_survives_the_checkpoint(tmp_path: Path) -> None:

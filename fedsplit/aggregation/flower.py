@@ -197,7 +197,7 @@ def from_numpy(array: Any, like: Tensor) -> Tensor:
     if like.is_complex():
         tensor = torch.view_as_complex(tensor)
     elif not is_floating(like) and is_floating(tensor):
-        # A mean of counters: to cut off its fraction would turn 4.9999 into 4.
+        # The mean of counters: without this 4.9999 would become 4.
         tensor = tensor.round()
     return tensor.to(like.dtype)
 

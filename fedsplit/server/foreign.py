@@ -6,7 +6,8 @@ configuration and from which parameters, and it merges. Everything around it sta
 trainers, updates that are checked before it sees them, checkpoints, resume.
 
 Floating entries are float32 at least on the strategy's side, since numpy has no bfloat16, and come back in their own
-dtype; complex entries are pairs of numbers; whole numbers are rounded to when they come back as fractions.
+dtype; complex entries are pairs of numbers. Whole numbers and truth values are float64 in the results, and what becomes
+of them is rounded: Flower's averages of integers come to 0 otherwise. So they are exact up to 2**53.
 
 Between rounds its attributes are kept in the checkpoints; see `fedsplit.aggregation.attributes` for which can be.
 """
@@ -48,6 +49,7 @@ from fedsplit.aggregation.attributes import Attributes, decode
 from fedsplit.aggregation.flower import from_numpy, to_numpy
 from fedsplit.aggregation.grammar import Call, parse_call
 from fedsplit.aggregation.guard import check_output
+from fedsplit.aggregation.numeric import is_floating
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.exchange.records import Scalar
 from fedsplit.run.parts import PartRow
@@ -374,10 +376,9 @@ def _to_payload(state: StateDict) -> Parameters:
 
 
 def _result(update: Update, reference: StateDict) -> FitRes:
-    return FitRes(
-        status=Status(Code.OK, ""), parameters=_to_arrays({key: update.state_dict[key] for key in reference}),
-        num_examples=update.num_examples, metrics=dict(update.metrics),
-    )  # fmt: skip
+    state = {key: update.state_dict[key] for key in reference}
+    wide = {key: tensor if is_floating(tensor) else tensor.to(torch.float64) for key, tensor in state.items()}
+    return FitRes(Status(Code.OK, ""), _to_arrays(wide), update.num_examples, dict(update.metrics))
 
 
 def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, FlowerScalar]:
