@@ -88,6 +88,12 @@ def fedavg_round(workloads: list[ImageWorkload], state: State) -> tuple[State, f
 # --- digits: the data
 
 
+def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(WorkloadError, match=r"scikit-learn is not installed: pip install 'fedsplit\[digits\]'"):
+        read_table()
+
+
 def test_the_table_read_without_scikit_learn_is_scikit_learns() -> None:
     table = read_table()
     np.testing.assert_array_equal(table, read_table_with_sklearn())

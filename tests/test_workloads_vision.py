@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import socket
 import struct
+import sys
 import tarfile
 import threading
 import urllib.request
@@ -329,3 +330,9 @@ def test_a_trainer_waits_while_another_one_is_still_unpacking(tmp_path: Path) ->
         write_all(tmp_path / "MNIST" / "raw", grey_files())
     assert done.wait(BOUND_S)
     thread.join()
+
+
+def test_without_torchvision_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(WorkloadError, match=r"torchvision is not installed: pip install 'fedsplit\[vision\]'"):
+        load_data(MNIST, tmp_path)

@@ -1,4 +1,4 @@
-"""The rules that need one pass: `fedavg`, `max`, `frozen`. None of them tolerates a bad client."""
+"""The rules that need one pass: `fedavg`, `max`, `frozen`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MaxAccumulator:
         self._largest: StateDict = {}
 
     def add(self, update: Update, *, floating: bool = True) -> None:
-        """Merge one update into the running maximum; without the floating entries if so told."""
+        """Merge one update into the running maximum, without its floating entries if `floating` is False."""
         for key, tensor in update.state_dict.items():
             if tensor.is_complex() and floating:
                 raise AggregationError(f"max: complex numbers have no order, but {key!r} is {tensor.dtype}")
@@ -78,8 +78,7 @@ def fedavg(updates: Sequence[Update], context: AggregationContext) -> StateDict:
 
 @rule("max", accumulator=MaxAccumulator)
 def maximum_of_all(updates: Sequence[Update], context: AggregationContext) -> StateDict:
-    """Elementwise maximum of all entries, floating ones too: for counters, masks and vocabularies that only
-    grow.
+    """Elementwise maximum of all entries, floating ones too: for counters, masks and vocabularies that only grow.
 
     Tolerates no bad client. Complex entries are refused, as they have no order.
     """
@@ -88,8 +87,8 @@ def maximum_of_all(updates: Sequence[Update], context: AggregationContext) -> St
 
 @rule("frozen", accumulator=FrozenAccumulator)
 def frozen(updates: Sequence[Update], context: AggregationContext) -> StateDict:
-    """The global state as it was; what the clients send for this part is not looked at.
+    """The global state as it was; what the clients send for this part is ignored.
 
-    Tolerates any number of bad clients, as none of them is heard.
+    Tolerates any number of bad clients, as no update is used.
     """
     return merge(FrozenAccumulator(context), updates)

@@ -138,12 +138,11 @@ def geometric_median(
     iterations: int = 32,
     smoothing: float = 1e-6,
 ) -> StateDict:
-    """The point with the smallest sum of distances to the clients, over all floating entries of the part at
-    once.
+    """The point with the smallest sum of distances to the clients, over all floating entries of the part together.
 
     Tolerates fewer than half of the clients: (n - 1) // 2 of n. Found by the smoothed Weiszfeld algorithm,
-    which here starts from the mean of the half nearest to the median of each coordinate, and weighs all
-    clients alike.
+    which here starts from the mean of the half nearest to the median of each coordinate, and gives all
+    clients the same weight.
 
     Parameters
     ----------

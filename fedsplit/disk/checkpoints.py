@@ -136,7 +136,7 @@ class CheckpointStore:
             write_json(temporary / "manifest.json", manifest, durable=durable)
             if durable:
                 sync_directory(temporary)
-            # Only a round that is being done again is there already, with the same outcome.
+            # It exists only if the round is done again, with the same outcome.
             self.remove(server_round)
             temporary.rename(target)
             if durable:
@@ -186,7 +186,7 @@ class CheckpointStore:
             raise CheckpointError(f"{directory} has no valid manifest ({type(exc).__name__}: {exc})") from exc
 
     def newest(self, *, run_id: str | None = None, before: int | None = None, verify: bool = True) -> Checkpoint | None:
-        """Return the newest valid round, of a run and below a round if given; names and passes over corrupt ones."""
+        """Return the newest valid round, of this run and before this round if given; corrupt ones are skipped."""
         for server_round in reversed(self.rounds()):
             if before is not None and server_round >= before:
                 continue
@@ -206,7 +206,7 @@ class CheckpointStore:
                 self.remove(server_round)
 
     def remove(self, server_round: int) -> None:
-        """Remove a round, out of sight in one step: half a round must neither look like one nor stay for ever."""
+        """Remove a round. It is renamed first, so that half a round never looks like a whole one."""
         directory = self.round_directory(server_round)
         removed = directory.with_name(f".{directory.name}.removed.tmp")
         shutil.rmtree(removed, ignore_errors=True)
@@ -215,7 +215,7 @@ class CheckpointStore:
         shutil.rmtree(removed, ignore_errors=True)
 
     def begin_run(self, run_id: str) -> None:
-        """Put what another run left here aside, under ``old-runs/<its id>/``, and clear what a dead writer left."""
+        """Move rounds of other runs to ``old-runs/<their id>/``, and delete what a writer that was killed left."""
         make_private_directory(self.directory, CheckpointError)
         for path in self.directory.glob(".round-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
@@ -267,7 +267,7 @@ class CheckpointStore:
 
 
 class BackgroundWriter:
-    """Runs one job at a time beside the rounds; the next job waits for the one before, and is told if it failed."""
+    """Runs one job at a time in a thread. `submit` waits for the job before, and raises what that one raised."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")

@@ -114,7 +114,7 @@ class Incoming:
             raise RecordError(f"{self.path} cannot be read again: {exc}") from exc
 
     def discard(self) -> None:
-        """Take its name away; whoever mapped it keeps it."""
+        """Delete the file; a process that mapped it can still read it."""
         remove(self.path)
 
 
@@ -137,7 +137,7 @@ class PayloadStore:
             remove(path)
 
     def path(self, digest: str) -> Path:
-        """Return the path of a digest; raises RecordError if it is none: no other name is ever opened."""
+        """Return the path of a payload; raises RecordError unless the name is a digest: no other is ever opened."""
         if not is_digest(digest):
             raise RecordError(f"{digest!r} is not a SHA-256 digest")
         return self.root / digest
@@ -151,7 +151,7 @@ class PayloadStore:
             return None
 
     def take(self, digest: str, scratch: Path) -> Path | None:
-        """Return where a payload can be linked from, or None; ``scratch`` is for stores that have to bring it first."""
+        """Return where a payload can be linked from, or None; ``scratch`` is where a remote store downloads it to."""
         return self.find(digest)
 
     def give(self, source: Path, digest: str) -> None:
@@ -160,7 +160,7 @@ class PayloadStore:
 
     @property
     def announced_root(self) -> str | None:
-        """What a client of the same machine is told: where to look for the nonce."""
+        """Where a client on the same machine is told to look for the nonce."""
         return str(self.root.resolve())
 
     def put(self, chunks: Iterable[Buffer]) -> StoredPayload:
@@ -203,11 +203,11 @@ class PayloadStore:
         return Incoming(self.root / f"writing-{secrets.token_hex(8)}", digest, size)
 
     def drop(self, digest: str) -> None:
-        """Remove a payload; whoever mapped or linked it keeps it."""
+        """Delete a payload; a process that mapped or linked it can still read it."""
         remove(self.path(digest))
 
     def keep_only(self, digests: Iterable[str]) -> None:
-        """Remove every payload but these; what a client is just linking under a temporary name is left to it."""
+        """Delete every payload but these. Temporary names are left alone: a client may be linking one just now."""
         wanted = set(digests)
         for path in self.root.iterdir():
             if is_digest(path.name) and path.name not in wanted:

@@ -65,12 +65,17 @@ def load_data() -> ImageData:
 def read_table() -> npt.NDArray[np.int64]:
     """Return the file's 1,797 rows of 64 pixels and a label, shape (1797, 65).
 
-    The file is found without importing scikit-learn, which would take a second of every trainer's start; if a
-    release moves it, scikit-learn is asked.
+    The file is read without importing scikit-learn, which would take a second of every trainer's start. If it is not
+    where it is today, scikit-learn is asked for its content.
+
+    Raises
+    ------
+    WorkloadError
+        If scikit-learn is not installed.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise WorkloadError("the workload digits reads scikit-learn's data: pip install scikit-learn")
+        raise WorkloadError("workload 'digits': scikit-learn is not installed: pip install 'fedsplit[digits]'")
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.is_file():
         return read_table_with_sklearn()

@@ -1,6 +1,6 @@
 """Options of a workload, read by name and type; what cannot be understood is a `UsageError` that says why.
 
-An option is known once it was asked for, so that the list of known names can never fall behind the code.
+An option is known once it has been read, so that the list of known names always fits the code.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class OptionReader:
         return str(value)
 
     def finish(self) -> None:
-        """Refuse every option that was given and that nobody asked for."""
+        """Refuse options that were given and never read."""
         unknown = sorted(set(self._options) - self._known)
         if unknown:
             known = ", ".join(sorted(self._known)) or "none"

@@ -114,10 +114,15 @@ def load_data(source: Source, data_dir: Path) -> ImageData:
     Raises
     ------
     WorkloadError
-        If the files are not there and cannot be downloaded, or are damaged.
+        If torchvision is not installed, or the files cannot be downloaded or are damaged.
     """
     # Late: torchvision takes 2 s to import, and a wrong option should not have to wait for it.
-    import torchvision.datasets
+    try:
+        import torchvision.datasets
+    except ModuleNotFoundError as exc:
+        raise WorkloadError(
+            f"workload {source.name}: torchvision is not installed: pip install 'fedsplit[vision]'"
+        ) from exc
 
     dataset_class = getattr(torchvision.datasets, source.class_name)
     with _exclusive(data_dir):
