@@ -18,6 +18,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Request, TaskRecord
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.header import build_header
+from tests.bounds import BOUND_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,7 +122,7 @@ def kill(process: subprocess.Popen[str]) -> None:
             stream.close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
+def wait_until(condition: Callable[[], bool], timeout_s: float = BOUND_S) -> float:
     """Wait for a condition and return the seconds it took."""
     began = time.monotonic()
     while not condition():

@@ -122,7 +122,7 @@ class Federation:
                 found.append(result)
             return bool(found)
 
-        wait_until(look, 15)
+        wait_until(look)
         return found[0]
 
     def state_of(self, result: ResultRecord) -> StateDict:
@@ -598,7 +598,7 @@ def test_a_round_whose_local_state_was_pruned_is_refused_and_the_client_is_told(
         for server_round in range(1, KEEP_ROUNDS + 3):
             federation.run("train", server_round, {"a": torch.ones(1)})
         version = federation.ask("train", 2, {"a": torch.ones(1)})
-        wait_until(lambda: federation.client.result(version) is not None, 3)
+        wait_until(lambda: federation.client.result(version) is not None)
         assert "begin with round 3" in federation.wait(version).error["message"]
 
 
