@@ -16,8 +16,6 @@ from tests.test_trainer import bits
 from tests.training import Client as Federation
 from tests.training import wait_until
 
-torch.set_num_threads(1)
-
 
 class Script:
     """The example, in a thread; its simulation can be looked at."""

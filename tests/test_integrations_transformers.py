@@ -26,8 +26,6 @@ from transformers import TrainerCallback
 from examples.lora_languages import Windows, make_model, make_trainer
 from fedsplit.integrations.transformers import adapter_state, federate
 
-torch.set_num_threads(1)
-
 
 class Seen(TrainerCallback):
     """Notes the learning rate before each step, and what a logger is given."""

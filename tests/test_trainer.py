@@ -38,7 +38,6 @@ from fedsplit.trainer.local_state import KEEP_ROUNDS
 from tests.bounds import BOUND_S
 from tests.handoffs import digest_of, wait_until
 
-torch.set_num_threads(1)
 LOCAL_HEAD = (("head.*", True), ("*", False))
 
 
@@ -320,6 +319,9 @@ def test_every_dtype_comes_back_with_its_bits_when_it_is_returned_unchanged(fede
         ("train", lambda task: task.reply({}, num_examples=True), "num_examples must be a whole number"),
         ("train", lambda task: task.reply({}, num_examples=-1), "num_examples must be a whole number"),
         ("train", lambda task: task.reply({}, num_examples=1, metrics={"x": [1]}), "'x' is a list"),
+        ("train", lambda task: task.reply({}, num_examples=1, metrics={"big": 10**400}), "'big' does not fit 64 bits"),
+        ("train", lambda task: task.reply({}, num_examples=1, metrics={"x": "y" * 5_000_000}), "would have 5,000,"),
+        ("train", lambda task: task.reply({}, num_examples=2**63), "num_examples"),
         ("train", lambda task: task.reply({"x": 3}, num_examples=1), "'x' of the state_dict is a int"),
     ],
 )
@@ -333,6 +335,8 @@ def test_a_wrong_reply_is_named_in_the_script_and_to_the_client(federation, kind
     with federation.script(serve):
         result = federation.wait(federation.ask(kind, 1, {"a": torch.ones(1)}))
     assert result.status == "error" and result.error["traceback"]
+    assert federation.client.exchange.payload_versions("result") == []
+    assert not list((federation.directory / "kept").glob("rank-1/round-*"))
 
 
 def test_a_second_reply_is_an_error(federation):
@@ -361,6 +365,18 @@ def test_an_exception_reaches_the_client_with_its_traceback_before_it_ends_the_s
             "error", "ZeroDivisionError", "the user's own",
         )  # fmt: skip
         assert "a_function_of_the_user" in result.error["traceback"]
+
+
+def test_the_middle_of_an_error_that_is_too_long_for_a_record_is_left_out(federation):
+    def serve(trainer: Trainer) -> None:
+        for _ in trainer:
+            raise ValueError("it began " + "\U0001f600" * 4_000_000 + " and ended")
+
+    with federation.script(serve, fails=ValueError):
+        result = federation.wait(federation.ask("train", 1, own_state(make_net())))
+    for text in (result.error["message"], result.error["traceback"]):
+        assert "it began" in result.error["message"] and text.rstrip().endswith("and ended")
+        assert len(text) < 110_000 and "characters …" in text
 
 
 def test_a_failure_that_is_reported_does_not_end_the_script(federation):

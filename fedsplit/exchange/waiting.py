@@ -1,9 +1,9 @@
-"""Waiting for a record to be renamed into place: by the kernel's word where it gives one, by looking everywhere else.
+"""Waiting for a record to be renamed into place.
 
-On a local disk of Linux, inotify wakes whoever waits within a fraction of a millisecond, however long it has waited.
-On a network file system nobody is told what another machine did, so whoever waits also looks by himself: every
-millisecond at first, less often the longer it was in vain, at most 20 ms apart. Once events of a record have been seen
-they are relied on, and a look every 80 ms remains.
+On a local disk of Linux, inotify wakes the process within a fraction of a millisecond, however long it has waited. On a
+network file system there are no events for what another machine did, so the process also polls: every millisecond at
+first, then less often, at least every 20 ms. Once an event of a record has been seen, events are relied on, and polling
+goes on every 80 ms only.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ try:
 except ImportError:  # not on Linux
     INotify = None
 
-_FIRST_LOOK_S = 0.001
-_LAST_LOOK_S = 0.020
-_RELIED_LOOK_S = 0.080
+_FIRST_POLL_S = 0.001
+_LAST_POLL_S = 0.020
+_RELIED_POLL_S = 0.080
 _READ_S = 1.0
 
 
 class Watch:
     """Waits for any of a directory's records to change.
 
-    A look is a `stat`: a record that is renamed into place is another file. Where there are no events, records are read
-    anew every 80 ms even so: a file system may reuse a file's number within one tick of its clock, or show another
-    machine an old one.
+    Polling is a `stat`: a record that was renamed into place is another file. Without events the records count as
+    changed every 80 ms even if they look the same: a file system may reuse a file's number within one tick of its
+    clock, or show another machine an old file.
 
     Parameters
     ----------
@@ -40,12 +40,12 @@ class Watch:
         self._directory = paths[0].parent
         self._paths = {path.name: str(path) for path in paths}
         self._events: INotify | None = None
-        self._tells = False
+        self._has_events = False
         self._tried = False
         self.begin()
 
     def begin(self) -> None:
-        """Begin to wait: the first look finds everything changed."""
+        """Begin to wait: `has_changed` is true the first time."""
         self._began = time.monotonic()
         self._seen: list[tuple[int, int] | None] = []
         self._read_at = 0.0
@@ -54,21 +54,21 @@ class Watch:
         """Tell whether it is time to read the records."""
         now = time.monotonic()
         found = [_identity(path) for path in self._paths.values()]
-        if found == self._seen and now - self._read_at < (_READ_S if self._tells else _RELIED_LOOK_S):
+        if found == self._seen and now - self._read_at < (_READ_S if self._has_events else _RELIED_POLL_S):
             return False
         self._seen, self._read_at = found, now
         return True
 
     def sleep(self) -> None:
-        """Sleep until the next look."""
+        """Sleep until it is time to ask `has_changed` again."""
         waited = time.monotonic() - self._began
-        pause = _RELIED_LOOK_S if self._tells else min(_LAST_LOOK_S, max(_FIRST_LOOK_S, waited / 20))
+        pause = _RELIED_POLL_S if self._has_events else min(_LAST_POLL_S, max(_FIRST_POLL_S, waited / 20))
         if not self._tried:
             self._listen()
         if self._events is None:
             time.sleep(pause)
         elif any(event.name in self._paths for event in self._events.read(timeout=1000 * pause)):
-            self._tells = True
+            self._has_events = True
             self._seen = []
 
     def _listen(self) -> None:
@@ -77,7 +77,7 @@ class Watch:
             self._events = INotify() if INotify else None
             if self._events:
                 self._events.add_watch(self._directory, flags.MOVED_TO)
-        except OSError:  # the user's share of watches is used up, or there is no inotify
+        except OSError:  # the user has no watches left, or there is no inotify
             self._events = None
 
 

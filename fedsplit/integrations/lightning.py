@@ -5,13 +5,16 @@
     with fedsplit.Trainer(rank=1, model=module) as trainer:
         federate(trainer, module, L.Trainer(max_epochs=1, …), datamodule=data, epochs_per_round=1)
 
-One Lightning Trainer serves the whole run: its loggers and callbacks live on, its epochs and steps count on. What
-``fit()`` makes anew each time, optimizers and schedulers, is given the state that it had at the end of the round
-before; ``fit()`` is told to train further epochs each round, for it counts those of earlier rounds and would train
-nothing; and a round without a single step is an error. A restarted process goes on with all of it.
+One Lightning Trainer serves the whole run: its loggers and callbacks live on, and its epochs and steps count on. Three
+things are taken care of:
 
-Not covered: what callbacks remember does not outlive the process (have them write their own checkpoints), and
-Lightning's own multi-process strategies, unless the process group is initialised before `fedsplit.Trainer` is made.
+- ``fit()`` makes new optimizers and schedulers each time. They are given the state that they had at the end of the
+  round before. A restarted process has that state too.
+- ``fit()`` counts the epochs of earlier rounds, and would train nothing. So each round raises its ``max_epochs``.
+- A round without a single step is an error.
+
+Not covered: what callbacks remember does not outlive the process (have them write their own checkpoints). Lightning's
+own multi-process strategies work only if the process group is initialised before `fedsplit.Trainer` is made.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def federate(
     trainer
         Entered already.
     module, lightning_trainer, train_dataloaders, val_dataloaders, datamodule
-        As for ``lightning_trainer.fit()``. ``max_epochs`` is overruled; ``max_steps`` is for the whole run.
+        As for ``lightning_trainer.fit()``. ``max_epochs`` is set here; ``max_steps`` is for the whole run.
     epochs_per_round
         How many epochs a round trains.
     loss
@@ -85,7 +88,7 @@ def federate(
 
 
 class _Rounds(Callback):
-    """Carries optimizers and schedulers over from one ``fit()`` to the next, and counts examples."""
+    """Carries optimizers and schedulers from one ``fit()`` to the next, and counts examples."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] | None = None
@@ -94,7 +97,7 @@ class _Rounds(Callback):
         self._first_epoch = 0
 
     def begin(self, task: Task, trainer: lightning.Trainer) -> None:
-        """Prepare for a task; a trainer that was restarted or set back finds what was kept with the round before."""
+        """Prepare for a task. After a restart, or if the server went back, read what was kept with the round before."""
         self._task, self.examples, self._first_epoch = task, 0, trainer.current_epoch
         if task.kind == "evaluate" or not task.restore:
             return
@@ -106,13 +109,13 @@ class _Rounds(Callback):
                 )
             return
         trainer.fit_loop.load_state_dict(self.kept["loops"])
-        # The counters are wanted, not the resuming of an interrupted epoch: the last one was complete.
+        # Only the counters are wanted. Else Lightning resumes the last epoch as if it had been interrupted.
         trainer.fit_loop.restarting = False
         trainer.fit_loop.on_iteration_done()
         self._first_epoch = trainer.current_epoch
 
     def keep(self, trainer: lightning.Trainer) -> None:
-        """Note what must outlive this ``fit()``, and the process."""
+        """Keep what the next ``fit()`` needs, also in another process."""
         self.kept = {
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
@@ -125,10 +128,11 @@ class _Rounds(Callback):
             return
         for config, state in zip(trainer.lr_scheduler_configs, self.kept["schedulers"], strict=True):
             config.scheduler.load_state_dict(state)
-        # Last: making and loading a scheduler both touch the learning rates, which the optimizer's state has.
+        # After the schedulers: making or loading one changes the learning rates, and the optimizer's state has the
+        # right ones.
         for optimizer, state in zip(trainer.optimizers, self.kept["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        # Evaluating draws numbers, and so does the first fit() of a process: neither may change what is trained.
+        # Evaluation and the first fit() of a process draw random numbers; this must not change the training.
         torch.set_rng_state(self.kept["random"])
 
     def on_train_batch_end(

@@ -5,18 +5,18 @@
     with fedsplit.Trainer(rank=1, model=model) as trainer:
         federate(trainer, hf_trainer, epochs_per_round=1)
 
-One Hugging Face Trainer serves the whole run. Its optimizer lives on; the schedule of the learning rate, which
-``train()`` would begin anew each time, is laid over all rounds; and a round without a single step is an error. A
-restarted process goes on with all of it. Logs are given ``round`` and ``total_step``, since Transformers' own step
-counts from 0 in every ``train()``.
+One Hugging Face Trainer serves the whole run, and its optimizer lives on. ``train()`` would begin a new schedule of the
+learning rate each time; here one schedule covers all rounds. A restarted process continues with both. A round without a
+single step is an error. Logs get ``round`` and ``total_step``, since Transformers' own step starts from 0 in every
+``train()``.
 
-What travels of a PEFT model is up to the server's split, as for any model::
+The server's split says which part of a PEFT model travels, as for any model::
 
     --aggregate "*lora_*=fedavg" --aggregate "*modules_to_save*=fedavg" --aggregate local
 
-Then the frozen base stays with each trainer, and is kept with its local state. Where that is too large to be written
-each round, give `adapter_state` as the trainer's model and ``adapter_only=True`` here: the base is then no part of the
-federation at all, and must be the same everywhere by other means.
+Then the frozen base stays with each trainer, and is kept with its local state. If it is too large to be written each
+round, give `adapter_state` as the trainer's model and ``adapter_only=True`` here. The base is then no part of the
+federation at all, and you must see to it that it is the same everywhere.
 
 Not covered: DeepSpeed and FSDP, which wrap the optimizer in their own ways.
 """
@@ -50,8 +50,8 @@ def federate(
         Entered already.
     hf_trainer
         With a data set to train on, of a known length or a stream, and one of a known length to evaluate on. A metric
-        of ``compute_metrics`` reaches the server without its ``eval_``. ``num_train_epochs`` is overruled;
-        ``max_steps``, if set, is for a round.
+        of ``compute_metrics`` reaches the server without its ``eval_``. ``num_train_epochs`` is set here;
+        ``max_steps``, if given, is for one round.
     epochs_per_round
         How many epochs a round trains.
     adapter_only
@@ -63,7 +63,7 @@ def federate(
         If a round trained not a single step.
     """
     rounds = _Rounds(hf_trainer, epochs_per_round)
-    # First, so that the loggers after it see what it adds.
+    # In front of the loggers, so that they see what it adds to the logs.
     hf_trainer.callback_handler.callbacks.insert(0, rounds)
     model = cast("torch.nn.Module", hf_trainer.model)
     for task in trainer:
@@ -96,7 +96,7 @@ def adapter_state(model: torch.nn.Module) -> StateDict:
 
 
 class _Rounds(TrainerCallback):
-    """Keeps the optimizer, and one schedule over all rounds, and numbers the log's lines through."""
+    """Keeps the optimizer and one schedule over all rounds, and adds the round and the total step to the logs."""
 
     def __init__(self, hf_trainer: HuggingFaceTrainer, epochs: float) -> None:
         self._trainer = hf_trainer
@@ -105,7 +105,7 @@ class _Rounds(TrainerCallback):
         hf_trainer.args.num_train_epochs = epochs
 
     def begin(self, task: Task) -> None:
-        """Prepare for a task; a trainer that was restarted or set back finds what was kept with the round before."""
+        """Prepare for a task. After a restart, or if the server went back, read what was kept with the round before."""
         self._task = task
         if task.kind == "evaluate":
             return
@@ -152,7 +152,7 @@ class _Rounds(TrainerCallback):
         steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         trainer.create_optimizer()
         trainer.create_scheduler(num_training_steps=steps * total_rounds, optimizer=trainer.optimizer)
-        # Else train() takes it for one that it made itself, for a single call, and makes another.
+        # Else train() takes the schedule for one of its own, made for a single call, and makes another.
         trainer._created_lr_scheduler = False
 
 

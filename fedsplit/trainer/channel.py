@@ -1,8 +1,8 @@
-"""How a trainer reaches whoever asks it: the seam between `Trainer` and the exchange directory.
+"""Where a trainer's tasks come from, and where its answers go: the interface between `Trainer` and the other side.
 
-`ExchangeChannel` is the ordinary way, through the exchange. `fedsplit.trainer.standalone` asks itself, for a debugger;
-`fedsplit.trainer.process_group` puts either of the two before all processes of a process group. Every method but `fail`
-is called in every process, in the same order.
+`ExchangeChannel` is the ordinary one, through the exchange directory. With `fedsplit.trainer.standalone` a trainer asks
+itself, for a debugger. `fedsplit.trainer.process_group` puts either of the two before all processes of a process group.
+Every method but `fail` is called in every process, in the same order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from fedsplit.errors import PeerMissingError, RecordError, SchemaError
@@ -37,7 +36,7 @@ class Answer:
     Attributes
     ----------
     checksum
-        Sum of the module's parameters, where there are several processes: training together they have the same ones.
+        Sum of the module's parameters if there are several processes: after training together it is the same in all.
     """
 
     state: StateDict | None
@@ -49,7 +48,7 @@ class Answer:
 
 
 class Channel(Protocol):
-    """What a trainer needs of the other side.
+    """What a trainer needs from the other side.
 
     Attributes
     ----------
@@ -61,7 +60,7 @@ class Channel(Protocol):
     processes: int
 
     def hold(self) -> AbstractContextManager[None]:
-        """Be the trainer of the rank for the length of the block."""
+        """Hold the trainer's role of the rank for the length of the block."""
 
     def next(self) -> TaskRecord | FinishedRecord:
         """Wait for the next task or the end of the run."""
@@ -70,7 +69,7 @@ class Channel(Protocol):
         """Return the state that the newest task came with; writing to it changes nothing elsewhere."""
 
     def is_wanted(self, record: TaskRecord) -> bool:
-        """Tell whether somebody still waits for the answer; cheap enough to be asked for every batch."""
+        """Tell whether somebody still waits for the answer; cheap enough to ask for every batch."""
 
     def answer(self, record: TaskRecord, answer: Answer) -> bool:
         """Offer an answer; returns False if it was not wanted any more."""
@@ -83,7 +82,7 @@ class Channel(Protocol):
 
 
 class ExchangeChannel:
-    """The way through the exchange directory, to the client of the same rank.
+    """Tasks and answers through the exchange directory, to and from the client of the same rank.
 
     Parameters
     ----------
@@ -117,10 +116,12 @@ class ExchangeChannel:
         bad_since: float | None = None
         while True:
             now = time.monotonic()
-            found: TaskRecord | FinishedRecord | None = None
             try:
                 if self._watch.has_changed():
-                    found = self._side.next()
+                    if found := self._side.next():
+                        if isinstance(found, FinishedRecord):
+                            self._side.leave(found)
+                        return found
                     bad_since = None
             except SchemaError:
                 raise
@@ -129,10 +130,6 @@ class ExchangeChannel:
                 if now - bad_since > _BAD_RECORD_S:
                     log.warning("%s; waiting for the client to write it anew", exc)
                     bad_since = now + _REMIND_S
-            if isinstance(found, FinishedRecord):
-                self._side.leave(found)
-            if found:
-                return found
             if now - self._client_checked > _CLIENT_CHECK_S:
                 self._client_checked, was_missing = now, self._missing_since
                 self._missing_since = self._check_client(was_missing, now)
@@ -143,7 +140,7 @@ class ExchangeChannel:
 
     def read_state(self, record: TaskRecord) -> StateDict:
         """Map the task's payload."""
-        return {} if record.payload is None else map_file(self._payload_path(record.payload.file))
+        return {} if record.payload is None else map_file(self._exchange.directory / record.payload.file)
 
     def is_wanted(self, record: TaskRecord) -> bool:
         """Look at the exchange, at most every 50 ms; in between nothing has changed."""
@@ -169,9 +166,6 @@ class ExchangeChannel:
     def share(self, value: int) -> int:
         """Return the value: there is one process."""
         return value
-
-    def _payload_path(self, name: str) -> Path:
-        return self._exchange.directory / name
 
     def _check_client(self, missing_since: float | None, now: float) -> float | None:
         if self._exchange.is_held("client"):

@@ -24,7 +24,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Described(Protocol):
-    """The part of a task that is shown."""
+    """What is shown of a task."""
 
     kind: str
     server_round: int
@@ -63,7 +63,7 @@ class Progress:
         self._bar = None
 
     def update(self, done: int, total: int, loss: float, epochs: int = 1) -> None:
-        """Take note of a batch.
+        """Show that a batch is done.
 
         Parameters
         ----------

@@ -1,8 +1,7 @@
 """A federation of one, inside the training process: for a debugger, and to try a script before anything is started.
 
-The trainer's own model is the initial state; then each round asks for training and for evaluation, and what the reply
-gave is the state of the next task. There is no exchange directory, no client and no server, and nothing is left on
-disk.
+The trainer's own model is the initial state. Each round asks for training and for evaluation, and the state of a reply
+is the state of the next task. There is no exchange directory, no client and no server, and nothing is left on disk.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _RUN_ID = "standalone"
 
 
 class StandaloneChannel:
-    """Asks as a server with this one client would.
+    """Asks what a server with this one client would ask.
 
     Parameters
     ----------

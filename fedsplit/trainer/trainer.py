@@ -33,7 +33,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from fedsplit.errors import FedSplitError, TrainingError, UsageError
+from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
 from fedsplit.states.local_keys import is_local
@@ -286,7 +286,12 @@ class Trainer:
         if task.kind == "train":
             local_part = {name: tensor for name, tensor in state.items() if task.is_local(name)}
             saved = self._local.save(task._record, task._base, local_part, local_state)
-        accepted = self._channel.answer(task._record, answer)
+        try:
+            accepted = self._channel.answer(task._record, answer)
+        except RecordError:  # nobody could read it, so nothing was offered
+            if task.kind == "train":
+                self._local.settle(task._record, saved=saved, accepted=False)
+            raise
         if task.kind == "train":
             self._local.settle(task._record, saved=saved, accepted=accepted)
 

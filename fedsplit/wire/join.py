@@ -1,9 +1,9 @@
 """The join token: a secret that server and clients share, and how each proves to the other that it has it.
 
-The token itself never travels. Each side sends a nonce that it has just drawn, and an HMAC-SHA256 under a key made from
-the token over both nonces, the run, the rank and the exchange directory's id. So a proof is worth nothing in another
-connection, for another rank, or as the proof of the other side. Without TLS whoever sits between the two could pass
-proofs on and read what follows: so a token is used over TLS or on loopback only.
+The token itself never travels. Each side draws a new nonce and sends it. Its proof is an HMAC-SHA256, with a key made
+from the token, over both nonces, the run, the rank and the exchange directory's id. So a proof is worth nothing in
+another connection, for another rank, or as the proof of the other side. Without TLS somebody in between could pass the
+proofs on and read what follows, so a token is used over TLS or on loopback only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def new_nonce() -> str:
 
 
 def is_nonce(value: object) -> bool:
-    """Tell whether a value has the form of a nonce; nothing else is taken into a proof."""
+    """Tell whether a value has the form of a nonce; nothing else may become part of a proof."""
     return isinstance(value, str) and len(value) == 2 * _NONCE_BYTES and set(value) <= set("0123456789abcdef")
 
 
@@ -42,13 +42,13 @@ def read_token(path: Path | None) -> bytes | None:
     ------
     UsageError
         If the file cannot be read, others can read it, it belongs to another user, or the token is too short to be a
-        secret. The message never holds any of the content.
+        secret. The message never shows any of the content.
     """
     if path is None:
         return None
     where = f"--join-token-file {path}"
     try:
-        # The file that is looked at is the one that is read: no other can be put in its place in between.
+        # Mode and owner are those of the open file: no other file can be put in its place before it is read.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
@@ -73,8 +73,8 @@ def read_token(path: Path | None) -> bytes | None:
 def _foreign_bits(path: Path) -> int:
     """Return the bits of a mode that let others in.
 
-    systemd hands credentials over with an access list for the service's user, whose mask stands where the group's bits
-    do: 0440 there means this user alone.
+    systemd gives credentials to a service's user by an access control list, and its mask is shown as the group's bits:
+    mode 0440 there means this user alone.
     """
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     return 0o037 if credentials and path.parent == Path(credentials) else 0o077
@@ -82,7 +82,7 @@ def _foreign_bits(path: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """What both sides of one connection know, and both proofs are made over."""
+    """What both proofs of one connection are made over; both sides know it."""
 
     run_id: str
     rank: int
@@ -93,10 +93,10 @@ class Transcript:
     def proof(self, key: bytes, side: Literal["client", "server"]) -> str:
         """Return a side's proof, in hex."""
         parts = (side, self.run_id, str(self.rank), self.exchange_id, self.server_nonce, self.client_nonce)
-        # Lengths first: two different transcripts must never come to the same bytes.
+        # Each part with its length in front: two different transcripts must never give the same bytes.
         message = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
         return hmac.new(key, message, hashlib.sha256).hexdigest()
 
     def is_proof(self, key: bytes, side: Literal["client", "server"], found: object) -> bool:
-        """Check a side's proof, in a time that tells nothing of it."""
+        """Check a side's proof; how long it takes does not depend on where a wrong one differs."""
         return isinstance(found, str) and hmac.compare_digest(self.proof(key, side).encode(), found.encode())
