@@ -173,7 +173,7 @@ def _conclude(lines: Sequence[Line], places: Places) -> None:
     name, number = next(((name, number) for name, number in judged.items() if number == number), ("", 0.0))
     shown = f"final {name} {number:.4f}" if name else "finished"
     print(f"{shown} after {cli.count(lines[-1]['round'], 'round')}")
-    for title, path in (("checkpoints", places.server), ("plot", places.server / "plot.png"), ("logs", places.logs)):
+    for title, path in (("checkpoints", places.server), ("plot", places.final_plot), ("logs", places.logs)):
         if path.exists():
             print(f"{title + ':':<12} {path}", flush=True)
 

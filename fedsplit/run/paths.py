@@ -10,12 +10,11 @@
 ``old-runs/<id>/``  what a run that was not resumed left here
 ==================  ============================================================================================
 
-All of these are in ``<checkpoint_dir>/server/``. The demo puts the logs of its programs and a plot beside it.
+All of these are in ``<checkpoint_dir>/server/``. The demo keeps the logs of its programs beside it, in ``logs/``.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 HISTORY_FILE = "history.jsonl"
@@ -39,15 +38,7 @@ class Places:
         self.payloads = self.server / "payloads"
         self.final_plot = self.server / "plot.png"
         self.logs = checkpoint_dir / "logs"
-        self.plot = checkpoint_dir / "plot.png"
 
     def old_run(self, run_id: str) -> Path:
         """Return where the files of a run go that was here and was not resumed."""
         return self.server / "old-runs" / run_id
-
-    def run_id(self) -> str | None:
-        """Return the id of the run that is here, or None: it may not have begun yet."""
-        try:
-            return str(json.loads(self.run.read_bytes())["run_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
