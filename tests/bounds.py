@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 # One step: a program that starts, a round, an answer. A busy machine makes each of them many times slower.
-BOUND_S = 300.0
+BOUND_S = 600.0

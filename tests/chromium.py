@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.bounds import BOUND_S
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
@@ -64,7 +66,7 @@ def run_chromium(directory: Path, *flags: str, dark: bool) -> str:
         "--hide-scrollbars", f"--user-data-dir={directory / 'profile'}",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", *flags,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S, check=True).stdout
 
 
 def contrast(first: str, second: str) -> float:

@@ -23,6 +23,7 @@ from fedsplit.errors import RoleTakenError, RunFailedError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.run.history import read_history
 from fedsplit.run.paths import Places
+from tests.bounds import BOUND_S
 
 COMMAND = [sys.executable, "-m", "fedsplit", "demo"]
 LINE = {
@@ -38,7 +39,7 @@ class Demo:
     process: subprocess.Popen[str]
     children: list[psutil.Process]
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = BOUND_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, self.process.communicate()
@@ -73,7 +74,9 @@ def started(tmp_path: Path) -> Iterator[Demo]:
 
 @pytest.mark.slow
 def test_a_run_ends_with_the_accuracy_the_checkpoints_and_the_plot(tmp_path: Path) -> None:
-    finished = subprocess.run([*COMMAND, "--rounds", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        [*COMMAND, "--rounds", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=BOUND_S
+    )
     assert finished.returncode == 0, finished.stderr + finished.stdout
     last = read_history(tmp_path / "checkpoints/server/history.jsonl")[-1]
     lines = finished.stdout.splitlines()
@@ -103,7 +106,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_running(started: Demo, tmp
         assert status.task is not None
         assert not status.is_over
     os.kill(started.process.pid, signal.SIGINT)
-    output, errors = started.process.communicate(timeout=30)
+    output, errors = started.process.communicate(timeout=BOUND_S)
     assert started.process.returncode == 128 + signal.SIGINT, errors
     assert "interrupted by SIGINT: all 5 programs have ended" in output
     assert started.still_running() == []
@@ -118,7 +121,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_running(started: Demo, tmp
 def test_sigterm_while_the_programs_start_leaves_nothing_running(started: Demo) -> None:
     started.wait_for_children()
     os.kill(started.process.pid, signal.SIGTERM)
-    started.process.communicate(timeout=30)
+    started.process.communicate(timeout=BOUND_S)
     assert started.process.returncode == 128 + signal.SIGTERM
     assert started.still_running() == []
 
@@ -128,7 +131,7 @@ def test_sigterm_while_the_programs_start_leaves_nothing_running(started: Demo) 
 def test_a_demo_that_is_killed_outright_takes_its_programs_along(started: Demo) -> None:
     started.wait_for_children()
     started.process.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + BOUND_S
     while started.still_running() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert started.still_running() == []
@@ -141,7 +144,7 @@ def test_a_trainer_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=BOUND_S,
     )
     assert finished.returncode == RunFailedError.exit_code
     assert "error: the trainer of rank 1 ended with exit code 2" in finished.stderr

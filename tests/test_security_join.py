@@ -17,6 +17,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.server.roster import Roster
 from fedsplit.wire.join import Transcript, is_nonce, new_nonce, read_token
 from fedsplit.wire.protocol import pack, unpack
+from tests.bounds import BOUND_S
 from tests.programs import programs
 
 TOKEN = "correct-horse-battery-staple"
@@ -140,7 +141,7 @@ def greet(roster: Roster, proxy: Any) -> None:
     roster.register(proxy)
     for thread in threading.enumerate():
         if thread.name.startswith("greet-"):
-            thread.join(5.0)
+            thread.join(BOUND_S)
 
 
 def test_who_knows_the_token_is_let_in_and_the_server_proves_it_too(tmp_path: Path) -> None:

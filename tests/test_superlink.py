@@ -22,6 +22,7 @@ from fedsplit.run.history import read_history
 from fedsplit.server.settings import ServerSettings
 from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
+from tests.bounds import BOUND_S
 from tests.deployed import deployed, make_node_key
 from tests.programs import programs
 from tests.reference import federated_averaging
@@ -48,10 +49,10 @@ def test_flwr_run_with_tls_and_node_keys_comes_to_the_bits_of_the_embedded_engin
         deployment.start_supernode("node-keyless", 3, None)
         deployment.run(rounds=3, checkpoint_dir=str(checkpoints))
         for rank in (1, 2):
-            assert deployment.processes[f"model-{rank}"].wait(240) == 0, deployment.tails()
-        assert deployment.processes["node-keyless"].wait(10) != 0
+            assert deployment.processes[f"model-{rank}"].wait(BOUND_S) == 0, deployment.tails()
+        assert deployment.processes["node-keyless"].wait(BOUND_S) != 0
         assert "SuperNode ID" not in deployment.log("node-keyless")
-        assert deployment.wait_for_run(60) == "finished:completed"
+        assert deployment.wait_for_run(BOUND_S) == "finished:completed"
     lines = read_history(checkpoints / "server" / "history.jsonl")
     assert [(line["round"], line["accepted"], line["refused"]) for line in lines] == [(n, 2, {}) for n in (1, 2, 3)]
     # One message a round: the next training came along with the evaluation.
@@ -76,20 +77,20 @@ def test_the_same_five_terminals_work_on_a_superlink_and_nobody_else_gets_in(tmp
         for rank in (1, 2):
             federation.start(f"model-{rank}")
         federation.start("server")
-        federation.wait_for("server", "waiting for clients", 90)
+        federation.wait_for("server", "waiting for clients")
         control_api_is_closed(federation.port, tmp_path / "c" / "ca.pem")
         inner_port_is_closed(psutil.Process(federation.processes["server"].pid), federation.port)
         federation.start("client-3", "--supernode-private-key", str(keys[3]))
         federation.start("client-4")
-        assert federation.wait(60, ["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
+        assert federation.wait(names=["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
         assert "does not let this SuperNode in" in federation.log("client-3")
         federation.start("client-2", "--supernode-private-key", str(keys[2]))
         # Killed, the server leaves no SuperLink behind, and goes on where it was.
-        federation.wait_for("server", "round 1/2", 120)
+        federation.wait_for("server", "round 1/2")
         federation.kill("server")
         federation.start("server", "--resume")
         names = ["server", "client-1", "client-2", "model-1", "model-2"]
-        assert federation.wait(150, names) == dict.fromkeys(names, 0), federation.tails()
+        assert federation.wait(names=names) == dict.fromkeys(names, 0), federation.tails()
         assert [line["accepted"] for line in federation.history()] == [2, 2]
         found = map_file(federation.final_state())
         assert "round 2/2" in federation.log("server")
@@ -117,10 +118,10 @@ def test_without_the_deprecated_functions_the_scripts_take_the_superlink_and_ctr
         (tmp_path / "tests").symlink_to(Path(__file__).parent)
         federation.start_all()
         for rank in (1, 2):
-            federation.wait_for(f"client-{rank}", "train, round 1", 120)
+            federation.wait_for(f"client-{rank}", "train, round 1")
         assert "has no start_server and start_client any more: using --engine superlink" in federation.log("server")
         federation.kill("server", signal.SIGINT)
-        codes = federation.wait(90)
+        codes = federation.wait()
         assert codes == dict.fromkeys(federation.names, 14), federation.tails()
         assert "stopped by SIGINT" in federation.log("server")
         assert "stopped by SIGINT" in federation.log("model-1")
@@ -136,7 +137,7 @@ def control_api_is_closed(port: int, ca: Path) -> None:
         ("/v1/fleet/../control/list-runs", 404), ("/v1/fleet/%2e%2e/control/list-runs", 404), ("/v1/fleet/x?y=1", 404),
         ("//v1/control/list-runs", 404), ("/v1/fleet/pull-messages", 401),
     ):  # fmt: skip
-        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
+        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=BOUND_S)
         connection.request("POST", path, body=b"", headers={"content-type": "application/protobuf"})
         found = connection.getresponse().status
         # Unsigned, a message of a SuperNode is turned away by the SuperLink itself, one way or another.
@@ -192,7 +193,7 @@ def test_a_public_key_that_cannot_be_read_is_named(tmp_path: Path, content: byte
 
 def nothing_is_left(directory: Path) -> None:
     """No process of Flower's that these programs started is left: all of them stand in the directory."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + BOUND_S
     while left := [
         process for process in psutil.process_iter(["pid", "name", "cmdline"]) if is_ours(process, directory)
     ]:

@@ -6,6 +6,7 @@ import random
 import threading
 
 from fedsplit.server.turns import Turns
+from tests.bounds import BOUND_S
 
 
 def test_ranks_pass_in_order_whatever_the_order_they_come_in() -> None:
@@ -26,7 +27,7 @@ def test_ranks_pass_in_order_whatever_the_order_they_come_in() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(BOUND_S)
     assert passed == ranks
 
 
@@ -41,4 +42,4 @@ def test_a_rank_that_failed_before_its_turn_holds_nobody_up() -> None:
     turns.done(2)
     assert not passed.wait(0.05)
     turns.done(1)
-    assert passed.wait(10)
+    assert passed.wait(BOUND_S)
