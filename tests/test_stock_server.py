@@ -31,7 +31,8 @@ from flwr.server.strategy import FedAvg
 
 import fedsplit
 from fedsplit.errors import UsageError
-from tests.programs import free_port
+from tests.bounds import BOUND_S
+from tests.ports import free_port
 
 KEYS = ["body.weight", "body.count", "head.bias"]
 OK = Status(Code.OK, "")
@@ -174,7 +175,7 @@ def test_safetensors_payloads_are_merged_as_payloads() -> None:
     assert decode(parameters.tensors[0])["w"].tolist() == [2.0, 2.0]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_flowers_server_and_clients_run_it_over_a_real_connection() -> None:
     address, found = f"127.0.0.1:{free_port()}", []
 
@@ -200,7 +201,7 @@ def test_flowers_server_and_clients_run_it_over_a_real_connection() -> None:
         thread.start()
     serve()
     for thread in threads:
-        thread.join(60)
+        thread.join(BOUND_S)
     (history,) = found
     # The median of two is their mean: each round adds 2 to a mean of 2.5.
     assert history.losses_distributed == [(1, 4.5), (2, 6.5)]

@@ -1,7 +1,8 @@
 """One rank's task from the server's point of view: asked until it is answered, over as many connections as it takes.
 
-A client that goes away in the middle is waited for and asked again. Its exchange directory still has the task, or
-already its result, so nothing is trained twice.
+This is long polling: a client holds a question for some seconds. If the task is not done by then it says so, and it is
+asked again. A client that goes away in the middle is waited for. Its exchange directory still has the task, or already
+its result, so nothing is trained twice.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Conversation:
     request
         What is asked.
     state
-        The state it starts from; None for ``initialize``.
+        The state that it starts from; None for ``initialize``.
     then
         A task to begin next, from the same state.
 
@@ -171,7 +172,7 @@ class Conversation:
                 return answer.blob
             if (content := self._receive(digest, answer.payload_bytes)) is not None:
                 return content
-            # It lost the file in between: its exchange directory tells what became of the task.
+            # The client has lost the file: asked again, it looks at what became of the task.
             answer = self.until_done()
             if answer.failure or not answer.digest:
                 raise RecordError(answer.failure or "no payload")
@@ -238,7 +239,7 @@ class Conversation:
         try:
             incoming = self._context.store.receive(digest, size)
         except ExchangeError as exc:
-            # What a client says of its size is no reason to end everybody's run.
+            # A size that a client made up must not end the run for everybody.
             raise RecordError(str(exc)) from exc
         try:
             while not incoming.is_whole:

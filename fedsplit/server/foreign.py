@@ -32,14 +32,13 @@ import flwr.server.strategy as flower_strategies
 from flwr.common import (
     Code,
     EvaluateIns,
-    EvaluateRes,
     FitIns,
     FitRes,
     Parameters,
     Status,
     ndarrays_to_parameters,
     parameters_to_ndarrays,
-)  # fmt: skip
+)
 from flwr.common.typing import Scalar as FlowerScalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -55,7 +54,15 @@ from fedsplit.exchange.records import Scalar
 from fedsplit.run.parts import PartRow
 from fedsplit.server.peer import RankProxy
 from fedsplit.server.settings import ServerSettings
-from fedsplit.server.strategy import EvaluateFailures, FitFailures, Merge, StreamingStrategy, dump
+from fedsplit.server.streaming import (
+    EvaluateFailures,
+    EvaluateResults,
+    FitFailures,
+    FitResults,
+    Merge,
+    StreamingStrategy,
+    dump,
+)  # fmt: skip
 from fedsplit.states.state_dict import StateDict, encode
 from fedsplit.states.state_dict import decode as decode_state
 from fedsplit.wire.protocol import TENSOR_TYPE
@@ -177,7 +184,7 @@ class ForeignStrategy(StreamingStrategy):
         return [(client, FitIns(*ins)) for client, ins in self._instructions(chosen, "configure_fit")]
 
     def aggregate_fit(
-        self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: FitFailures
+        self, server_round: int, results: FitResults, failures: FitFailures
     ) -> tuple[Parameters | None, dict[str, FlowerScalar]]:
         """Let the strategy merge results of numpy arrays."""
         with self._naming("aggregate_fit"):
@@ -205,7 +212,7 @@ class ForeignStrategy(StreamingStrategy):
         return [(client, EvaluateIns(*ins)) for client, ins in self._instructions(chosen, "configure_evaluate")]
 
     def aggregate_evaluate(
-        self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: EvaluateFailures
+        self, server_round: int, results: EvaluateResults, failures: EvaluateFailures
     ) -> tuple[float | None, dict[str, FlowerScalar]]:
         """Let the strategy put evaluations together."""
         with self._naming("aggregate_evaluate"):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedsplit")
 
-# A client that trains answers every second; one that was silent for longer is asked before it is believed to live.
+# A client answers every second while its trainer works. One that was silent for longer is pinged: is it still there?
 _HEARD_S = 3.0
 _REMIND_S = 30.0
 # One that was refused may ask again after this long, on an engine where a node outlives its questions.

@@ -45,7 +45,7 @@ from fedsplit.server.observer import Observer
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
 from fedsplit.server.state import GlobalState
-from fedsplit.server.strategy import Merge, StreamingStrategy, read_update, refusal
+from fedsplit.server.streaming import Merge, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import decode, encode
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedsplit")
 
-# With many ranks each question is held longer: every one that ends is asked anew, and the sum must stay a small load.
-# A run that is stopped waits at most that long for the ranks.
+# Long polling: with many ranks the clients hold each question longer, or the server would do nothing but ask. A run
+# that is stopped waits at most that long for the ranks.
 _RANK_HOLD_S, _MANY_HOLD_S = 0.05, 5.0
 _FAREWELL_S = 10.0
 

@@ -30,7 +30,7 @@ from fedsplit.wire.protocol import EMBEDDED, Engine
 
 if TYPE_CHECKING:
     from fedsplit.disk.remote_store import RemoteStore
-    from fedsplit.server.strategy import StreamingStrategy
+    from fedsplit.server.streaming import StreamingStrategy
 
 log = logging.getLogger("fedsplit")
 

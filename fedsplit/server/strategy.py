@@ -1,4 +1,4 @@
-"""Flower's strategy, merging each update as it arrives, and ours: a rule of its own for every part of the model.
+"""Our strategy: every part of the model is merged by a rule of its own.
 
 `Strategy` is Flower's interface over `fedsplit.aggregation`. It runs in this project's server, and as well in Flower's
 own: ``start_server(strategy=fedsplit.Strategy(...))`` with any `NumPyClient`, or ``ServerApp(server_fn=...)``. There an
@@ -9,121 +9,45 @@ Importing this module imports torch. The server does so once it listens, while t
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import random
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Self
 
 import torch
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
 # isort: split
-from flwr.common import (
-    Code,
-    EvaluateIns,
-    EvaluateRes,
-    FitIns,
-    FitRes,
-    Parameters,
-    Status,
-    ndarrays_to_parameters,
-    parameters_to_ndarrays,
-)  # fmt: skip
+from flwr.common import EvaluateIns, FitIns, FitRes, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.common.typing import Scalar as FlowerScalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.strategy import Strategy as FlowerStrategy
 
-from fedsplit.aggregation import Split, Update, check_update
+from fedsplit.aggregation import Split, Update
 from fedsplit.aggregation.loading import check_rules
-from fedsplit.errors import RecordError, UsageError
+from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 from fedsplit.run.history import weighted_mean
 from fedsplit.run.parts import PartRow
 from fedsplit.server.settings import ServerSettings
+from fedsplit.server.streaming import (
+    EvaluateFailures,
+    EvaluateResults,
+    FitFailures,
+    FitResults,
+    Merge,
+    StreamingStrategy,
+    checked,
+    dump,
+    read_update,
+)  # fmt: skip
 from fedsplit.states.state_dict import StateDict, decode, encode
 from fedsplit.wire.protocol import TENSOR_TYPE
 
 log = logging.getLogger("fedsplit")
-
-FitFailures = list[tuple[ClientProxy, FitRes] | BaseException]
-EvaluateFailures = list[tuple[ClientProxy, EvaluateRes] | BaseException]
-
-
-class Merge(Protocol):
-    """A round's updates on their way into the next state."""
-
-    retains: bool
-    """Whether updates are kept until the end. If not, the server may drop each payload after `add`."""
-
-    def add(self, update: Update) -> None:
-        """Take an update that was checked; one at a time, in rank order."""
-
-
-class StreamingStrategy(FlowerStrategy):
-    """A Flower strategy that takes updates one by one. What the server runs.
-
-    A round is `configure_fit`, `start_fit`, the merge's ``add`` for each update, `end_fit`, `evaluate`,
-    `configure_evaluate` and `aggregate_evaluate`. What takes the updates one by one ends in the same state as
-    `aggregate_fit` over all of them.
-
-    Attributes
-    ----------
-    memory_file : str
-        What the file with the strategy's memory is called in a checkpoint.
-    asks_everyone : bool
-        Whether every connected client trains in every round, with the configuration of the evaluation before it.
-    remembers_evaluations : bool
-        Whether evaluations may change the memory, so that a checkpoint has to wait for them.
-    """
-
-    memory_file: ClassVar[str]
-    asks_everyone: bool = False
-    remembers_evaluations: bool = False
-
-    @abstractmethod
-    def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
-        """Get to know the entries of the state, before the first round or the first after a resume.
-
-        Parameters
-        ----------
-        state
-            What the server holds.
-        local_entries
-            The entries that stay with the clients, without data.
-
-        Returns
-        -------
-        list of PartRow
-            Which part of the model is merged by what.
-        """
-
-    @abstractmethod
-    def start_fit(self, server_round: int) -> Merge:
-        """Begin to merge the updates of the round that `configure_fit` configured."""
-
-    @abstractmethod
-    def end_fit(
-        self, server_round: int, merge: Any, failures: FitFailures
-    ) -> tuple[StateDict | None, dict[str, FlowerScalar]]:
-        """Return the next state, or None if it stays as it was, and metrics for the round's line."""
-
-    @abstractmethod
-    def dump_memory(self) -> bytes | None:
-        """Return what the strategy remembers, for the checkpoint; None if there is nothing."""
-
-    @abstractmethod
-    def load_memory(self, path: Path) -> None:
-        """Take up what was remembered."""
-
-    def line_entries(self) -> dict[str, Any]:
-        """Return what else belongs into the round's line."""
-        return {}
 
 
 class Strategy(StreamingStrategy):
@@ -257,7 +181,7 @@ class Strategy(StreamingStrategy):
         return merge.finish(), {}
 
     def aggregate_fit(
-        self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: FitFailures
+        self, server_round: int, results: FitResults, failures: FitFailures
     ) -> tuple[Parameters | None, dict[str, FlowerScalar]]:
         """Merge a list of results, in the order of their clients' ids; what must not be merged is refused."""
         merge = self.start_fit(server_round)
@@ -293,7 +217,7 @@ class Strategy(StreamingStrategy):
         return [(clients[cid], EvaluateIns(parameters, config)) for cid in sorted(clients, key=_order)]
 
     def aggregate_evaluate(
-        self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: EvaluateFailures
+        self, server_round: int, results: EvaluateResults, failures: EvaluateFailures
     ) -> tuple[float | None, dict[str, FlowerScalar]]:
         """Average losses and metrics by the number of examples."""
         means = weighted_mean((result.num_examples, {**result.metrics, "loss": result.loss}) for _, result in results)
@@ -349,45 +273,7 @@ class Strategy(StreamingStrategy):
             state = self._named(result.parameters)
         except (UsageError, TypeError, ValueError) as exc:
             return str(exc)
-        return _checked(rank, state, result.num_examples, result.metrics, self._reference)
-
-
-def read_update(
-    rank: int, content: Any, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
-) -> Update | str:
-    """Read an update and look at every number in it; returns why it is refused if it is.
-
-    Parameters
-    ----------
-    content
-        The payload as a buffer; it must not change or go while the update is used.
-    reference
-        The global state that the round started from.
-    """
-    try:
-        state = decode(content, f"the update of rank {rank}")
-    except RecordError as exc:
-        return str(exc)
-    return _checked(rank, state, num_examples, metrics, reference)
-
-
-def refusal(reason: str) -> FitRes:
-    """Return what a strategy finds among the failures for an update that does not count."""
-    return FitRes(Status(Code.FIT_NOT_IMPLEMENTED, reason), Parameters([], TENSOR_TYPE), 0, {})
-
-
-def dump(memory: object) -> bytes:
-    """Return a memory as the bytes of its file in a checkpoint."""
-    buffer = io.BytesIO()
-    torch.save(memory, buffer)
-    return buffer.getvalue()
-
-
-def _checked(
-    rank: int, state: StateDict, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
-) -> Update | str:
-    update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics)
-    return check_update(update, reference) or update
+        return checked(rank, state, result.num_examples, result.metrics, self._reference)
 
 
 def _to_parameters(state: StateDict, tensor_type: str) -> Parameters:
