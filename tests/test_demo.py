@@ -147,9 +147,10 @@ def test_a_trainer_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
         timeout=BOUND_S,
     )
     assert finished.returncode == RunFailedError.exit_code
-    assert "error: the trainer of rank 1 ended with exit code 2" in finished.stderr
+    # Both fail; on a busy machine one of them much sooner.
+    assert re.search("error: the trainer of rank [12] ended with exit code 2", finished.stderr)
     assert "--workload-option epochs: expected a whole number of at least 1, found 'abc'" in finished.stderr
-    assert "checkpoints/logs/trainer-1.log" in finished.stderr
+    assert re.search("checkpoints/logs/trainer-[12].log", finished.stderr)
 
 
 def test_a_rank_in_use_is_refused_before_its_logs_are_touched(tmp_path: Path) -> None:

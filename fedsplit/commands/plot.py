@@ -9,10 +9,11 @@ transfer, merging, evaluation and waiting. It may be drawn while the run is on; 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fedsplit import cli
 from fedsplit.errors import CheckpointError
-from fedsplit.run.history import read_history
+from fedsplit.run.history import Line, read_history
 from fedsplit.run.paths import Places
 from fedsplit.watch.plot import write_plot
 
@@ -28,9 +29,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the picture."""
     cli.check_output(arguments.output, endings=_ENDINGS)
     path = Places(arguments.checkpoint_dir).history
-    lines = read_history(path)
-    if not lines:
-        raise CheckpointError(f"no rounds in {path} yet; is it the server's --checkpoint-dir?")
+    lines = read_rounds(path)
     write_plot(lines, arguments.output)
     print(f"{arguments.output}: {cli.count(len(lines), 'round')} of {path}")
     return 0
+
+
+def read_rounds(history: Path) -> list[Line]:
+    """Read a history; raises CheckpointError if it has no round."""
+    lines = read_history(history)
+    if not lines:
+        raise CheckpointError(f"no rounds in {history} yet; is it the server's --checkpoint-dir?")
+    return lines
