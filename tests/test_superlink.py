@@ -76,20 +76,20 @@ def test_the_same_five_terminals_work_on_a_superlink_and_nobody_else_gets_in(tmp
         for rank in (1, 2):
             federation.start(f"model-{rank}")
         federation.start("server")
-        federation.wait_for("server", "waiting for clients", 90)
+        federation.wait_for("server", "waiting for clients")
         control_api_is_closed(federation.port, tmp_path / "c" / "ca.pem")
         inner_port_is_closed(psutil.Process(federation.processes["server"].pid), federation.port)
         federation.start("client-3", "--supernode-private-key", str(keys[3]))
         federation.start("client-4")
-        assert federation.wait(60, ["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
+        assert federation.wait(names=["client-3", "client-4"]) == {"client-3": 8, "client-4": 8}, federation.tails()
         assert "does not let this SuperNode in" in federation.log("client-3")
         federation.start("client-2", "--supernode-private-key", str(keys[2]))
         # Killed, the server leaves no SuperLink behind, and goes on where it was.
-        federation.wait_for("server", "round 1/2", 120)
+        federation.wait_for("server", "round 1/2")
         federation.kill("server")
         federation.start("server", "--resume")
         names = ["server", "client-1", "client-2", "model-1", "model-2"]
-        assert federation.wait(150, names) == dict.fromkeys(names, 0), federation.tails()
+        assert federation.wait(names=names) == dict.fromkeys(names, 0), federation.tails()
         assert [line["accepted"] for line in federation.history()] == [2, 2]
         found = map_file(federation.final_state())
         assert "round 2/2" in federation.log("server")
@@ -117,10 +117,10 @@ def test_without_the_deprecated_functions_the_scripts_take_the_superlink_and_ctr
         (tmp_path / "tests").symlink_to(Path(__file__).parent)
         federation.start_all()
         for rank in (1, 2):
-            federation.wait_for(f"client-{rank}", "train, round 1", 120)
+            federation.wait_for(f"client-{rank}", "train, round 1")
         assert "has no start_server and start_client any more: using --engine superlink" in federation.log("server")
         federation.kill("server", signal.SIGINT)
-        codes = federation.wait(90)
+        codes = federation.wait()
         assert codes == dict.fromkeys(federation.names, 14), federation.tails()
         assert "stopped by SIGINT" in federation.log("server")
         assert "stopped by SIGINT" in federation.log("model-1")
