@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -229,3 +230,35 @@ def test_pictures_are_drawn_for_both_themes_and_say_what_they_show() -> None:
         # A terminal is dark on any page.
         assert "prefers-color-scheme: dark" in text or "#14171c" in text, picture.name
         assert not re.search(r"(?:href|src)=\"https?:|url\(\"?https?:", text), picture.name
+
+
+# -- links into the code -----------------------------------------------------------------------------------------------
+
+
+def line_of(path: Path, name: str) -> int:
+    """Return the line at which a function or class of a module begins."""
+    found: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+    for part in name.split("."):
+        found = next(node for node in getattr(found, "body", []) if getattr(node, "name", None) == part)
+    return int(getattr(found, "lineno", 0))
+
+
+def test_a_link_into_the_code_leads_to_the_line_where_its_name_begins() -> None:
+    links = re.findall(
+        r"\[`([\w.]+)`\]\(\.\./(fedsplit/[\w/]+\.py)#L(\d+)\)", (ROOT / "docs/architecture.md").read_text()
+    )
+    assert len(links) > 10
+    wrong = [
+        f"{name} of {path} begins at line {line_of(ROOT / path, name)}, not {line}"
+        for name, path, line in links
+        if line_of(ROOT / path, name) != int(line)
+    ]
+    assert wrong == []
+
+
+def test_the_picture_of_the_rooms_is_that_of_todays_imports() -> None:
+    specification = importlib.util.spec_from_file_location("rooms", ROOT / "docs/images/rooms.py")
+    assert specification and specification.loader
+    rooms = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(rooms)
+    assert rooms.OUTPUT.read_text(encoding="utf-8") == rooms.draw(rooms.rooms()), "run python docs/images/rooms.py"
