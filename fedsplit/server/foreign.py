@@ -317,7 +317,7 @@ class ForeignStrategy(StreamingStrategy):
 
     def _config(self, client: ClientProxy, config: Mapping[str, Any], method: str) -> dict[str, FlowerScalar]:
         for key, value in config.items():
-            if not isinstance(value, Scalar):
+            if not isinstance(value, bool | int | float | str):
                 raise AggregationError(
                     f"the strategy {self._name}: {method} gave rank {client.cid} the configuration {key!r} of type "
                     f"{type(value).__name__}, expected bool, int, float or str"
