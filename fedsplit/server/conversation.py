@@ -185,11 +185,12 @@ class Conversation:
                 raise StoppedError
             cancel = self._is_late()
             hold_s = 0.0 if cancel else self._hold_s()
-            send = self._state is not None and (force_send or not (peer.sees_store or peer.held == self._state.digest))
+            state = self._state
+            send = state if state and (force_send or not (peer.sees_store or peer.held == state.digest)) else None
             if send and cancel:
                 # Without the state no trainer has begun.
                 return self._too_late()
-            reply, blob = peer.ask(self._record(hold_s, cancel), self._bring(peer) if send else None)
+            reply, blob = peer.ask(self._record(hold_s, cancel), self._bring(peer, send) if send else None)
             status = reply.get("status")
             if status == "need":
                 peer.held, force_send = None, True
@@ -207,12 +208,11 @@ class Conversation:
                 return self._failed(reply.get("error") or {})
             self._note(reply.get("waiting_for"), time.monotonic() - asked)
 
-    def _bring(self, peer: Peer) -> bytes | None:
+    def _bring(self, peer: Peer, state: StoredPayload) -> bytes | None:
         """Bring the state to a client: returns a small one, to go along with the question, and sends a large one."""
-        assert self._state is not None
-        size, step = self._state.bytes, self._context.engine.piece_bytes
+        size, step = state.bytes, self._context.engine.piece_bytes
         if size <= step:
-            return self._state.read()
+            return state.read()
         have = 0
         while have < size:
             if self._context.stop.is_set():
@@ -220,7 +220,7 @@ class Conversation:
             if self._is_late():
                 return None
             with self._context.sending:
-                reply = peer.push(self._state.digest, size, have, self._state.read_part(have, step))
+                reply = peer.push(state.digest, size, have, state.read_part(have, step))
             if error := reply.get("error"):
                 raise RecordError(f"the state could not be sent: {error.get('message')}")
             before, have = have, int(reply.get("have", 0))
