@@ -304,16 +304,18 @@ def test_a_built_in_rule_that_cannot_work_names_the_part_and_the_number_that_wou
     assert "the rule krum(byzantine=1) of part 'head.*': byzantine=1 takes at least 5 updates" in str(caught.value)
 
 
-def test_an_infinite_mask_survives_when_it_is_frozen_and_is_named_when_it_is_averaged():
+def test_an_infinite_mask_survives_frozen_and_averaged_and_is_named_when_a_rule_cannot_keep_it(user_rules):
     previous = {"mask": torch.tensor([0.0, -math.inf]), "w": torch.zeros(1)}
     sent = [
         Update(rank=r, state_dict={"mask": previous["mask"].clone(), "w": torch.ones(1)}, num_examples=1)
         for r in (1, 2)
     ]
-    kept = merged(split_of("mask=frozen", "fedavg", reference=previous), *sent, previous=previous)
-    assert torch.equal(kept["mask"], previous["mask"])
+    for rules in (["mask=frozen", "fedavg"], ["fedavg"]):
+        kept = merged(split_of(*rules, reference=previous), *sent, previous=previous)
+        assert torch.equal(kept["mask"], previous["mask"])
+    name = user_rules("def rule(updates, context):\n    return {k: v - v for k, v in context.previous.items()}")
     with pytest.raises(AggregationError, match="keep it with mask=frozen"):
-        merged(split_of("fedavg", reference=previous), *sent, previous=previous)
+        merged(split_of(name, reference=previous), *sent, previous=previous)
 
 
 def test_memory_may_hold_what_a_checkpoint_can():

@@ -219,7 +219,7 @@ def test_a_run_config_says_what_the_flags_say(tmp_path: Path) -> None:
     config = options.to_run_config()
     assert all(isinstance(value, bool | int | float | str) for value in config.values())
     assert ServerSettings.from_run_config(config) == options
-    assert ServerSettings.from_run_config(ServerSettings().to_run_config()) == ServerSettings()
+    assert ServerSettings.from_run_config(ServerSettings().to_run_config()).rules == ServerSettings().rules
 
 
 @pytest.mark.parametrize(("key", "value"), [
