@@ -27,7 +27,7 @@ def merged(split, previous, states, memory, server_round=1):
 
 
 def test_the_rule_on_the_page_does_what_it_says(tmp_path, monkeypatch):
-    (source,) = code_blocks("python")
+    source = code_blocks("python")[0]
     (tmp_path / "my_rules.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     previous = {"body.w": torch.tensor([0.0]), "n": torch.tensor(1)}

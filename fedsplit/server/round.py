@@ -63,7 +63,7 @@ _FAREWELL_S = 10.0
 
 
 @dataclass(kw_only=True)
-class Task:
+class Assignment:
     """What one rank is asked for in a round, and what came of it."""
 
     client: ClientProxy
@@ -74,7 +74,7 @@ class Task:
     stages: Stages = field(default_factory=Stages)
 
 
-Tasks = dict[int, Task]
+Assignments = dict[int, Assignment]
 
 
 class Rounds:
@@ -306,7 +306,7 @@ class Rounds:
         finally:
             stages.end("checking")
 
-    def _training_line(self, tasks: Tasks, accepted: int, metrics: Mapping[str, Any]) -> Line:
+    def _training_line(self, tasks: Assignments, accepted: int, metrics: Mapping[str, Any]) -> Line:
         good = _good(tasks)
         return {
             "train": weighted_mean((reply.num_examples, reply.all_metrics) for reply in good.values()) | {**metrics},
@@ -384,7 +384,9 @@ class Rounds:
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
-    def _tasks(self, kind: str, server_round: int, chosen: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]]) -> Tasks:
+    def _tasks(
+        self, kind: str, server_round: int, chosen: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]]
+    ) -> Assignments:
         """Turn a strategy's instructions into what each rank is asked for, in rank order."""
         if any(ins.parameters is not self._state.parameters for _, ins in chosen):
             # The checkpoint being written drops the state before the last: it may be what a rank is given.
@@ -393,10 +395,12 @@ class Rounds:
         for client, ins in sorted(chosen, key=lambda each: int(each[0].cid)):
             config: dict[str, Any] = {**ins.config}
             request = replace(self._request(kind, server_round), config=config)
-            tasks[int(client.cid)] = Task(client=client, request=request, state=self._state.payload_of(ins.parameters))
+            tasks[int(client.cid)] = Assignment(
+                client=client, request=request, state=self._state.payload_of(ins.parameters)
+            )
         return tasks
 
-    def _ask_all(self, job: Any, tasks: Tasks) -> None:
+    def _ask_all(self, job: Any, tasks: Assignments) -> None:
         for task in tasks.values():
             self._observer.asked(task.request.kind, task.request.server_round, self._settings.rounds, list(tasks))
             break
@@ -417,7 +421,7 @@ class Rounds:
             engine=replace(self._engine, hold_s=max(self._engine.hold_s, hold_s)),
         )  # fmt: skip
 
-    def _refuse(self, rank: int, task: Task, reason: str) -> None:
+    def _refuse(self, rank: int, task: Assignment, reason: str) -> None:
         task.refused, kind = reason, task.request.kind
         log.warning(
             "rank %d: %s not counted: %s", rank, kind, reason,
@@ -427,7 +431,7 @@ class Rounds:
         if task.reply and task.reply.traceback:
             log.warning("rank %d: the trainer's traceback:\n%s", rank, task.reply.traceback.rstrip())
 
-    def _drop_payloads(self, tasks: Tasks) -> None:
+    def _drop_payloads(self, tasks: Assignments) -> None:
         """Remove the results of a round, and the states that were sent to single ranks."""
         results = [task.reply.digest for task in tasks.values() if task.reply]
         self._state.drop([*results, *(task.state.digest for task in tasks.values())])
@@ -444,7 +448,7 @@ class Rounds:
         self._writer.submit(lambda: self._run.save(server_round, state.digest, files, metrics, dict(line), best))
 
 
-def _good(tasks: Tasks) -> dict[int, Reply]:
+def _good(tasks: Assignments) -> dict[int, Reply]:
     """Return the replies that count, in rank order."""
     return {rank: task.reply for rank, task in tasks.items() if task.reply and not task.refused}
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
 # isort: split
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
@@ -172,7 +173,7 @@ def let_in(app: FastAPI, path: Path) -> None:
         key = load_ssh_public_key(path.read_bytes())
     except OSError as exc:
         raise UsageError(f"--supernode-public-key {path}: {exc.strerror}") from exc
-    except ValueError as exc:
+    except (ValueError, UnsupportedAlgorithm) as exc:
         raise UsageError(f"--supernode-public-key {path} holds no public key in OpenSSH's format") from exc
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise UsageError(f"--supernode-public-key {path}: expected an ECDSA key, from ssh-keygen -t ecdsa -b 384")
