@@ -23,7 +23,7 @@ import pytest
 import torch
 import torchvision.datasets
 
-from fedsplit.errors import UsageError, WorkloadError
+from fedsplit.errors import MissingPackageError, UsageError, WorkloadError
 from fedsplit.workloads import WorkloadContext, create_workload
 from fedsplit.workloads.image import ImageWorkload
 from fedsplit.workloads.models import cifar_resnet18
@@ -334,5 +334,7 @@ def test_a_trainer_waits_while_another_one_is_still_unpacking(tmp_path: Path) ->
 
 def test_without_torchvision_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(WorkloadError, match=r"torchvision is not installed: pip install 'fedsplit\[vision\]'"):
+    with pytest.raises(
+        MissingPackageError, match=r"workload mnist needs torchvision.*pip install 'fedsplit\[vision\]'"
+    ):
         load_data(MNIST, tmp_path)

@@ -1,40 +1,24 @@
 """Workloads by name: the built-in ones, and anybody's ``package.module:Factory``.
 
-Importing this package loads neither torch nor a data set library; only the module of the chosen workload
-does. Whether a module in the current directory can be imported is up to the script: this package leaves
-`sys.path` alone.
+Importing this package loads neither torch nor a data set library. `sys.path` is left alone: whether a module in the
+current directory can be imported is up to the script.
 """
 
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from fedsplit.errors import WorkloadError
-from fedsplit.workloads.base import (
-    EvaluateResult,
-    StatefulWorkload,
-    Task,
-    TrainResult,
-    Workload,
-    WorkloadContext,
-)
+from fedsplit.workloads.base import EvaluateResult, StatefulWorkload, TrainResult, Workload, WorkloadContext
 from fedsplit.workloads.options import OptionReader
 
 __all__ = [
-    "BUILT_IN",
-    "EvaluateResult",
-    "Factory",
-    "OptionReader",
-    "StatefulWorkload",
-    "Task",
-    "TrainResult",
-    "Workload",
-    "WorkloadContext",
-    "create_workload",
-    "load_workload",
-]
+    "BUILT_IN", "EvaluateResult", "Factory", "OptionReader", "StatefulWorkload", "TrainResult", "Workload",
+    "WorkloadContext", "create_workload", "load_workload",
+]  # fmt: skip
 
 Factory = Callable[[WorkloadContext], Workload]
 
@@ -75,11 +59,10 @@ def create_workload(name: str, context: WorkloadContext) -> Workload:
     Raises
     ------
     WorkloadError
-        If there is no such workload, or what its factory returned is none: everything that lacks is named.
+        If there is no such workload, or what its factory returned is none: all that it lacks is named.
     """
     workload = load_workload(name)(context)
-    lacking = _lacking(workload)
-    if lacking:
+    if lacking := _lacking(workload):
         raise WorkloadError(
             f"workload {name!r}: its factory returned a {type(workload).__name__} that lacks "
             f"{', '.join(lacking)}; a workload has model, train(task) and evaluate(task)"
@@ -101,13 +84,12 @@ def _import(module_name: str, name: str) -> Any:
 
 
 def _factory(module: Any, attribute: str, name: str) -> Factory:
-    found = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise WorkloadError(
-                f"workload {name!r}: {module.__name__} ({getattr(module, '__file__', None)}) has no {attribute!r}"
-            )
-        found = getattr(found, part)
+    try:
+        found = operator.attrgetter(attribute)(module)
+    except AttributeError as exc:
+        raise WorkloadError(
+            f"workload {name!r}: {module.__name__} ({getattr(module, '__file__', None)}) has no {attribute!r}"
+        ) from exc
     if not callable(found):
         raise WorkloadError(f"workload {name!r}: expected a function or class to call, found a {type(found).__name__}")
     factory: Factory = found
@@ -118,13 +100,13 @@ def _lacking(workload: object) -> list[str]:
     # Late: what has made a workload has loaded torch already, what only imports this package has not.
     import torch
 
-    lacking = []
+    def has(method: str) -> bool:
+        return callable(getattr(workload, method, None))
+
     model = getattr(workload, "model", None)
-    if not isinstance(model, torch.nn.Module):
-        lacking.append(f"model (a torch.nn.Module; found {type(model).__name__})")
-    lacking += [f"{method}(task)" for method in ("train", "evaluate") if not callable(getattr(workload, method, None))]
+    lacking = [] if isinstance(model, torch.nn.Module) else [f"model (a torch.nn.Module; found {type(model).__name__})"]
+    lacking += [f"{method}(task)" for method in ("train", "evaluate") if not has(method)]
     # One without the other would lose the state, or never find any, without a word.
-    halves = [method for method in ("local_state", "load_local_state") if callable(getattr(workload, method, None))]
-    if len(halves) == 1:
-        lacking.append("local_state()" if halves == ["load_local_state"] else "load_local_state(state)")
+    if has("local_state") != has("load_local_state"):
+        lacking.append("load_local_state(state)" if has("local_state") else "local_state()")
     return lacking

@@ -1,11 +1,11 @@
-"""What a workload is: the context it is made with, what it returns, and what it may ask of a task.
+"""What a workload is: the context it is made with, and what it returns.
 
-A workload owns the model, the data and the optimizer of one rank. It is made by a factory, a plain function
-from a `WorkloadContext` to an object with `model`, `train(task)` and `evaluate(task)`. Nothing here imports
-torch or Flower, so that a factory's module decides alone what its process loads.
+A workload owns the model, the data and the optimizer of one rank. A factory makes it: a function from a
+`WorkloadContext` to an object with `model`, `train(task)` and `evaluate(task)`, where the task is a
+`fedsplit.trainer.trainer.Task`. Nothing here imports torch or Flower: what a process loads is up to the factory.
 
-Not promised: that `train` is only ever called with the state of the round before. A trainer that was
-restarted does its unanswered task again.
+Not promised: that `train` is only ever called with the state of the round before. A trainer that was restarted does
+its unanswered task again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class WorkloadContext:
     num_partitions : int
         Into how many parts the data is divided; the same for every trainer of a run.
     seed : int
-        The same for every trainer of a run: from it come the same initial model and the same partitioning.
+        The same for every trainer of a run: it gives the same initial model and the same partitioning.
     device : torch.device or str
         Where the model lives.
     data_dir : Path or None
@@ -49,18 +49,14 @@ class WorkloadContext:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UsageError(f"rank: expected a whole number of at least 1, found {self.rank}")
-        if self.num_partitions < 1:
-            raise UsageError(f"num_partitions: expected at least 1, found {self.num_partitions}")
+        for name, least in (("rank", 1), ("num_partitions", 1), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise UsageError(f"{name}: expected a whole number of at least {least}, found {value}")
         if self.rank > self.num_partitions:
             raise UsageError(
-                f"rank {self.rank} has no data: it is divided into {self.num_partitions} partitions, for the "
-                f"ranks 1 to {self.num_partitions}; start every trainer with --num-partitions {self.rank} or "
-                f"more"
+                f"rank {self.rank} has no data: it is divided into {self.num_partitions} partitions, for the ranks 1 "
+                f"to {self.num_partitions}; start every trainer with --num-partitions {self.rank} or more"
             )
-        if self.seed < 0:
-            raise UsageError(f"seed: expected a whole number of at least 0, found {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,8 @@ class TrainResult:
     Attributes
     ----------
     num_examples : int
-        How many different examples this rank trained on: its weight in an average. With 0 the server leaves
-        the update out.
+        How many different examples this rank trained on: its weight in an average. With 0 the server leaves the update
+        out.
     metrics : Mapping[str, float]
         Such as ``{"loss": 0.31}``; names are free.
     """
@@ -97,36 +93,6 @@ class EvaluateResult:
     loss: float
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-class Task(Protocol):
-    """What a workload may use of the task it is given; `fedsplit.trainer.trainer.Task` is one."""
-
-    @property
-    def kind(self) -> str:
-        """``"train"`` or ``"evaluate"``."""
-
-    @property
-    def server_round(self) -> int:
-        """The round, counted from 1."""
-
-    @property
-    def total_rounds(self) -> int:
-        """How many rounds the run has."""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """What the server sent along: bool, int, float and str values."""
-
-    @property
-    def state_dict(self) -> Mapping[str, torch.Tensor]:
-        """The global state. `model_main.py` has loaded it into `Workload.model` already."""
-
-    def should_stop(self) -> bool:
-        """Whether nobody waits for the answer any more; cheap enough for every batch."""
-
-    def load_into(self, model: torch.nn.Module) -> object:
-        """Load the global state into another model than `Workload.model`."""
 
 
 class Workload(Protocol):

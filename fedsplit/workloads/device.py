@@ -40,8 +40,8 @@ class Launch:
         return cls(**{field: int(environment[name]) for field, name in names.items()})
 
 
-def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: Launch | None = None) -> str:
-    """Choose the device and set the number of threads.
+def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: Launch) -> str:
+    """Choose the device and set the number of threads; raises UsageError if torch cannot compute there.
 
     Parameters
     ----------
@@ -49,17 +49,11 @@ def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: 
         ``auto`` takes a GPU if there is one; else a name that torch knows. Of several processes on a machine each takes
         a GPU of its own.
     threads
-        None shares this machine's cores among ``num_partitions`` trainers and their processes: more threads than cores
-        make every one of them slower.
-
-    Raises
-    ------
-    UsageError
-        If torch cannot compute there.
+        None shares this machine's cores among ``num_partitions`` trainers and their processes: with more threads than
+        cores all would be slower.
     """
     import torch
 
-    launch = launch or Launch()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // (num_partitions * launch.local_processes)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

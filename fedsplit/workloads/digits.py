@@ -1,8 +1,8 @@
 """The default workload: scikit-learn's bundled 1,797 handwritten digits, 8x8 pixels. Needs no download.
 
-The data are the test set of the Optical Recognition of Handwritten Digits of the UCI repository (Alpaydin
-and Kaynak, 1998). A fifth of each class is held out for evaluation: the same images for every seed and
-every rank, so that runs compare and no trainer ever sees them.
+The data are the test set of the Optical Recognition of Handwritten Digits of the UCI repository (Alpaydin and Kaynak,
+1998). A fifth of each class is held out for evaluation: the same images for every seed and every rank, so that runs
+can be compared and no trainer ever sees them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedsplit.errors import WorkloadError
+from fedsplit.errors import MissingPackageError
 from fedsplit.workloads.base import WorkloadContext
 from fedsplit.workloads.image import ImageData, ImageWorkload
-from fedsplit.workloads.models import SmallConvNet
+from fedsplit.workloads.models import small_conv_net
 from fedsplit.workloads.options import OptionReader
-from fedsplit.workloads.partition import parse_scheme
 from fedsplit.workloads.training import TrainingSettings
 
 DEFAULTS = TrainingSettings(epochs=3, batch_size=32, lr=0.05, momentum=0.9)
@@ -31,51 +30,37 @@ _SPLIT_SEED = 1797
 
 
 def digits(context: WorkloadContext) -> ImageWorkload:
-    """Make the workload; its options are those of `TrainingSettings` and of `parse_scheme`."""
-    reader = OptionReader(context.options)
-    settings, scheme = DEFAULTS.read(reader), parse_scheme(reader)
-    reader.finish()
-    return ImageWorkload(
-        context,
-        data=load_data(),
-        build_model=functools.partial(SmallConvNet, image_size=8),
-        settings=settings,
-        scheme=scheme,
-    )
+    """Make the workload; its options are those of `TrainingSettings` and of `read_alpha`."""
+    build_model = functools.partial(small_conv_net, image_size=8)
+    return ImageWorkload(context, OptionReader(context.options), load_data, build_model, DEFAULTS)
 
 
 def load_data() -> ImageData:
-    """Return the digits, divided into about 80 % for training and 20 % held out, class by class."""
+    """Return the digits, about 80 % of each class for training and 20 % held out."""
     table = read_table()
-    held_out = _held_out(table[:, -1])
     images = torch.from_numpy(table[:, :-1].astype(np.uint8)).view(-1, 1, 8, 8)
     labels = torch.from_numpy(table[:, -1])
-    train, test = torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
+    test = torch.from_numpy(_held_out(table[:, -1]))
     return ImageData(
-        train_images=images[train],
-        train_labels=labels[train],
-        test_images=images[test],
-        test_labels=labels[test],
-        mean=(0.305,),
-        std=(0.376,),
-        maximum=16,
-    )
+        train_images=images[~test], train_labels=labels[~test], test_images=images[test], test_labels=labels[test],
+        mean=(0.305,), std=(0.376,), maximum=16,
+    )  # fmt: skip
 
 
 def read_table() -> npt.NDArray[np.int64]:
     """Return the file's 1,797 rows of 64 pixels and a label, shape (1797, 65).
 
     The file is read without importing scikit-learn, which would take a second of every trainer's start. If it is not
-    where it is today, scikit-learn is asked for its content.
+    where it is today, scikit-learn itself is asked.
 
     Raises
     ------
-    WorkloadError
+    MissingPackageError
         If scikit-learn is not installed.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise WorkloadError("workload 'digits': scikit-learn is not installed: pip install 'fedsplit[digits]'")
+        raise MissingPackageError("the workload digits", "scikit-learn", "digits")
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.is_file():
         return read_table_with_sklearn()
@@ -87,8 +72,7 @@ def read_table_with_sklearn() -> npt.NDArray[np.int64]:
     """Return the same rows by scikit-learn's own function."""
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
-    return np.column_stack([pixels, labels]).astype(np.int64)
+    return np.column_stack(load_digits(return_X_y=True)).astype(np.int64)
 
 
 def _held_out(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -1,23 +1,21 @@
-"""Image classification in plain PyTorch: what all the built-in workloads have in common.
+"""Image classification in plain PyTorch: what the built-in workloads have in common.
 
-Images stay in memory as uint8 and are normalised batch by batch. The data order comes from a generator
-seeded with (seed, rank); the optimizer with its momentum lives on across rounds. Both are in `local_state`,
-so that a trainer that was killed goes on to the same bits as one that was not: on a CPU, with the same
-number of threads.
+Images stay in memory as uint8 and are normalised batch by batch. The order of the examples comes from a generator that
+is seeded with (seed, rank). The generator and the optimizer with its momentum live on across rounds and are in
+`local_state`: a trainer that was killed goes on to the same bits, on a CPU with the same number of threads.
 
 In several processes (torchrun) every batch is divided among them: the steps, and so the model up to rounding, are those
 of one process.
 
-Not promised: the same bits on a GPU, or for a model with dropout (its generator is not kept here).
+Not promised: the same bits on a GPU, or for a model with dropout, whose generator is not saved.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,11 +24,14 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from fedsplit.errors import UsageError, WorkloadError
-from fedsplit.workloads.base import EvaluateResult, Task, TrainResult, WorkloadContext
+from fedsplit.workloads.base import EvaluateResult, TrainResult, WorkloadContext
 from fedsplit.workloads.device import processes
 from fedsplit.workloads.options import OptionReader
-from fedsplit.workloads.partition import Scheme, partition
+from fedsplit.workloads.partition import partition, read_alpha
 from fedsplit.workloads.training import Tally, TrainingSettings, proximal_term
+
+if TYPE_CHECKING:
+    from fedsplit.trainer.trainer import Task
 
 EVALUATION_BATCH_SIZE = 256
 
@@ -59,30 +60,25 @@ class ImageData:
     std: tuple[float, ...]
     maximum: int = 255
 
-    def first(self, limit: int) -> ImageData:
-        """Return the data with the first `limit` training images only; all test images stay."""
-        return dataclasses.replace(self, train_images=self.train_images[:limit], train_labels=self.train_labels[:limit])
-
 
 class ImageWorkload:
     """Trains on this rank's partition, evaluates on this rank's share of the held-out test images.
 
-    The shares are disjoint and together the whole test set: a mean weighted by `num_examples` over all
-    ranks is the accuracy over the whole of it.
+    The shares are disjoint and together the whole test set: a mean over all ranks, weighted by `num_examples`, is the
+    accuracy over the whole of it.
 
     Parameters
     ----------
     context : WorkloadContext
         Rank, number of partitions, seed, device.
-    data : ImageData
-        The same for every rank.
+    reader : OptionReader
+        The options. Those of the training and of the partitioning are read here, and unknown ones are refused.
+    load_data : function without arguments
+        Returns the `ImageData`, the same for every rank; called once the options are known to be good.
     build_model : function without arguments
-        Called with the CPU's generator seeded from `context.seed`, so that every rank starts from the same
-        model.
-    settings : TrainingSettings
-        How to train.
-    scheme : Scheme
-        How the training images are divided.
+        Called with the CPU's generator seeded from `context.seed`: every rank starts from the same model.
+    defaults : TrainingSettings
+        How to train unless the options say otherwise.
 
     Attributes
     ----------
@@ -95,47 +91,49 @@ class ImageWorkload:
     def __init__(
         self,
         context: WorkloadContext,
-        *,
-        data: ImageData,
+        reader: OptionReader,
+        load_data: Callable[[], ImageData],
         build_model: Callable[[], nn.Module],
-        settings: TrainingSettings,
-        scheme: Scheme,
+        defaults: TrainingSettings,
     ) -> None:
-        self.device = torch.device(context.device)
-        self.settings = settings
+        self._settings, alpha = defaults.read(reader), read_alpha(reader)
+        reader.finish()
         self.on_batch: Callable[[int, int, float, int], None] | None = None
-        self._data = data
-        self._mean = torch.tensor(data.mean, device=self.device).view(-1, 1, 1)
-        self._std = torch.tensor(data.std, device=self.device).view(-1, 1, 1)
-        self._train_indices = training_indices(data, context, scheme)
-        self._test_indices = held_out_indices(data, context)
-        self.model = _seeded(build_model, context.seed).to(self.device)
+        self._device = torch.device(context.device)
+        self._data = data = load_data()
+        self._mean = torch.tensor(data.mean, device=self._device).view(-1, 1, 1)
+        self._std = torch.tensor(data.std, device=self._device).view(-1, 1, 1)
+        self._train_indices, self._test_indices = rank_indices(data, context, alpha)
+        # The generator of the process is left as it was: a workload does not change what others draw.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(context.seed)
+            self.model = build_model().to(self._device)
         self._process, self._processes = processes()
         self._forward = self.model if self._processes == 1 else DistributedDataParallel(self.model)
+        settings = self._settings
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=settings.lr, momentum=settings.momentum)
-        self._generator = torch.Generator()
-        self._generator.manual_seed(_seed_of_rank(context))
+        rank_seed = np.random.SeedSequence([context.seed, context.rank]).generate_state(1, np.uint64)[0]
+        self._generator = torch.Generator().manual_seed(int(rank_seed >> 1))
 
     def train(self, task: Task) -> TrainResult:
         """Train for the settings' epochs, fewer if the task should stop.
 
-        `task.config` may change epochs, batch-size, lr and proximal for this round. `num_examples` counts
-        the different examples that were trained on: the whole partition, unless the task stopped in the
-        first epoch. The metrics are means over every example seen: the cross entropy as it was before each
-        step, without the proximal term, and the accuracy. Without a single batch there are none. In several
-        processes both are about this one's share.
+        `task.config` may change epochs, batch-size, lr and proximal for this round. `num_examples` counts the different
+        examples that were trained on: the whole partition, unless the task stopped in the first epoch. The metrics are
+        means over every example seen: the cross entropy before each step, without the proximal term, and the accuracy.
+        Without a single batch there are none. In several processes both are about this one's share.
         """
-        settings = self.settings.read_round(OptionReader(task.config, source="--train-config"))
+        settings = self._settings.read_round(OptionReader(task.config, source="--train-config"))
         anchor = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         for group in self._optimizer.param_groups:
             group.update(lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.model.train()
-        tally = Tally(-(-len(self._train_indices) // settings.batch_size), self.on_batch, settings.epochs)
+        batches = torch.split(self._train_indices, settings.batch_size)
+        tally = Tally(len(batches) * settings.epochs, self.on_batch, settings.epochs)
         for batch in self._epochs(settings):
             if task.should_stop():
                 break
             self._step(batch, settings.proximal, anchor, tally)
-        batches = torch.split(self._train_indices, settings.batch_size)
         return TrainResult(min(tally.examples, sum(len(self._share(batch)) for batch in batches)), tally.means())
 
     @torch.no_grad()
@@ -148,7 +146,7 @@ class ImageWorkload:
         batches = torch.split(self._test_indices, EVALUATION_BATCH_SIZE)
         tally = Tally(len(batches), self.on_batch)
         for batch in batches:
-            images, labels = self._load(self._data.test_images, self._data.test_labels, self._share(batch))
+            images, labels = self._load(self._data.test_images, self._data.test_labels, batch)
             if len(labels):
                 logits = self.model(images)
                 tally.add(functional.cross_entropy(logits, labels), logits, labels)
@@ -159,10 +157,7 @@ class ImageWorkload:
 
     def local_state(self) -> dict[str, Any]:
         """Return copies of the optimizer's and the generator's state: dicts, lists, numbers and tensors."""
-        return {
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
-            "generator": self._generator.get_state(),
-        }
+        return {"optimizer": copy.deepcopy(self._optimizer.state_dict()), "generator": self._generator.get_state()}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Go on from `local_state`.
@@ -173,7 +168,7 @@ class ImageWorkload:
             If the state is that of another model or program.
         """
         try:
-            _check_momentum(self._optimizer, state["optimizer"])
+            self._check_momentum(state["optimizer"]["state"])
             self._optimizer.load_state_dict(state["optimizer"])
             self._generator.set_state(state["generator"])
         except (KeyError, TypeError, ValueError, RuntimeError) as exc:
@@ -182,14 +177,21 @@ class ImageWorkload:
                 f"the workload and options that it was saved with"
             ) from exc
 
+    def _check_momentum(self, saved: Mapping[int, Any]) -> None:
+        """Refuse momentum of another shape: PyTorch would take it, and fail in the middle of a step."""
+        parameters = list(self.model.parameters())
+        for index, entry in saved.items():
+            buffer = entry.get("momentum_buffer")
+            if buffer is not None and (index >= len(parameters) or buffer.shape != parameters[index].shape):
+                raise ValueError(f"momentum of parameter {index} has shape {tuple(buffer.shape)}")
+
     def _epochs(self, settings: TrainingSettings) -> Iterator[torch.Tensor]:
         for _ in range(settings.epochs):
             order = torch.randperm(len(self._train_indices), generator=self._generator)
             yield from torch.split(self._train_indices[order], settings.batch_size)
 
     def _step(self, batch: torch.Tensor, proximal: float, anchor: Mapping[str, torch.Tensor], tally: Tally) -> None:
-        share = self._share(batch)
-        images, labels = self._load(self._data.train_images, self._data.train_labels, share)
+        images, labels = self._load(self._data.train_images, self._data.train_labels, batch)
         logits = self._forward(images)
         loss = functional.cross_entropy(logits, labels, reduction="mean" if len(labels) else "sum")
         # The processes' gradients are averaged: together they are the gradient of the whole batch's mean.
@@ -209,41 +211,18 @@ class ImageWorkload:
     def _load(
         self, images: torch.Tensor, labels: torch.Tensor, batch: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = images[batch].to(self.device).float() / self._data.maximum
-        return (pixels - self._mean) / self._std, labels[batch].to(self.device)
+        share = self._share(batch)
+        pixels = images[share].to(self._device).float() / self._data.maximum
+        return (pixels - self._mean) / self._std, labels[share].to(self._device)
 
 
-def training_indices(data: ImageData, context: WorkloadContext, scheme: Scheme) -> torch.Tensor:
-    """Return which training images are this rank's."""
-    parts = partition(data.train_labels.numpy(), context.num_partitions, scheme, context.seed)
-    return torch.from_numpy(parts[context.rank - 1])
-
-
-def held_out_indices(data: ImageData, context: WorkloadContext) -> torch.Tensor:
-    """Return which test images are this rank's: every `num_partitions`-th one."""
+def rank_indices(data: ImageData, context: WorkloadContext, alpha: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which training and which test images are this rank's; of the latter every `num_partitions`-th one."""
+    parts = partition(data.train_labels.numpy(), context.num_partitions, context.seed, alpha)
     if context.num_partitions > len(data.test_labels):
         raise UsageError(
             f"cannot divide {len(data.test_labels)} test images among {context.num_partitions} partitions; "
             f"lower --num-partitions"
         )
-    return torch.arange(context.rank - 1, len(data.test_labels), context.num_partitions)
-
-
-def _seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    # Leaves the generator of the process as it found it, so that a workload does not change what others draw.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return build_model()
-
-
-def _seed_of_rank(context: WorkloadContext) -> int:
-    return int(np.random.SeedSequence([context.seed, context.rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _check_momentum(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """See that the momentum fits: PyTorch would take a wrong shape, and fail in the middle of a step."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, entry in saved["state"].items():
-        buffer = entry.get("momentum_buffer")
-        if buffer is not None and (index >= len(parameters) or buffer.shape != parameters[index].shape):
-            raise ValueError(f"momentum of parameter {index} has shape {tuple(buffer.shape)}")
+    test = torch.arange(context.rank - 1, len(data.test_labels), context.num_partitions)
+    return torch.from_numpy(parts[context.rank - 1]), test

@@ -1,7 +1,4 @@
-"""Options of a workload, read by name and type; what cannot be understood is a `UsageError` that says why.
-
-An option is known once it has been read, so that the list of known names always fits the code.
-"""
+"""Options of a workload, read by name and type. An option is known once it has been read."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ from fedsplit.errors import UsageError
 
 
 class OptionReader:
-    """Reads ``key=value`` options.
+    """Reads ``key=value`` options; what cannot be understood is a `UsageError` that says why.
 
     Parameters
     ----------
     options : Mapping[str, object]
         Values are str when they come from a command line, and bool, int, float or str from a server.
     source : str
-        What a message calls the place an option was given.
+        What a message calls the place where an option was given.
 
     Examples
     --------
@@ -34,32 +31,24 @@ class OptionReader:
         self._source = source
         self._known: set[str] = set()
 
-    def integer(self, name: str, *, default: int, minimum: int = 1) -> int:
-        """Read a whole number of at least `minimum`."""
+    def integer(self, name: str, *, default: int) -> int:
+        """Read a whole number of at least 1."""
         value = self._get(name)
         if value is None:
             return default
         number = _as_float(value)
-        if number is None or not number.is_integer() or number < minimum:
-            raise self._error(name, f"a whole number of at least {minimum}", value)
+        if number is None or not number.is_integer() or number < 1:
+            raise self._error(name, "a whole number of at least 1", value)
         return int(number)
 
-    def number(
-        self,
-        name: str,
-        *,
-        default: float,
-        minimum: float = 0.0,
-        above: float | None = None,
-        below: float = math.inf,
-    ) -> float:
-        """Read a finite number of at least `minimum`, or greater than `above`, and less than `below`."""
+    def number(self, name: str, *, default: float, above: float | None = None, below: float = math.inf) -> float:
+        """Read a finite number of at least 0, or greater than `above`, and less than `below`."""
         value = self._get(name)
         if value is None:
             return default
         number = _as_float(value)
-        if number is None or not minimum <= number < below or (above is not None and number <= above):
-            lower = f"at least {minimum:g}" if above is None else f"more than {above:g}"
+        if number is None or not 0 <= number < below or (above is not None and number <= above):
+            lower = "at least 0" if above is None else f"more than {above:g}"
             upper = "" if math.isinf(below) else f" and less than {below:g}"
             raise self._error(name, f"a number of {lower}{upper}", value)
         return number
@@ -89,7 +78,7 @@ class OptionReader:
 
 
 def _as_float(value: object) -> float | None:
-    """Return the finite number that `value` is or spells; None if it is none. A bool is no number."""
+    """Return the finite number that `value` is or spells, or None. A bool is not a number here."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,13 +1,10 @@
 """Division of a training set among the ranks: seeded, disjoint, complete, and never an empty part.
 
-Every rank computes the whole division from the same labels, the same seed and the same number of parts, and
-takes its own: nothing has to be agreed on over the network. Trainers that are started with different seeds
-or different numbers of parts would overlap, and nothing here can see that.
+Every rank computes the whole division from the same labels, seed and number of parts, and takes its own part. Trainers
+that were started with different seeds or numbers of parts would overlap; nothing here can see that.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,56 +15,27 @@ from fedsplit.workloads.options import OptionReader
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Iid:
-    """Every part is a random sample; sizes differ by one at most."""
+def read_alpha(reader: OptionReader) -> float | None:
+    """Read the options ``partition=iid`` (None) and ``partition=dirichlet`` with ``alpha``."""
+    scheme = reader.choice("partition", default="iid", choices=("iid", "dirichlet"))
+    alpha = reader.number("alpha", default=0.5, above=0.0)
+    return alpha if scheme == "dirichlet" else None
 
 
-@dataclass(frozen=True)
-class Dirichlet:
-    """Every part has its own mix of the classes; sizes differ by one at most.
-
-    The mix of a part is drawn from Dir(alpha * p), p being the shares of the classes in the whole set: the
-    definition of Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated
-    Visual Classification", 2019 (arXiv:1909.06335). With alpha towards infinity every part looks like the
-    whole, towards 0 it has one class as long as there are examples of it. Others, such as Flower's
-    DirichletPartitioner, give each class the concentration alpha; with C balanced classes that compares to
-    alpha * C here.
-
-    Attributes
-    ----------
-    alpha : float
-        The total concentration, more than 0.
-    """
-
-    alpha: float = 0.5
-
-
-Scheme = Iid | Dirichlet
-
-
-def parse_scheme(reader: OptionReader) -> Scheme:
-    """Read the options ``partition=iid`` or ``partition=dirichlet``, and ``alpha`` for the second."""
-    name = reader.choice("partition", default="iid", choices=("iid", "dirichlet"))
-    alpha = reader.number("alpha", default=Dirichlet.alpha, above=0.0)
-    return Iid() if name == "iid" else Dirichlet(alpha)
-
-
-def partition(labels: npt.ArrayLike, num_partitions: int, scheme: Scheme, seed: int) -> list[Indices]:
-    """Divide the examples among the parts.
-
-    No part is empty: both schemes fix the sizes before they look at a label, and these differ by one at most.
+def partition(labels: npt.ArrayLike, num_partitions: int, seed: int, alpha: float | None = None) -> list[Indices]:
+    """Divide the examples into parts whose sizes differ by one at most.
 
     Parameters
     ----------
     labels : array of int, shape (N,)
         The class of every example.
-    num_partitions : int
-        How many parts.
-    scheme : Iid or Dirichlet
-        How to choose.
-    seed : int
-        The same seed gives the same parts.
+    alpha : float or None
+        None makes every part a random sample. With a number, more than 0, every part has its own mix of the classes,
+        drawn from Dir(alpha * p), where p are the shares of the classes in the whole set: Hsu, Qi and Brown, "Measuring
+        the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019 (arXiv:1909.06335).
+        A large alpha makes every part look like the whole. A small one gives a part a single class, while there are
+        examples of it. Flower's DirichletPartitioner and others give each class the concentration alpha: with C
+        balanced classes that is alpha * C here.
 
     Returns
     -------
@@ -86,10 +54,10 @@ def partition(labels: npt.ArrayLike, num_partitions: int, scheme: Scheme, seed: 
             f"one; lower --num-partitions"
         )
     rng = np.random.default_rng(seed)
-    if isinstance(scheme, Iid):
+    if alpha is None:
         parts = np.array_split(rng.permutation(len(classes)), num_partitions)
     else:
-        parts = _dirichlet(classes, num_partitions, scheme.alpha, rng)
+        parts = _dirichlet(classes, num_partitions, alpha, rng)
     return [np.sort(part).astype(np.int64) for part in parts]
 
 
@@ -111,17 +79,14 @@ def _dirichlet(
     return parts
 
 
-def _draw_counts(
-    size: int, mix: npt.NDArray[np.float64], left: Indices, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def _draw_counts(size: int, mix: npt.NDArray[np.float64], left: Indices, rng: np.random.Generator) -> Indices:
     """Draw how many of each class: by `mix`, and where a class runs out, by the mix of those that remain."""
     counts = np.zeros_like(left)
-    # Each turn fills the part or uses up a class.
+    # Each pass fills the part or uses up a class.
     while counts.sum() < size:
         remaining = left - counts
         weights = np.where(remaining > 0, mix, 0.0)
         if not weights.sum() > 0.0:
             weights = remaining.astype(np.float64)
-        drawn = rng.multinomial(size - counts.sum(), weights / weights.sum())
-        counts += np.minimum(drawn, remaining)
+        counts += np.minimum(rng.multinomial(size - counts.sum(), weights / weights.sum()), remaining)
     return counts

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from fedsplit.errors import RunFailedError, RunStoppedError, StateMismatchError
 from fedsplit.trainer.progress import Progress
 from fedsplit.trainer.trainer import Task, Trainer
-from fedsplit.workloads.base import EvaluateResult, StatefulWorkload, TrainResult, Workload
+from fedsplit.workloads.base import StatefulWorkload, Workload
 
 log = logging.getLogger("fedsplit")
 
@@ -18,9 +19,9 @@ log = logging.getLogger("fedsplit")
 def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> None:
     """Answer every task of a run with a workload.
 
-    A task that fails is reported with its traceback, and the next one is waited for; a model that cannot take the
-    federation's state ends the trainer, since no later task could go better. In several processes a failure ends them
-    all, to be started again.
+    A task that fails is reported with its traceback, and the next one is waited for. A model that cannot take the
+    federation's state ends the trainer: no later task could go better. In several processes a failure ends them all, to
+    be started again.
 
     Raises
     ------
@@ -56,20 +57,20 @@ def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> No
 def _answer(task: Task, workload: Workload, initial: Any) -> None:
     task.load_into(workload.model)
     if task.kind == "evaluate":
-        judged: EvaluateResult = workload.evaluate(task)
+        judged = workload.evaluate(task)
         task.reply(loss=judged.loss, num_examples=judged.num_examples, metrics=judged.metrics)
         log.info("round %d: evaluated%s", task.server_round, _shown({"loss": judged.loss, **judged.metrics}))
         return
-    stateful = isinstance(workload, StatefulWorkload)
-    if isinstance(workload, StatefulWorkload) and task.restore:
-        workload.load_local_state(copy.deepcopy(initial) if task.local_state is None else task.local_state)
-    trained: TrainResult = workload.train(task)
+    stateful = workload if isinstance(workload, StatefulWorkload) else None
+    if stateful and task.restore:
+        stateful.load_local_state(copy.deepcopy(initial) if task.local_state is None else task.local_state)
+    trained = workload.train(task)
+    local_state = stateful.local_state() if stateful else None
     task.reply(
-        workload.model, num_examples=trained.num_examples, metrics=trained.metrics,
-        local_state=workload.local_state() if stateful else None,  # type: ignore[attr-defined]
+        workload.model, num_examples=trained.num_examples, metrics=trained.metrics, local_state=local_state
     )  # fmt: skip
     log.info("round %d: trained%s", task.server_round, _shown(trained.metrics))
 
 
-def _shown(metrics: Any) -> str:
+def _shown(metrics: Mapping[str, object]) -> str:
     return "".join(f", {name} {value:.4f}" for name, value in metrics.items() if isinstance(value, int | float))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from fedsplit.errors import StateMismatchError
 from fedsplit.workloads.options import OptionReader
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How a round is trained. `read` is their check; an option has the field's name in kebab case.
+    """How a round is trained; an option has the field's name in kebab case.
 
     Attributes
     ----------
@@ -26,19 +24,19 @@ class TrainingSettings:
     lr, momentum, weight_decay : float
         Of SGD.
     proximal : float
-        mu of FedProx (see `proximal_term`); 0 is plain FedAvg.
+        mu of FedProx; 0 is plain FedAvg.
     """
 
-    epochs: int = 1
-    batch_size: int = 32
-    lr: float = 0.05
-    momentum: float = 0.9
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
     weight_decay: float = 0.0
     proximal: float = 0.0
 
     def read(self, reader: OptionReader) -> TrainingSettings:
         """Return the settings that the options ask for; what they do not name stays as it is here."""
-        return dataclasses.replace(
+        return replace(
             self.read_round(reader),
             momentum=reader.number("momentum", default=self.momentum, below=1.0),
             weight_decay=reader.number("weight-decay", default=self.weight_decay),
@@ -46,7 +44,7 @@ class TrainingSettings:
 
     def read_round(self, reader: OptionReader) -> TrainingSettings:
         """Read what a server may change for one round: epochs, batch-size, lr and proximal."""
-        return dataclasses.replace(
+        return replace(
             self,
             epochs=reader.integer("epochs", default=self.epochs),
             batch_size=reader.integer("batch-size", default=self.batch_size),
@@ -55,53 +53,41 @@ class TrainingSettings:
         )
 
 
-def proximal_term(model: nn.Module, global_parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def proximal_term(model: nn.Module, anchor: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return 1/2 * ||w - w_global||^2 over the trainable parameters, to be added to a loss times mu.
 
-    The term of FedProx: Li et al., "Federated Optimization in Heterogeneous Networks", 2020
-    (arXiv:1812.06127).
+    Li et al., "Federated Optimization in Heterogeneous Networks", 2020 (arXiv:1812.06127).
 
     Parameters
     ----------
     model : Module
         The model in training, w.
-    global_parameters : Mapping[str, Tensor]
-        w_global by name, such as ``task.state_dict``; entries that are no trainable parameters are passed
-        over.
-
-    Returns
-    -------
-    Tensor, 0-d
-        With a gradient for w and none for w_global.
-
-    Raises
-    ------
-    StateMismatchError
-        If a parameter is not there or has another shape.
+    anchor : Mapping[str, Tensor]
+        w_global: the parameters by name, on the model's device, without a gradient.
     """
-    total = torch.zeros(())
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        anchor = global_parameters.get(name)
-        if anchor is None or anchor.shape != parameter.shape:
-            found = "none" if anchor is None else f"shape {tuple(anchor.shape)}"
-            raise StateMismatchError(
-                f"proximal term: expected a global parameter {name!r} of shape {tuple(parameter.shape)}, found {found}"
-            )
-        total = total.to(parameter.device) + (parameter - anchor.detach().to(parameter)).square().sum()
-    return total / 2
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    distances = [(parameter - anchor[name]).square().sum() for name, parameter in trainable]
+    return sum(distances, torch.zeros((), device=distances[0].device)) / 2
 
 
 class Tally:
-    """Adds up the losses and hits of a task's batches."""
+    """Adds up the losses and hits of a task's batches.
 
-    def __init__(self, batches: int, on_batch: Callable[[int, int, float, int], None] | None, epochs: int = 1) -> None:
+    Parameters
+    ----------
+    total
+        How many batches the task has.
+    on_batch
+        See `fedsplit.workloads.image.ImageWorkload`.
+    """
+
+    def __init__(self, total: int, on_batch: Callable[[int, int, float, int], None] | None, epochs: int = 1) -> None:
         self.examples = 0
-        self._done, self._total, self._epochs, self._on_batch = 0, batches * epochs, epochs, on_batch
+        self._done, self._total, self._epochs, self._on_batch = 0, total, epochs, on_batch
         self._loss, self._hits = 0.0, 0
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch: its mean loss, logits of shape (N, classes), labels of shape (N,)."""
         mean_loss = loss.item()
         self.examples += len(labels)
         self._loss += mean_loss * len(labels)
@@ -111,6 +97,7 @@ class Tally:
             self._on_batch(self._done, self._total, mean_loss, self._epochs)
 
     def means(self) -> dict[str, float]:
+        """Return the mean loss and the accuracy; nothing without an example."""
         if not self.examples:
             return {}
         return {"loss": self._loss / self.examples, "accuracy": self._hits / self.examples}

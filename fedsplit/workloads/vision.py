@@ -1,13 +1,11 @@
 """CIFAR-10, MNIST and Fashion-MNIST by torchvision's own data set classes.
 
-Each split is the data set's own. Files are looked for in ``--data-dir`` (`data` if there is none), where
-torchvision keeps them, and downloaded if they are not there; the archives as they are published may be put
-there as well. Both happen under a lock: trainers that start together and share the directory download once,
-and none reads a file that another is still unpacking.
+Files are looked for in ``--data-dir`` (`data` if there is none), where torchvision keeps them, and downloaded if they
+are not there; the archives as they are published may be put there as well. Both happen under a lock: trainers that
+start together and share the directory download once, and none reads a file that another is still unpacking.
 
-Not promised: that MNIST's files are the official ones. torchvision has checksums only for its archives, so
-that what is checked here is that the unpacked files make sense. CIFAR-10's files are checked against their
-checksums.
+Not promised: that MNIST's files are the official ones. torchvision has checksums of its archives only, so what is
+checked here is that images and labels fit each other. CIFAR-10's files are checked against their checksums.
 """
 
 from __future__ import annotations
@@ -28,34 +26,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsplit.errors import WorkloadError
+from fedsplit.errors import MissingPackageError, WorkloadError
 from fedsplit.workloads.base import WorkloadContext
 from fedsplit.workloads.image import ImageData, ImageWorkload
-from fedsplit.workloads.models import SmallConvNet, cifar_resnet18
+from fedsplit.workloads.models import cifar_resnet18, small_conv_net
 from fedsplit.workloads.options import OptionReader
-from fedsplit.workloads.partition import parse_scheme
 from fedsplit.workloads.training import TrainingSettings
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("fedsplit")
 
 DEFAULT_DATA_DIR = Path("data")
 
 # Of a silent connection, not of the download: without it, urllib waits for ever.
 NETWORK_TIMEOUT_S = 30.0
 
-# All that torchvision's parsers are seen to raise on damaged files, plain assertions among them.
+# All that torchvision's parsers are seen to raise on damaged files: plain assertions, and CIFAR's files are pickles.
 _READ_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AssertionError,
-    EOFError,
-    UnpicklingError,  # torchvision reads CIFAR's own files with pickle
-)
-
-Split = tuple[torch.Tensor, torch.Tensor]
+    OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, EOFError, UnpicklingError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,57 +73,51 @@ MNIST = Source("mnist", "MNIST", (1, 28, 28), (0.1307,), (0.3081,))
 FASHION_MNIST = Source("fashion-mnist", "FashionMNIST", (1, 28, 28), (0.2860,), (0.3530,))
 CIFAR10 = Source("cifar10", "CIFAR10", (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
-MNIST_DEFAULTS = TrainingSettings(epochs=1, batch_size=64, lr=0.05, momentum=0.9)
-CIFAR10_DEFAULTS = TrainingSettings(epochs=1, batch_size=64, lr=0.05, momentum=0.9, weight_decay=5e-4)
+_GREY_MODEL = functools.partial(small_conv_net, image_size=28)
 
 
 def mnist(context: WorkloadContext) -> ImageWorkload:
-    """Make the workload; options are those of `TrainingSettings` and of `parse_scheme`, and ``limit=N``."""
-    build_model = functools.partial(SmallConvNet, image_size=28)
-    return _make(MNIST, context, OptionReader(context.options), build_model, MNIST_DEFAULTS)
+    """Make the workload; options are those of `TrainingSettings` and of `read_alpha`, and ``limit=N``."""
+    return _make(MNIST, context, OptionReader(context.options), _GREY_MODEL)
 
 
 def fashion_mnist(context: WorkloadContext) -> ImageWorkload:
     """Make the workload; its options are those of `mnist`."""
-    build_model = functools.partial(SmallConvNet, image_size=28)
-    return _make(FASHION_MNIST, context, OptionReader(context.options), build_model, MNIST_DEFAULTS)
+    return _make(FASHION_MNIST, context, OptionReader(context.options), _GREY_MODEL)
 
 
 def cifar10(context: WorkloadContext) -> ImageWorkload:
     """Make the workload; its options are those of `mnist`, and ``norm=batch`` or ``norm=group``."""
     reader = OptionReader(context.options)
     norm = reader.choice("norm", default="batch", choices=("batch", "group"))
-    return _make(CIFAR10, context, reader, functools.partial(cifar_resnet18, norm), CIFAR10_DEFAULTS)
+    return _make(CIFAR10, context, reader, functools.partial(cifar_resnet18, norm), weight_decay=5e-4)
 
 
-def load_data(source: Source, data_dir: Path) -> ImageData:
-    """Return both splits of a data set, downloaded if they are not there.
+def load_data(source: Source, data_dir: Path, limit: int | None = None) -> ImageData:
+    """Return a data set, downloaded if it is not there: the first `limit` training images, and all test images.
 
     Raises
     ------
+    MissingPackageError
+        If torchvision is not installed.
     WorkloadError
-        If torchvision is not installed, or the files cannot be downloaded or are damaged.
+        If the files cannot be downloaded or are damaged.
     """
     # Late: torchvision takes 2 s to import, and a wrong option should not have to wait for it.
     try:
         import torchvision.datasets
     except ModuleNotFoundError as exc:
-        raise WorkloadError(
-            f"workload {source.name}: torchvision is not installed: pip install 'fedsplit[vision]'"
-        ) from exc
+        raise MissingPackageError(f"the workload {source.name}", "torchvision", "vision") from exc
 
     dataset_class = getattr(torchvision.datasets, source.class_name)
     with _exclusive(data_dir):
         _ensure_present(source, dataset_class, data_dir)
-        train, test = (_read(source, dataset_class, data_dir, train=train) for train in (True, False))
+        images, labels = _read(source, dataset_class, data_dir, train=True)
+        test_images, test_labels = _read(source, dataset_class, data_dir, train=False)
     return ImageData(
-        train_images=train[0],
-        train_labels=train[1],
-        test_images=test[0],
-        test_labels=test[1],
-        mean=source.mean,
-        std=source.std,
-    )
+        train_images=images[:limit], train_labels=labels[:limit], test_images=test_images, test_labels=test_labels,
+        mean=source.mean, std=source.std,
+    )  # fmt: skip
 
 
 def _make(
@@ -143,15 +125,14 @@ def _make(
     context: WorkloadContext,
     reader: OptionReader,
     build_model: Callable[[], nn.Module],
-    defaults: TrainingSettings,
+    weight_decay: float = 0.0,
 ) -> ImageWorkload:
-    settings, scheme = defaults.read(reader), parse_scheme(reader)
-    limit = reader.integer("limit", default=0, minimum=1)
-    reader.finish()
-    data = load_data(source, (context.data_dir or DEFAULT_DATA_DIR).expanduser())
-    if limit:
-        data = data.first(limit)
-    return ImageWorkload(context, data=data, build_model=build_model, settings=settings, scheme=scheme)
+    limit = reader.integer("limit", default=0) or None
+    data_dir = (context.data_dir or DEFAULT_DATA_DIR).expanduser()
+    defaults = TrainingSettings(epochs=1, batch_size=64, lr=0.05, momentum=0.9, weight_decay=weight_decay)
+    return ImageWorkload(
+        context, reader, functools.partial(load_data, source, data_dir, limit), build_model, defaults
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -164,7 +145,7 @@ def _exclusive(data_dir: Path) -> Iterator[None]:
             try:
                 stack.enter_context(lock.acquire(blocking=False))
             except filelock.Timeout:
-                logger.info("waiting for another process that reads or downloads the data in %s", data_dir)
+                log.info("waiting for another process that reads or downloads the data in %s", data_dir)
                 stack.enter_context(lock.acquire())
         yield
 
@@ -182,21 +163,16 @@ def _expected_files(dataset_class: Any, data_dir: Path) -> dict[Path, str | None
 
 def _ensure_present(source: Source, dataset_class: Any, data_dir: Path) -> None:
     files = _expected_files(dataset_class, data_dir)
-    if not _missing(files):
+    if all(path.is_file() for path in files):
         return
-    logger.info("%s is not in %s: downloading it", source.name, data_dir)
+    log.info("%s is not in %s: downloading it", source.name, data_dir)
     reason = _download(dataset_class, data_dir)
-    missing = _missing(files)
-    if missing:
+    if missing := [path for path in files if not path.is_file()]:
         raise WorkloadError(
             f"{source.name}: expected {', '.join(path.name for path in missing)} in {missing[0].parent}; "
             f"they are not there and downloading them failed ({reason}); copy them there, or use --workload "
             f"digits, which needs no download"
         )
-
-
-def _missing(files: dict[Path, str | None]) -> list[Path]:
-    return [path for path in files if not path.is_file()]
 
 
 def _download(dataset_class: Any, data_dir: Path) -> str:
@@ -212,7 +188,7 @@ def _download(dataset_class: Any, data_dir: Path) -> str:
     return "it left files out"
 
 
-def _read(source: Source, dataset_class: Any, data_dir: Path, *, train: bool) -> Split:
+def _read(source: Source, dataset_class: Any, data_dir: Path, *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         dataset = dataset_class(str(data_dir), train=train)
         images = torch.as_tensor(np.asarray(dataset.data))
