@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from fedsplit.disk.checkpoints import BackgroundWriter, CheckpointStore
+from fedsplit.disk.digest import file_digest
 from fedsplit.errors import CheckpointError, FedSplitError
 from tests.bounds import BOUND_S
 from tests.handoffs import kill, names_in, running
@@ -50,7 +51,8 @@ def test_a_round_is_read_back_with_all_that_was_noted(store, durable):
     save(store, 3, durable=durable)
     store.flush(3)
     found = store.read(3)
-    assert (found.run_id, found.server_round, found.files) == ("run", 3, frozenset({"state", "rules"}))
+    assert (found.run_id, found.server_round, found.files.keys()) == ("run", 3, {"state", "rules"})
+    assert found.files["state"] == file_digest(found.path("state"))
     assert (found.metrics, found.info) == ({"loss": 0.5}, {"line": {"round": 3}})
     assert state_of(store, 3) == b"state 3" and found.directory.name == "round-000003"
     manifest = json.loads(found.path("manifest.json").read_text())
@@ -62,7 +64,7 @@ def test_the_manifest_is_written_last_and_everything_is_on_the_disk_before_the_r
     import fedsplit.disk.checkpoints as module
 
     steps: list[str] = []
-    for name in ("write_hashed", "write_json", "sync_file", "sync_directory"):
+    for name in ("write_hashed", "write_json", "sync"):
         real = getattr(module, name)
 
         def noted(path: Path, *args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
@@ -82,8 +84,8 @@ def test_the_manifest_is_written_last_and_everything_is_on_the_disk_before_the_r
     appears = steps.index("appears")
     manifest = steps.index("write_json manifest.json")
     for name in ("state", "rules"):
-        assert steps.index(f"write_hashed {name}") < steps.index(f"sync_file {name}") < manifest
-    assert manifest < steps.index("sync_directory .round-000001.tmp") < appears < steps.index("sync_directory server")
+        assert steps.index(f"write_hashed {name}") < steps.index(f"sync {name}") < manifest
+    assert manifest < steps.index("sync .round-000001.tmp") < appears < steps.index("sync server")
 
 
 def test_a_finished_file_is_linked_and_not_copied(store, tmp_path):

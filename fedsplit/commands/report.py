@@ -46,6 +46,5 @@ def read_report(places: Places) -> Report:
     newest = CheckpointStore(places.server).newest()
     if newest is None:
         return Report(record=record, lines=lines)
-    manifest = json.loads(newest.path("manifest.json").read_bytes())
-    digest = manifest["files"][STATE_FILE]["sha256"]
+    digest = newest.files[STATE_FILE]
     return Report(record=record, lines=lines, state_round=newest.server_round, state_digest=digest)

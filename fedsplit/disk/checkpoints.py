@@ -1,11 +1,11 @@
-"""The checkpoint store: one directory a round, complete or not there.
+"""Checkpoints of the server and of each trainer: one directory a round, complete or not there.
 
 ``<directory>/round-000003/`` holds a round's files and ``manifest.json``, which names each file with its length and
 SHA-256. A round is written under a temporary name, its manifest last, and renamed into place: a round without a valid
-manifest does not exist. The server's store and each trainer's are the same; what the files mean is their business.
+manifest does not exist.
 
-Not promised: that a checkpoint written with ``durable=False`` survives the death of the machine before `flush`. It is
-then found corrupt by its digests, and the one before is used.
+Not promised: that a checkpoint written with ``durable=False`` survives the death of the machine before `flush`. Its
+digests then show that it is corrupt, and the one before is used.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedsplit.disk.digest import file_digest
@@ -28,8 +29,7 @@ from fedsplit.disk.files import (
     link_or_copy,
     make_private_directory,
     remove_leftovers,
-    sync_directory,
-    sync_file,
+    sync,
     write_hashed,
     write_json,
 )  # fmt: skip
@@ -47,6 +47,8 @@ class Checkpoint:
 
     Attributes
     ----------
+    files
+        The name of each file, with its SHA-256.
     info
         What the writer noted beside the files, JSON.
     """
@@ -54,7 +56,7 @@ class Checkpoint:
     directory: Path
     run_id: str
     server_round: int
-    files: frozenset[str]
+    files: Mapping[str, str]
     metrics: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ class CheckpointStore:
         self._is_checked = False
 
     def round_directory(self, server_round: int) -> Path:
-        """Return the directory of a round."""
+        """Return the directory of a round, whether it is there or not."""
         return self.directory / f"round-{server_round:06d}"
 
     def rounds(self) -> list[int]:
@@ -98,9 +100,9 @@ class CheckpointStore:
         run_id: str,
         server_round: int,
         files: Mapping[str, Iterable[Buffer] | Path],
-        metrics: Mapping[str, Any] | None = None,
-        info: Mapping[str, Any] | None = None,
-        digests: Mapping[str, str] | None = None,
+        metrics: Mapping[str, Any] = MappingProxyType({}),
+        info: Mapping[str, Any] = MappingProxyType({}),
+        digests: Mapping[str, str] = MappingProxyType({}),
         durable: bool = True,
     ) -> Path:
         """Write a round; a file given as a path is linked, not copied, where the file system can.
@@ -123,28 +125,27 @@ class CheckpointStore:
                 self._is_checked = True
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(mode=0o700)
-            found = {
-                name: self._put(temporary / name, content, (digests or {}).get(name)) for name, content in files.items()
-            }
+            found = {name: _put(temporary / name, content, digests.get(name)) for name, content in files.items()}
             manifest = {
                 "schema": SCHEMA, "run_id": run_id, "round": server_round,
-                "files": found, "metrics": dict(metrics or {}), "info": dict(info or {}),
+                "files": found, "metrics": dict(metrics), "info": dict(info),
             }  # fmt: skip
-            if durable:
-                for name in files:
-                    sync_file(temporary / name)
+            for name in files if durable else ():
+                sync(temporary / name)
             write_json(temporary / "manifest.json", manifest, durable=durable)
             if durable:
-                sync_directory(temporary)
+                sync(temporary)
             # It exists only if the round is done again, with the same outcome.
             self.remove(server_round)
             temporary.rename(target)
             if durable:
-                sync_directory(self.directory)
+                sync(self.directory)
         except (OSError, FedSplitError) as exc:
             shutil.rmtree(temporary, ignore_errors=True)
+            newest = self.newest()
             raise CheckpointError(
-                f"cannot write the checkpoint of round {server_round}: {exc}; the last good one is {self._last_good()}"
+                f"cannot write the checkpoint of round {server_round}: {exc}; "
+                f"the last good one is {newest.directory if newest else 'none'}"
             ) from exc
         return target
 
@@ -153,16 +154,16 @@ class CheckpointStore:
         directory = self.round_directory(server_round)
         try:
             for path in directory.iterdir():
-                sync_file(path)
-            sync_directory(directory)
-            sync_directory(self.directory)
+                sync(path)
+            sync(directory)
+            sync(self.directory)
         except FileNotFoundError:
             log.debug("round %d was pruned before it was flushed", server_round)
         except OSError as exc:
             raise CheckpointError(f"the checkpoint {directory} did not reach the disk: {exc}") from exc
 
     def read(self, server_round: int, *, verify: bool = True) -> Checkpoint:
-        """Read a round's manifest and check every file against it; with ``verify=False`` the files are believed.
+        """Read a round and check its files against the manifest; with ``verify=False`` they need only be there.
 
         Raises
         ------
@@ -172,24 +173,25 @@ class CheckpointStore:
         directory = self.round_directory(server_round)
         try:
             manifest = json.loads((directory / "manifest.json").read_bytes())
+            files = manifest["files"]
             if manifest["schema"] != SCHEMA:
                 raise CheckpointError(f"{directory} has schema {manifest['schema']!r}, expected {SCHEMA!r}")
             if manifest["round"] != server_round:
                 raise CheckpointError(f"{directory} has the manifest of round {manifest['round']!r}")
-            for name, expected in manifest["files"].items():
-                self._check_file(directory, name, expected, verify)
+            for name, expected in files.items():
+                _check_file(directory, name, expected, verify)
             return Checkpoint(
-                directory=directory, run_id=str(manifest["run_id"]), server_round=int(manifest["round"]),
-                files=frozenset(manifest["files"]), metrics=manifest["metrics"], info=manifest["info"],
+                directory=directory, run_id=str(manifest["run_id"]), server_round=server_round,
+                files={name: str(line["sha256"]) for name, line in files.items()},
+                metrics=manifest["metrics"], info=manifest["info"],
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise CheckpointError(f"{directory} has no valid manifest ({type(exc).__name__}: {exc})") from exc
 
     def newest(self, *, run_id: str | None = None, before: int | None = None, verify: bool = True) -> Checkpoint | None:
         """Return the newest valid round, of this run and before this round if given; corrupt ones are skipped."""
-        for server_round in reversed(self.rounds()):
-            if before is not None and server_round >= before:
-                continue
+        rounds = [number for number in self.rounds() if before is None or number < before]
+        for server_round in reversed(rounds):
             try:
                 checkpoint = self.read(server_round, verify=verify)
             except CheckpointError as exc:
@@ -222,8 +224,7 @@ class CheckpointStore:
         remove_leftovers(self.directory, "")
         for server_round in self.rounds():
             directory = self.round_directory(server_round)
-            found = _run_of(directory)
-            if found != run_id:
+            if (found := _run_of(directory)) != run_id:
                 self.put_aside(found, directory)
 
     def put_aside(self, run_id: str, *paths: Path) -> None:
@@ -242,48 +243,27 @@ class CheckpointStore:
             except OSError as exc:
                 raise CheckpointError(f"cannot move {path} to {target}: {exc.strerror or exc}") from exc
 
-    def _last_good(self) -> str:
-        newest = self.newest()
-        return str(newest.directory) if newest else "none"
-
-    @staticmethod
-    def _put(path: Path, content: Iterable[Buffer] | Path, digest: str | None) -> dict[str, Any]:
-        """Write or link one file; returns its line in the manifest."""
-        if not isinstance(content, Path):
-            digest, size = write_hashed(path, content)
-            return {"bytes": size, "sha256": digest}
-        link_or_copy(content, path)
-        return {"bytes": path.stat().st_size, "sha256": digest} if digest else _fingerprint(path)
-
-    @staticmethod
-    def _check_file(directory: Path, name: str, expected: Mapping[str, Any], verify: bool) -> None:
-        path = directory / name
-        if path.name != name or path.is_symlink():
-            raise CheckpointError(f"{directory}: {name!r} is not the name of a file in it")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if verify and (found := _fingerprint(path)) != expected:
-            raise CheckpointError(f"{path} is corrupt: its manifest says {expected}, found {found}")
-
 
 class BackgroundWriter:
-    """Runs one job at a time in a thread. `submit` waits for the job before, and raises what that one raised."""
+    """Runs one job at a time in a thread of its own."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._pending: Future[None] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Start a job once the one before is done; raises what that one raised."""
         with self._lock:
-            self._wait()
+            self.wait()
             self._pending = self._pool.submit(job)
 
     def wait(self) -> None:
         """Wait for the last job; raises what it raised."""
         with self._lock:
-            self._wait()
+            pending, self._pending = self._pending, None
+            if pending:
+                pending.result()
 
     def check(self) -> None:
         """Raise what a finished job raised, without waiting for a running one."""
@@ -297,14 +277,28 @@ class BackgroundWriter:
         finally:
             self._pool.shutdown()
 
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+
+def _put(path: Path, content: Iterable[Buffer] | Path, digest: str | None) -> dict[str, Any]:
+    """Write or link one file; returns its line in the manifest."""
+    if isinstance(content, Path):
+        link_or_copy(content, path)
+        return _manifest_line(path, digest)
+    digest, size = write_hashed(path, content)
+    return {"bytes": size, "sha256": digest}
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+def _check_file(directory: Path, name: str, expected: Mapping[str, Any], verify: bool) -> None:
+    path = directory / name
+    if path.name != name or path.is_symlink():
+        raise CheckpointError(f"{directory}: {name!r} is not the name of a file in it")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if verify and (found := _manifest_line(path)) != expected:
+        raise CheckpointError(f"{path} is corrupt: its manifest says {expected}, found {found}")
+
+
+def _manifest_line(path: Path, digest: str | None = None) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": digest or file_digest(path)}
 
 
 def _run_of(directory: Path) -> str:

@@ -1,4 +1,4 @@
-"""SHA-256 as lower-case hex: what payloads are called, and what says that bytes are still those that were written."""
+"""SHA-256 as lower-case hex: the name of a payload, and the proof that bytes are those that were written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from fedsplit.disk.files import Buffer, open_regular
+from fedsplit.errors import RecordError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -17,14 +18,15 @@ def is_digest(value: object) -> bool:
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes.
+def checked(digest: str) -> str:
+    """Return the digest; raises RecordError if it is not one."""
+    if not is_digest(digest):
+        raise RecordError(f"{digest!r} is not a SHA-256 digest")
+    return digest
 
-    Raises
-    ------
-    OSError
-        If it is missing, cannot be read, or is a symbolic link or anything else that is not a regular file.
-    """
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes; raises OSError as `open_regular` does."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

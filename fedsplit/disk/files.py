@@ -1,9 +1,8 @@
-"""Writing files so that a reader sees all of a file or none of it; the only place that opens files for writing.
+"""Files that a reader sees whole or not at all; the only place that opens files for writing.
 
-Every write goes to a temporary file in the target's own directory, which then replaces the target in one step. A
-process that dies in between leaves a ``.<name>.<pid>.tmp`` behind and the target as it was. With ``durable=True`` the
-bytes and the directory entry have reached the disk when the call returns; without it they survive the death of the
-process, not of the machine.
+A write goes to a temporary file beside the target, which then replaces the target in one step. A process that dies in
+between leaves ``.<name>.<pid>.tmp`` behind and the target as it was. With ``durable=True`` the bytes and the directory
+entry are on the disk when the call returns; without it they survive the death of the process, not of the machine.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import stat
@@ -21,7 +21,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedsplit.errors import ExchangeError, FedSplitError
+from fedsplit.errors import ExchangeError, FedSplitError, RecordError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -39,7 +39,7 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     ExchangeError
         If the disk is full or the directory cannot be written; names the path.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         # What a dead process of the same id left may be a second name of a finished file: never write into it.
         remove(temporary)
@@ -51,7 +51,7 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            sync_directory(path.parent)
+            sync(path.parent)
     except OSError as exc:
         remove(temporary)
         raise explain(exc, path) from exc
@@ -77,7 +77,7 @@ def write_all(file: BinaryIO, chunk: Buffer) -> None:
 def write_hashed(path: Path, chunks: Iterable[Buffer]) -> tuple[str, int]:
     """Write buffers one after the other; returns the SHA-256 of all in hex, and their length in bytes.
 
-    Hashing takes as long as writing to memory does: large contents are hashed in a thread beside the writing.
+    Hashing takes as long as writing does: large contents are hashed in a thread beside the writing.
     """
     buffers = list(chunks)
     size = sum(memoryview(chunk).nbytes for chunk in buffers)
@@ -107,14 +107,8 @@ def write_json(path: Path, record: dict[str, Any], *, durable: bool = False) -> 
 
 
 def write_at(path: Path, offset: int, chunk: Buffer) -> None:
-    """Write a piece of a file that nobody reads before it is whole; the piece at 0 begins the file anew.
-
-    Raises
-    ------
-    ExchangeError
-        If the disk is full or the directory cannot be written; names the path.
-    """
-    # Only then: a later piece of a file that vanished would leave a hole where the earlier ones were.
+    """Write a piece of a file that nobody reads before it is whole; the piece at 0 begins the file anew."""
+    # A later piece must find the file there: one that vanished would come back with a hole in place of its start.
     flags = os.O_WRONLY | os.O_NOFOLLOW | (0 if offset else os.O_CREAT | os.O_TRUNC)
     try:
         with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
@@ -146,7 +140,7 @@ def overwrite_in_place(path: Path, text: str) -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a finished file a second name, or a copy where the file system cannot link (another disk, no links)."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         remove(temporary)
         try:
@@ -166,7 +160,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading; a symbolic link, a pipe or a directory is an OSError, and never waited for."""
+    """Open a regular file for reading; a symbolic link, a pipe or a directory is an OSError at once."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as exc:
@@ -179,18 +173,28 @@ def open_regular(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def sync_file(path: Path) -> None:
-    """Flush a finished file to the disk."""
+def map_regular(path: Path) -> mmap.mmap:
+    """Map a payload file. The mapping is private: what is written to it never reaches the file.
+
+    Raises
+    ------
+    RecordError
+        If it is missing, empty, or not a regular file.
+    """
+    try:
+        with open_regular(path) as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
+        raise RecordError(f"cannot read the payload {path}: {exc}") from exc
+
+
+def sync(path: Path) -> None:
+    """Flush a finished file, or a directory's entries: without these a rename may be lost although the file is not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to the disk: without it a rename may be lost although the file was synced."""
-    sync_file(path)
 
 
 def remove(path: Path) -> None:
@@ -213,8 +217,8 @@ def make_private_directory(path: Path, error: type[FedSplitError] = ExchangeErro
     Raises
     ------
     FedSplitError
-        Of the given class, if it cannot be made or written, is no directory (a symlink is none), or belongs to or
-        can be written by somebody else.
+        Of the given class, if it cannot be made or written, is not a directory but a symbolic link or a file, or
+        belongs to or can be written by somebody else.
     """
     try:
         for parent in [*reversed(path.parents), path]:
@@ -241,6 +245,10 @@ def check_space(directory: Path, needed_bytes: int) -> None:
             f"too little space in {directory}: {needed_bytes:,} bytes are needed, {free:,} are free; "
             "free some or move the directory"
         )
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def explain(exc: OSError, path: Path, verb: str = "write") -> FedSplitError:

@@ -1,9 +1,8 @@
 """The payload store: immutable files named by the SHA-256 of their bytes, seen by server and clients of one machine.
 
 On one machine a state crosses no socket: the server writes it here once, a client links it into its exchange directory,
-and the trainer maps it; a result is linked back in the same way. Neither side ever opens a path that the other one
-names, only ``<root>/<digest>``, and the root is used only after the client has read back a nonce that the server put
-there.
+and the trainer maps it; a result is linked back in the same way. Neither side opens a path that the other one names,
+only ``<root>/<digest>``, and the client uses the root only after it has read a nonce that the server put there.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsplit.disk.digest import bytes_digest, is_digest
+from fedsplit.disk.digest import bytes_digest, checked, is_digest
 from fedsplit.disk.files import (
     Buffer,
     check_space,
     explain,
     link_or_copy,
     make_private_directory,
+    map_regular,
     open_regular,
     remove,
     write_at,
@@ -44,7 +44,7 @@ class StoredPayload:
     path: Path
 
     def read(self) -> builtins.bytes:
-        """Return the content as bytes: what a message carries."""
+        """Return all of the content."""
         return self.path.read_bytes()
 
     def read_part(self, offset: int, size: int) -> builtins.bytes:
@@ -53,7 +53,7 @@ class StoredPayload:
 
 
 class Incoming:
-    """A payload that arrives in pieces: a file that grows, its digest taken on the way.
+    """A payload that arrives in pieces, each of which is written and hashed as it comes.
 
     Parameters
     ----------
@@ -108,10 +108,7 @@ class Incoming:
 
     def map(self) -> mmap.mmap:
         """Map all of it; raises RecordError if it is no longer there."""
-        try:
-            return _map(self.path)
-        except (OSError, ValueError) as exc:
-            raise RecordError(f"{self.path} cannot be read again: {exc}") from exc
+        return map_regular(self.path)
 
     def discard(self) -> None:
         """Delete the file; a process that mapped it can still read it."""
@@ -119,13 +116,7 @@ class Incoming:
 
 
 class PayloadStore:
-    """A directory of payloads under their digests.
-
-    Parameters
-    ----------
-    root
-        The directory; only the server makes it and clears it.
-    """
+    """A directory of payloads under their digests; only the server makes and clears it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -138,9 +129,7 @@ class PayloadStore:
 
     def path(self, digest: str) -> Path:
         """Return the path of a payload; raises RecordError unless the name is a digest: no other is ever opened."""
-        if not is_digest(digest):
-            raise RecordError(f"{digest!r} is not a SHA-256 digest")
-        return self.root / digest
+        return self.root / checked(digest)
 
     def find(self, digest: str) -> Path | None:
         """Return the path of a payload that is there as a regular file, or None."""
@@ -179,8 +168,6 @@ class PayloadStore:
 
         Parameters
         ----------
-        digest
-            Its name.
         own
             This process has just written it, or checked it: its bytes are not read again.
 
@@ -190,10 +177,7 @@ class PayloadStore:
             If it is not there or its bytes have another digest.
         """
         path = self.path(digest)
-        try:
-            content = _map(path)
-        except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
-            raise RecordError(f"payload {digest[:12]}… is not in {self.root} ({exc})") from exc
+        content = map_regular(path)
         if not own and (found := bytes_digest(content)) != digest:
             raise RecordError(f"{path} has digest {found[:12]}…: it was changed after it was written")
         return content
@@ -225,11 +209,6 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
     with open_regular(path) as file:
         file.seek(offset)
         return file.read(size)
-
-
-def _map(path: Path) -> mmap.mmap:
-    with open_regular(path) as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def read_nonce(root: Path, name: str) -> str | None:

@@ -1,8 +1,8 @@
 """A payload store that several machines see: any URL that fsspec knows, such as ``s3://bucket/prefix``, a shared mount.
 
-Immutable files named by the SHA-256 of their bytes, as in the local store: what is uploaded is never written again,
-what is downloaded is checked against its name. Whoever is told of a digest is told so after the upload was complete.
-The bytes of a state then travel between each side and the store, and never through the server's messages.
+Immutable files named by the SHA-256 of their bytes, as in the local store: what is uploaded is never written again, and
+what is downloaded is checked against its name. A digest is passed on only after its upload is complete. The bytes of a
+state travel between each side and the store, and never in the server's messages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fedsplit.disk.digest import is_digest
+from fedsplit.disk.digest import checked, is_digest
 from fedsplit.disk.files import atomic_file, write_all
 from fedsplit.errors import ExchangeError, RecordError, UsageError
 
@@ -59,7 +59,7 @@ class RemoteStore:
     announced_root = None
 
     def take(self, digest: str, scratch: Path) -> Path | None:
-        """Bring a payload to ``scratch``."""
+        """Bring a payload to ``scratch``, as `download` does."""
         self.download(digest, scratch)
         return scratch
 
@@ -127,9 +127,7 @@ class RemoteStore:
             return None
 
     def _place(self, digest: str) -> str:
-        if not is_digest(digest):
-            raise RecordError(f"{digest!r} is not a SHA-256 digest")
-        return f"{self._root}/{digest}"
+        return f"{self._root}/{checked(digest)}"
 
     @contextmanager
     def _explained(self, doing: str) -> Iterator[None]:

@@ -109,7 +109,7 @@ class Run:
     def payload_of(self, checkpoint: Checkpoint) -> StoredPayload:
         """Bring a checkpoint's state back into the payload store; its digest was checked when it was read."""
         source = checkpoint.path(STATE_FILE)
-        digest = str(json.loads(checkpoint.path("manifest.json").read_bytes())["files"][STATE_FILE]["sha256"])
+        digest = checkpoint.files[STATE_FILE]
         path = self.payloads.path(digest)
         link_or_copy(source, path)
         return StoredPayload(digest=digest, bytes=source.stat().st_size, path=path)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fedsplit.disk.files import Buffer, open_regular
+from fedsplit.disk.files import Buffer, map_regular
 from fedsplit.errors import RecordError, StateMismatchError, UsageError
 from fedsplit.states.header import build_header, parse_header
 
@@ -83,19 +83,8 @@ def decode(payload: Buffer | mmap.mmap, where: str = "payload") -> StateDict:
 
 
 def map_file(path: Path) -> StateDict:
-    """Map a payload file and lay tensors over it. The mapping is private: writing to a tensor never reaches the file.
-
-    Raises
-    ------
-    RecordError
-        If it is missing, is not a regular file, or is not a safetensors payload.
-    """
-    try:
-        with open_regular(path) as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
-        raise RecordError(f"cannot read the payload {path}: {exc}") from exc
-    return decode(content, str(path))
+    """Map a payload file and lay tensors over it: writing to one never reaches the file. Raises RecordError."""
+    return decode(map_regular(path), str(path))
 
 
 def own_state(source: ModelSource) -> StateDict:
