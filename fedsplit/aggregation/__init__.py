@@ -1,7 +1,6 @@
 """How the clients' states become the next global state: the rules, and which part of the model gets which.
 
-Names are loaded when they are first used, so that reading the flags (`fedsplit.aggregation.spec`) does not
-import torch::
+Names are loaded when they are first used: reading the flags (`fedsplit.aggregation.spec`) does not import torch::
 
     specs = parse_rules(["head.*=local", "body.*=median", "fedavg"])
     split = Split.resolve(specs, state)
@@ -33,46 +32,21 @@ if TYPE_CHECKING:
     from fedsplit.states.state_dict import StateDict as StateDict
 
 _HOMES = {
-    "AggregationContext": "base",
-    "RoundMerger": "split",
-    "RuleSpec": "spec",
-    "Split": "split",
-    "StateDict": "base",
-    "Update": "base",
-    "check_rules": "loading",
-    "check_update": "validation",
-    "fedavg": "averaging",
-    "frozen": "averaging",
-    "geometric_median": "robust",
-    "krum": "robust",
-    "maximum_of_all": "averaging",
-    "median": "robust",
-    "multi_krum": "robust",
-    "parse_rules": "spec",
-    "privacy_spent": "privacy",
-    "trimmed_mean": "robust",
+    name: module
+    for module, names in {
+        "averaging": ("fedavg", "frozen", "maximum_of_all"),
+        "base": ("AggregationContext", "StateDict", "Update"),
+        "loading": ("check_rules",),
+        "privacy": ("privacy_spent",),
+        "robust": ("geometric_median", "krum", "median", "multi_krum", "trimmed_mean"),
+        "spec": ("RuleSpec", "parse_rules"),
+        "split": ("RoundMerger", "Split"),
+        "validation": ("check_update",),
+    }.items()
+    for name in names
 }
 
-__all__ = [
-    "AggregationContext",
-    "RoundMerger",
-    "RuleSpec",
-    "Split",
-    "StateDict",
-    "Update",
-    "check_rules",
-    "check_update",
-    "fedavg",
-    "frozen",
-    "geometric_median",
-    "krum",
-    "maximum_of_all",
-    "median",
-    "multi_krum",
-    "parse_rules",
-    "privacy_spent",
-    "trimmed_mean",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,13 +17,7 @@ from fedsplit.errors import UsageError
 
 
 def check_rules(specs: Sequence[RuleSpec]) -> None:
-    """Load every rule once, so that one that cannot be loaded is refused before the server waits for anybody.
-
-    Raises
-    ------
-    UsageError
-        For a module, function, Flower class, parameter or extra that is not there.
-    """
+    """Load every rule once, before the server waits for anybody; raises UsageError as `load_rule` does."""
     for spec in specs:
         if spec.name != "local":
             load_rule(spec)
@@ -35,7 +29,7 @@ def load_rule(spec: RuleSpec) -> Rule:
     Raises
     ------
     UsageError
-        If it cannot be loaded; also for `local`, which has nothing to do on the server.
+        If a module, function, Flower class, parameter or extra is not there; and for `local`, which merges nothing.
     """
     if spec.name == "local":
         raise UsageError("local is not a rule that merges: these entries stay with the clients")
@@ -57,10 +51,7 @@ def _user_rule(spec: RuleSpec) -> Rule:
     """A function of the user's, or a class of theirs that makes a `Rule`."""
     target = _find(spec)
     try:
-        if inspect.isclass(target):
-            inspect.signature(target).bind(**spec.params)
-        else:
-            inspect.signature(target).bind([], None, **spec.params)
+        inspect.signature(target).bind(*([] if inspect.isclass(target) else ["updates", "context"]), **spec.params)
     except (TypeError, ValueError) as exc:
         raise UsageError(
             f"{spec.name} cannot be called as rule({', '.join(['updates', 'context', *spec.params])}): {exc}"

@@ -1,9 +1,8 @@
 """Rules that tolerate bad clients: `median`, `trimmed-mean`, `krum`, `multi-krum`, `geometric-median`.
 
-None of them looks at `num_examples`, which a bad client may claim to be anything. What they tolerate holds
-for the floating entries; integer and boolean entries take the maximum, except under the two Krums, which
-choose whole clients. The guarantees are those of the papers: they assume that honest clients hold similar
-data.
+None of them looks at `num_examples`, as a bad client may claim any number. What they tolerate holds for the floating
+entries. Integer and boolean entries take the maximum, except under the two Krums, which choose whole clients. The
+guarantees are those of the papers, and assume that honest clients hold similar data.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from fedsplit.aggregation.numeric import (
 )
 from fedsplit.errors import AggregationError
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _SETTLED = 1e-6
 
 
@@ -53,18 +52,16 @@ def trimmed_mean(updates: Sequence[Update], context: AggregationContext, *, frac
     Parameters
     ----------
     fraction : float
-        How much to cut off at either end, from 0 to below 0.5; the number of clients cut is rounded down, as
-        `scipy.stats.trim_mean` does.
+        How much to cut off at either end, from 0 to below 0.5; the number of clients that are cut is rounded down.
 
-    Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018,
-    https://arxiv.org/abs/1803.01498.
+    Yin et al., as for `median`.
     """
     if not 0 <= fraction < 0.5:
         raise AggregationError(f"fraction={fraction} trims everything: expected from 0 to below 0.5")
     count = len(updates)
     cut = int(fraction * count)
     if fraction and not cut and count > 1:
-        _logger.warning(
+        log.warning(
             "part %r: trimmed-mean(fraction=%g) trims nothing from %d updates and tolerates no bad client; "
             "that takes %d updates%s",
             context.part, fraction, count, math.ceil(min(1 / fraction, 1e9)),
@@ -85,8 +82,8 @@ def _multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int
 def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: int = 1) -> StateDict:
     """The state of the one client that is closest to its n - byzantine - 2 nearest neighbours.
 
-    It is taken whole, with its integer entries, so that the result is a state some client really had. Of
-    equals, the one with the lowest rank.
+    It is taken whole, with its integer entries: the result is a state that some client really had. Of equals, the one
+    with the lowest rank.
 
     Parameters
     ----------
@@ -101,23 +98,19 @@ def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: i
 
 @rule("multi-krum", min_updates=_multi_krum_needs)
 def multi_krum(
-    updates: Sequence[Update],
-    context: AggregationContext,
-    *,
-    byzantine: int = 1,
-    selected: int | None = None,
+    updates: Sequence[Update], context: AggregationContext, *, byzantine: int = 1, selected: int | None = None
 ) -> StateDict:
     """Unweighted mean of the clients with the best Krum scores; their integer entries take the maximum.
 
     Parameters
     ----------
     byzantine : int
-        How many bad clients to tolerate; takes at least 2 * byzantine + 3 updates. 0 works with any number.
+        As for `krum`.
     selected : int, optional
         How many to average, at most n - byzantine - 2 (n if byzantine is 0), which is the default.
 
-    Blanchard et al., as for `krum`; the bound on `selected` is that of Damaskinos et al., "AggregaThor:
-    Byzantine Machine Learning via Robust Gradient Aggregation", MLSys 2019.
+    Blanchard et al., as for `krum`; the bound on `selected` is that of Damaskinos et al., "AggregaThor: Byzantine
+    Machine Learning via Robust Gradient Aggregation", MLSys 2019.
     """
     best = _closest(updates, byzantine)
     most = len(updates) - byzantine - 2 if byzantine else len(updates)
@@ -132,22 +125,17 @@ def multi_krum(
 
 @rule("geometric-median")
 def geometric_median(
-    updates: Sequence[Update],
-    context: AggregationContext,
-    *,
-    iterations: int = 32,
-    smoothing: float = 1e-6,
+    updates: Sequence[Update], context: AggregationContext, *, iterations: int = 32, smoothing: float = 1e-6
 ) -> StateDict:
     """The point with the smallest sum of distances to the clients, over all floating entries of the part together.
 
-    Tolerates fewer than half of the clients: (n - 1) // 2 of n. Found by the smoothed Weiszfeld algorithm,
-    which here starts from the mean of the half nearest to the median of each coordinate, and gives all
-    clients the same weight.
+    Tolerates fewer than half of the clients: (n - 1) // 2 of n. Found by the smoothed Weiszfeld algorithm. It starts
+    from the mean of the half nearest to the median of each coordinate, and all clients count the same.
 
     Parameters
     ----------
     iterations : int
-        At most so many steps; it stops before when the clients' weights have settled.
+        At most so many steps; fewer if the clients' weights have settled.
     smoothing : float
         Distances below this count as this.
 
@@ -185,8 +173,7 @@ def _by_entry(updates: Sequence[Update], merge: Callable[[list[Tensor]], Tensor]
 
 def _middle(rows: list[Tensor]) -> Tensor:
     low, high = rows[(len(rows) - 1) // 2], rows[len(rows) // 2]
-    # (low + high) / 2 would overflow for large values, and halves alone would lose the last bit of the
-    # smallest.
+    # (low + high) / 2 would overflow for large values, and halves alone would lose the last bit of the smallest.
     return torch.where(low == high, low, low / 2 + high / 2)
 
 

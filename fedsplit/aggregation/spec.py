@@ -2,8 +2,7 @@
 
 One value is ``@rules.toml``, ``rule`` or ``PATTERN=rule``; `fedsplit.aggregation.grammar` says how a rule is written. A
 pattern is a glob over state_dict keys. The first pattern that matches a key wins, and the rule without a pattern takes
-the other keys. Whether a ``flower.`` class or a ``package.module:function`` exists is checked later, by
-`fedsplit.aggregation.check_rules`.
+the other keys. `fedsplit.aggregation.check_rules` checks whether classes of Flower's and functions of the user's exist.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Param(NamedTuple):
     required: bool = False
 
     def accepts(self, value: object) -> bool:
-        """Return whether this is a number, a whole one if it must be, in the range."""
+        """Return whether this is such a number."""
         kinds = int if self.whole else int | float
         return isinstance(value, kinds) and not isinstance(value, bool) and self.allows(value)
 
@@ -118,7 +117,7 @@ class RuleSpec:
 
     @property
     def part(self) -> str:
-        """The name of the part of the model this rule merges: its pattern, or ``"*"``."""
+        """The name of the part of the model that this rule merges: its pattern, or ``"*"``."""
         return "*" if self.pattern is None else self.pattern
 
     def matches(self, key: str) -> bool:
@@ -133,9 +132,9 @@ class RuleSpec:
 
 
 def _check_pattern(pattern: str | None) -> None:
-    if pattern is None:
-        return
-    if not pattern or pattern != pattern.strip() or pattern.startswith("@") or any(c in pattern for c in "=()"):
+    if pattern is not None and (
+        not pattern or pattern != pattern.strip() or pattern.startswith("@") or any(c in pattern for c in "=()")
+    ):
         raise UsageError(
             f"{pattern!r} is not a pattern: expected a glob over state_dict keys such as 'body.*', "
             "without spaces around it, '=', brackets '()' or a leading '@'"
@@ -190,12 +189,7 @@ def _suggestion(found: str, known: Iterable[str]) -> str:
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[RuleSpec, ...]:
-    """Read the values of the repeated `--aggregate` flag, in order.
-
-    Parameters
-    ----------
-    texts : sequence of str
-        Each `name`, `name(key=value, …)`, `PATTERN=rule` or `@file.toml`. None at all means `fedavg`.
+    """Read the values of the repeated `--aggregate` flag; none at all means `fedavg`.
 
     Returns
     -------
@@ -237,23 +231,15 @@ def _parse_value(text: str) -> Iterator[RuleSpec]:
 
 
 def parse_rule(text: str) -> RuleSpec:
-    """Read one `rule` or `PATTERN=rule`.
-
-    Raises
-    ------
-    UsageError
-        If the text does not follow the grammar, or the rule cannot be.
-    """
+    """Read one `rule` or `PATTERN=rule`; raises UsageError for what is neither."""
     head, equals, tail = text.partition("=")
     if equals and "(" not in head:
-        return _build(parse_call(tail), pattern=head.strip())
-    return _build(parse_call(text), pattern=None)
+        return _build(parse_call(tail), head.strip())
+    return _build(parse_call(text))
 
 
-def _build(call: Call, *, pattern: str | None) -> RuleSpec:
-    params = {
-        key: _build(value, pattern=None) if isinstance(value, Call) else value for key, value in call.params.items()
-    }
+def _build(call: Call, pattern: str | None = None) -> RuleSpec:
+    params = {key: _build(value) if isinstance(value, Call) else value for key, value in call.params.items()}
     return RuleSpec(pattern=pattern, name=call.name, params=params)
 
 
@@ -276,6 +262,6 @@ def _parse_toml_part(where: str, part: Mapping[str, object]) -> RuleSpec:
     if not set(part) <= {"rule", "pattern"} or not isinstance(rule, str) or not isinstance(pattern, str | None):
         raise UsageError(f'{where}: expected rule = "…" and perhaps pattern = "…", found {", ".join(part)}')
     try:
-        return _build(parse_call(rule), pattern=pattern)
+        return _build(parse_call(rule), pattern)
     except UsageError as exc:
         raise UsageError(f"{where}: {exc}") from exc
