@@ -1,10 +1,9 @@
-"""What all programs share: parsers and the types of flags, logging, exit codes. Only here and in the commands are the
-command line and the environment read.
-"""
+"""What all programs share: parsers and the types of flags, logging, exit codes."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -32,11 +31,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # Not `in (None, False)`: a default of 0 equals False, and is shown.
-        if action.default is None or action.default is False or action.default == []:
-            return action.help
-        if "default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
+        has_none = action.default is None or action.default is False or action.default == []
+        return action.help if has_none or "default" in (action.help or "") else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # The old spelling -rank is accepted and not shown.
@@ -49,10 +45,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def make_parser(doc: str, prog: str) -> argparse.ArgumentParser:
-    """Return a parser whose help begins with a docstring.
-
-    It takes no abbreviated flags: those that are unique today may not be so in the next release.
-    """
+    """Return a parser whose help begins with a docstring."""
+    # No abbreviated flags: those that are unique today may not be so in the next release.
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
@@ -71,12 +65,10 @@ def add_command(commands: Commands, name: str, doc: str, run: Runner) -> argpars
 
 
 def make_program(parser: argparse.ArgumentParser, program: str, run: Runner, *, flower: bool = False) -> None:
-    """Make a parser that of the server, a client or a trainer: what it runs, its logging flags.
+    """Add to a parser what the server, the clients and the trainers have in common: what is run, and how it logs.
 
     Parameters
     ----------
-    parser
-        Of a script or of a command.
     program
         What its log lines begin with.
     run
@@ -85,8 +77,8 @@ def make_program(parser: argparse.ArgumentParser, program: str, run: Runner, *, 
         Whether Flower is part of the program, and logs too.
     """
     parser.set_defaults(run=run, program=program)
-    shown = "show debug lines too, and in text what Flower logs" if flower else "show debug lines too"
-    parser.add_argument("-v", "--verbose", action="store_true", help=shown)
+    flowers = ", and in text what Flower logs" if flower else ""
+    parser.add_argument("-v", "--verbose", action="store_true", help=f"show debug lines too{flowers}")
     parser.add_argument(
         "--log-format", choices=("text", "json"), default="text",
         help="text: for people; json: for machines, one object a line on stderr",
@@ -149,21 +141,16 @@ def scalar(text: str) -> Scalar:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
 def _number(text: str, kind: Callable[[str], N], is_allowed: Callable[[N], bool], expected: str) -> N:
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
-    if not is_allowed(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if is_allowed(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
 
 
 def read_file(path: Path | None, flag: str) -> bytes | None:
@@ -182,7 +169,8 @@ def read_file(path: Path | None, flag: str) -> bytes | None:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parse the flags, set up logging, run, and turn a FedSplitError into one line and its exit code.
 
-    Anything else that is raised is a bug here or in the user's own code, and is shown with its traceback.
+    Anything else that is raised is a bug here or in the user's own code, and is shown with its traceback. Argparse
+    raises SystemExit: 2 for flags that it does not take, 0 after ``--help``.
 
     Parameters
     ----------
@@ -190,11 +178,6 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         With the defaults ``run`` and ``program``, and the flags of logging.
     argv
         The words after the program's name; by default those of this process.
-
-    Raises
-    ------
-    SystemExit
-        By argparse: 2 for flags that it does not take, 0 after ``--help``.
     """
     arguments = parser.parse_args(argv)
     program, log_format = arguments.program, arguments.log_format

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,6 +161,36 @@ def test_a_rank_in_use_is_refused_before_its_logs_are_touched(tmp_path: Path) ->
     with Exchange(tmp_path / "exchange", 2).hold("trainer"):
         assert main(["demo", *places]) == RoleTakenError.exit_code
     assert log.read_text() == "of the run that is on"
+
+
+class Pretended(Child):
+    """A child without a process: it runs from its start until it is asked to end."""
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        if self.log is not None and not self.log.parent.is_dir():
+            raise FileNotFoundError(self.log)
+        self.began = True
+
+    @property
+    def is_running(self) -> bool:
+        return hasattr(self, "began") and self.exit_code is None
+
+    def send(self, number: signal.Signals) -> None:
+        self.exit_code = -number
+
+    def kill(self) -> None:
+        assert not self.is_running, "it was killed without being asked to end"
+
+
+def test_when_one_cannot_be_started_the_others_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = [Pretended(name, [], tmp_path / name / "log") for name in ("first", "second", "nowhere", "last")]
+    for name in ("first", "second", "last"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(demo, "plan", lambda *_: children)
+    places = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--exchange-dir", str(tmp_path / "exchange")]
+    with pytest.raises(FileNotFoundError):
+        main(["demo", *places])
+    assert [child.exit_code for child in children] == [-signal.SIGINT, -signal.SIGINT, None, None]
 
 
 def test_a_run_in_which_no_update_was_accepted_is_a_failure(tmp_path: Path) -> None:

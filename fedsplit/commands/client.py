@@ -72,7 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     exchange = Exchange(arguments.exchange_dir, arguments.rank)
     with exchange.hold("client"):
-        finished: FinishedRecord | None
         if engine == "superlink":
             finished = _run_supernode(exchange, arguments)
         else:
@@ -90,28 +89,21 @@ def _run_relay(
     from fedsplit.disk.remote_store import open_remote
     from fedsplit.engines import embedded
 
+    store = arguments.payload_store
     relay = Relay(
-        exchange,
-        trainer_wait_s=arguments.trainer_wait,
-        remote=open_remote(arguments.payload_store),
-        use_store=arguments.payload_store == "auto",
+        exchange, trainer_wait_s=arguments.trainer_wait, remote=open_remote(store), use_store=store == "auto",
         join_key=join_key,
-    )
+    )  # fmt: skip
     embedded.connect(relay, arguments.server_address, root_certificates=certificates, max_wait_s=arguments.max_wait)
     return relay.outcome
 
 
-def _run_supernode(exchange: Exchange, arguments: argparse.Namespace) -> FinishedRecord:
+def _run_supernode(exchange: Exchange, arguments: argparse.Namespace) -> FinishedRecord | None:
     from fedsplit.engines.superlink import node
 
     return node.connect(
-        exchange,
-        arguments.server_address,
-        root_certificates=arguments.root_certificates,
-        node_key=arguments.supernode_private_key,
-        trainer_wait_s=arguments.trainer_wait,
-        payload_store=arguments.payload_store,
-        max_wait_s=arguments.max_wait,
-        verbose=arguments.verbose,
-        log_format=arguments.log_format,
-    )
+        exchange, arguments.server_address, root_certificates=arguments.root_certificates,
+        node_key=arguments.supernode_private_key, trainer_wait_s=arguments.trainer_wait,
+        payload_store=arguments.payload_store, max_wait_s=arguments.max_wait,
+        verbose=arguments.verbose, log_format=arguments.log_format,
+    )  # fmt: skip

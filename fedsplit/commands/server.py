@@ -12,18 +12,14 @@ A tiny run on one machine, in five terminals and any order:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from fedsplit import cli
 from fedsplit.errors import UsageError
 
 if TYPE_CHECKING:
-    from fedsplit.server.settings import ServerSettings
     from fedsplit.wire.protocol import Engine
-
-Certificates: TypeAlias = tuple[bytes, bytes, bytes]
 
 
 def add_to(commands: cli.Commands) -> None:
@@ -107,7 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fedsplit.wire.protocol import EMBEDDED, SUPERLINK
 
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
-    settings = ServerSettings(**_values(arguments, ServerSettings))
+    values: dict[str, Any] = {name: getattr(arguments, name) for name in ServerSettings.__dataclass_fields__}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    settings = ServerSettings(**values)
     check_trackers(settings)
     host, _ = embedded.parse_address(arguments.address)
     certificates = _read_certificates(arguments)
@@ -148,13 +146,7 @@ def _check_keys(arguments: argparse.Namespace, engine: Engine) -> None:
         raise UsageError("--supernode-public-key works with --engine superlink only; here, use --join-token-file")
 
 
-def _values(arguments: argparse.Namespace, settings: type[ServerSettings]) -> dict[str, Any]:
-    """Return the values of the flags that are fields of the settings; lists become tuples."""
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(settings)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _read_certificates(arguments: argparse.Namespace) -> Certificates | None:
+def _read_certificates(arguments: argparse.Namespace) -> tuple[bytes, bytes, bytes] | None:
     """Read the three TLS files: CA, certificate, key; None without them, UsageError for only some."""
     flags = ("--ssl-ca-certfile", "--ssl-certfile", "--ssl-keyfile")
     paths = (arguments.ssl_ca_certfile, arguments.ssl_certfile, arguments.ssl_keyfile)

@@ -77,13 +77,9 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
     from fedsplit.workloads import WorkloadContext, create_workload
 
     context = WorkloadContext(
-        rank=arguments.rank,
-        num_partitions=arguments.num_partitions,
-        seed=arguments.seed,
-        device=device,
-        data_dir=arguments.data_dir,
-        options=dict(arguments.workload_option),
-    )
+        rank=arguments.rank, num_partitions=arguments.num_partitions, seed=arguments.seed, device=device,
+        data_dir=arguments.data_dir, options=dict(arguments.workload_option),
+    )  # fmt: skip
     workload = create_workload(arguments.workload, context)
 
     from fedsplit.trainer.progress import Progress
@@ -91,12 +87,8 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
     from fedsplit.workloads.runner import run_workload
 
     trainer = Trainer(
-        arguments.rank,
-        workload.model,
-        exchange_dir=arguments.exchange_dir,
-        checkpoint_dir=arguments.checkpoint_dir,
-        state=arguments.state,
-        client_wait_s=arguments.client_wait,
-    )
+        arguments.rank, workload.model, exchange_dir=arguments.exchange_dir, checkpoint_dir=arguments.checkpoint_dir,
+        state=arguments.state, client_wait_s=arguments.client_wait,
+    )  # fmt: skip
     with trainer:
         run_workload(trainer, workload, Progress(arguments.rank, shown=trainer.process == 0))
