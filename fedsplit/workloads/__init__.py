@@ -50,7 +50,17 @@ def load_workload(name: str) -> Factory:
             f"unknown workload {name!r}: expected one of {', '.join(BUILT_IN)}, or MODULE:FACTORY such as "
             f"package.module:Factory (dots, no slashes, no .py)"
         )
-    return _factory(_import(module_name, name), attribute, name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as exc:
+        # A module that the user's module imports may be missing as well: that traceback is the user's to see.
+        if exc.name is None or not f"{module_name}.".startswith(f"{exc.name}."):
+            raise
+        raise WorkloadError(
+            f"workload {name!r}: there is no module {exc.name!r}; is it installed, or in the directory that "
+            f"the program was started from?"
+        ) from exc
+    return _factory(module, attribute, name)
 
 
 def create_workload(name: str, context: WorkloadContext) -> Workload:
@@ -68,19 +78,6 @@ def create_workload(name: str, context: WorkloadContext) -> Workload:
             f"{', '.join(lacking)}; a workload has model, train(task) and evaluate(task)"
         )
     return workload
-
-
-def _import(module_name: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as exc:
-        # A module that the user's module imports may be missing as well: that traceback is the user's to see.
-        if exc.name is None or not f"{module_name}.".startswith(f"{exc.name}."):
-            raise
-        raise WorkloadError(
-            f"workload {name!r}: there is no module {exc.name!r}; is it installed, or in the directory that "
-            f"the program was started from?"
-        ) from exc
 
 
 def _factory(module: Any, attribute: str, name: str) -> Factory:

@@ -138,16 +138,18 @@ def _make(
 @contextlib.contextmanager
 def _exclusive(data_dir: Path) -> Iterator[None]:
     lock = filelock.FileLock(data_dir / ".fedsplit.lock")
-    with contextlib.ExitStack() as stack:
-        # A directory that cannot be written to cannot be downloaded to either: there is nothing to guard.
-        with contextlib.suppress(OSError):
-            data_dir.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(lock.acquire(blocking=False))
-            except filelock.Timeout:
-                log.info("waiting for another process that reads or downloads the data in %s", data_dir)
-                stack.enter_context(lock.acquire())
+    # A directory that cannot be written to cannot be downloaded to either: there is nothing to guard.
+    with contextlib.suppress(OSError):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            log.info("waiting for another process that reads or downloads the data in %s", data_dir)
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _expected_files(dataset_class: Any, data_dir: Path) -> dict[Path, str | None]:
