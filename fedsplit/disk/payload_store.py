@@ -7,7 +7,6 @@ only ``<root>/<digest>``, and the client uses the root only after it has read a 
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import mmap
 import secrets
@@ -42,14 +41,6 @@ class StoredPayload:
     digest: str
     bytes: int
     path: Path
-
-    def read(self) -> builtins.bytes:
-        """Return all of the content."""
-        return self.path.read_bytes()
-
-    def read_part(self, offset: int, size: int) -> builtins.bytes:
-        """Return a piece of the content, a shorter one at its end."""
-        return read_part(self.path, offset, size)
 
 
 class Incoming:
@@ -190,11 +181,10 @@ class PayloadStore:
         """Delete a payload; a process that mapped or linked it can still read it."""
         remove(self.path(digest))
 
-    def keep_only(self, digests: Iterable[str]) -> None:
-        """Delete every payload but these. Temporary names are left alone: a client may be linking one just now."""
-        wanted = set(digests)
+    def clear(self) -> None:
+        """Delete every payload. Temporary names are left alone: a client may be linking one just now."""
         for path in self.root.iterdir():
-            if is_digest(path.name) and path.name not in wanted:
+            if is_digest(path.name):
                 remove(path)
 
     def put_nonce(self) -> tuple[str, str]:

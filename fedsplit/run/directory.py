@@ -102,7 +102,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         try:
-            self.payloads.keep_only(())
+            self.payloads.clear()
         finally:
             self._stack.close()
 

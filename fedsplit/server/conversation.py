@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.disk.files import Buffer
-from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.disk.payload_store import PayloadStore, StoredPayload, read_part
 from fedsplit.errors import ExchangeError, RecordError
 from fedsplit.exchange.records import Request
 from fedsplit.server.observer import Observer
@@ -212,7 +212,7 @@ class Conversation:
         """Bring the state to a client: returns a small one, to go along with the question, and sends a large one."""
         size, step = state.bytes, self._context.engine.piece_bytes
         if size <= step:
-            return state.read()
+            return state.path.read_bytes()
         have = 0
         while have < size:
             if self._context.stop.is_set():
@@ -220,7 +220,7 @@ class Conversation:
             if self._is_late():
                 return None
             with self._context.sending:
-                reply = peer.push(state.digest, size, have, state.read_part(have, step))
+                reply = peer.push(state.digest, size, have, read_part(state.path, have, step))
             if error := reply.get("error"):
                 raise RecordError(f"the state could not be sent: {error.get('message')}")
             before, have = have, int(reply.get("have", 0))
