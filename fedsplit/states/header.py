@@ -68,8 +68,7 @@ def build_header(sizes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byte
         offsets[name] = [position, end]
         position = end
     record = {
-        name: {"dtype": dtype, "shape": list(shape), "data_offsets": offsets[name]}
-        for name, (dtype, shape) in sizes.items()
+        name: {"dtype": dtype, "shape": shape, "data_offsets": offsets[name]} for name, (dtype, shape) in sizes.items()
     }
     text = json.dumps(record, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -77,7 +76,7 @@ def build_header(sizes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byte
 
 
 def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> Mapping[str, Entry]:
-    """Read the entries of a payload.
+    """Read the entries of a payload; raises RecordError if this is not a whole safetensors payload.
 
     Parameters
     ----------
@@ -87,11 +86,6 @@ def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> M
         Length of the whole payload in bytes.
     where
         The file, or whom it came from, for error messages.
-
-    Raises
-    ------
-    RecordError
-        If this is not a whole safetensors payload.
     """
     data_begin = 8 + header_bytes(start[:8], payload_bytes, where)
     if len(start) < data_begin:

@@ -35,9 +35,8 @@ def read_initial_checkpoint(path: Path) -> list[Buffer]:
             " save model.state_dict() with torch.save, or as .safetensors"
         ) from exc
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(
-            f"--initial-checkpoint {path} holds a {type(state).__name__}, expected a state_dict of tensors"
-        )
+        kind = type(state).__name__
+        raise UsageError(f"--initial-checkpoint {path} holds a {kind}, expected a state_dict of tensors")
     return encode(state)
 
 

@@ -47,7 +47,7 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 def encode(state_dict: Mapping[str, torch.Tensor]) -> list[Buffer]:
     """Return the payload as buffers to be written one after the other: the header, then each tensor's memory.
 
-    The buffers share memory with the tensors where they can: write them before the tensors change.
+    Most buffers share memory with the tensors: write them before the tensors change.
 
     Raises
     ------
@@ -148,21 +148,15 @@ def load_into(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], *,
 
 
 def describe_difference(
-    expected_state: Mapping[str, torch.Tensor],
-    found_state: Mapping[str, torch.Tensor],
-    *,
-    expected: str,
-    found: str,
+    expected_state: Mapping[str, torch.Tensor], found_state: Mapping[str, torch.Tensor], *, expected: str, found: str
 ) -> str | None:
     """Say in one line how two state_dicts differ in keys, shapes or dtypes, or return None."""
-    missing = [name for name in expected_state if name not in found_state]
-    extra = [name for name in found_state if name not in expected_state]
-    if missing or extra:
-        parts = []
-        if missing:
-            parts.append(f"{found} lacks {_first(missing)} of {expected}")
-        if extra:
-            parts.append(f"{found} has {_first(extra)}, which {expected} does not have")
+    parts = []
+    if missing := [name for name in expected_state if name not in found_state]:
+        parts.append(f"{found} lacks {_first(missing)} of {expected}")
+    if extra := [name for name in found_state if name not in expected_state]:
+        parts.append(f"{found} has {_first(extra)}, which {expected} does not have")
+    if parts:
         return "; ".join(parts)
     for name, tensor in expected_state.items():
         other = found_state[name]
