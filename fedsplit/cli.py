@@ -153,6 +153,16 @@ def _number(text: str, kind: Callable[[str], N], is_allowed: Callable[[N], bool]
     raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
 
 
+def check_keys(engine: str, *, join_token_file: Path | None, keys: object, keys_flag: str) -> None:
+    """Refuse the flag that tells the clients of the other engine apart."""
+    if engine == "superlink" and join_token_file:
+        raise UsageError(
+            f"--join-token-file works with --engine embedded only; with --engine superlink, use {keys_flag}"
+        )
+    if engine == "embedded" and keys:
+        raise UsageError(f"{keys_flag} works with --engine superlink only; here, use --join-token-file")
+
+
 def read_file(path: Path | None, flag: str) -> bytes | None:
     """Read the file that a flag names; None if the flag was not given, UsageError if the file cannot be read."""
     if path is None:

@@ -63,12 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     if join_key is not None and certificates is None and not tls.is_loopback(host):
         raise UsageError("--join-token-file works over TLS (--root-certificates) or on loopback only")
     engine = embedded.choose_engine(arguments.engine)
-    if engine == "superlink" and join_key is not None:
-        raise UsageError(
-            "--join-token-file works with --engine embedded only; with --engine superlink, use --supernode-private-key"
-        )
-    if engine == "embedded" and arguments.supernode_private_key:
-        raise UsageError("--supernode-private-key works with --engine superlink only; here, use --join-token-file")
+    cli.check_keys(
+        engine, join_token_file=arguments.join_token_file, keys=arguments.supernode_private_key,
+        keys_flag="--supernode-private-key",
+    )  # fmt: skip
 
     exchange = Exchange(arguments.exchange_dir, arguments.rank)
     with exchange.hold("client"):

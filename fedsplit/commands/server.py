@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedsplit import cli
 from fedsplit.errors import UsageError
-
-if TYPE_CHECKING:
-    from fedsplit.wire.protocol import Engine
 
 
 def add_to(commands: cli.Commands) -> None:
@@ -121,7 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     embedded.check_port_is_free(arguments.address)
     engine = SUPERLINK if embedded.choose_engine(arguments.engine) == "superlink" else EMBEDDED
-    _check_keys(arguments, engine)
+    cli.check_keys(
+        engine.name, join_token_file=arguments.join_token_file, keys=arguments.supernode_public_key,
+        keys_flag="--supernode-public-key",
+    )  # fmt: skip
     live = arguments.log_format == "text" and not arguments.verbose
     with open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command()) as server:
         if engine is SUPERLINK:
@@ -133,17 +133,6 @@ def run(arguments: argparse.Namespace) -> int:
     if server.failure:
         raise server.failure
     return 0
-
-
-def _check_keys(arguments: argparse.Namespace, engine: Engine) -> None:
-    """Refuse what the engine cannot know its clients by."""
-    if engine.name == "superlink" and arguments.join_token_file:
-        raise UsageError(
-            "--join-token-file works with --engine embedded only; with --engine superlink, let SuperNodes in by their "
-            "keys: --supernode-public-key"
-        )
-    if engine.name == "embedded" and arguments.supernode_public_key:
-        raise UsageError("--supernode-public-key works with --engine superlink only; here, use --join-token-file")
 
 
 def _read_certificates(arguments: argparse.Namespace) -> tuple[bytes, bytes, bytes] | None:
