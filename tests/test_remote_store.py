@@ -51,7 +51,7 @@ def test_a_payload_goes_there_and_comes_back(url: str, tmp_path: Path) -> None:
     store.drop(DIGEST)
     store.drop(DIGEST)
     with pytest.raises(RecordError, match="is not in"):
-        store.download(DIGEST, target)
+        store.take(DIGEST, target)
 
 
 def test_bytes_that_do_not_match_their_name_are_refused(url: str, tmp_path: Path) -> None:
@@ -60,14 +60,14 @@ def test_bytes_that_do_not_match_their_name_are_refused(url: str, tmp_path: Path
     other = hashlib.sha256(b"expected").hexdigest()
     store.give(source, other)
     with pytest.raises(RecordError, match="has digest"):
-        store.download(other, target)
+        store.take(other, target)
     assert not target.exists()
     store.drop(other)
 
 
 def test_only_digests_are_opened(url: str, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="not a SHA-256"):
-        RemoteStore(url).download("../secret", tmp_path / "target")
+        RemoteStore(url).take("../secret", tmp_path / "target")
     assert RemoteStore(url).read_nonce("../secret") is None
 
 

@@ -58,11 +58,6 @@ class RemoteStore:
     # A client of this store knows it from its own --payload-store.
     announced_root = None
 
-    def take(self, digest: str, scratch: Path) -> Path | None:
-        """Bring a payload to ``scratch``, as `download` does."""
-        self.download(digest, scratch)
-        return scratch
-
     def give(self, source: Path, digest: str) -> None:
         """Bring a payload file there, unless it is there already; raises ExchangeError."""
         target = self._place(digest)
@@ -77,8 +72,8 @@ class RemoteStore:
             self._fs.put_file(str(source), temporary)
             self._fs.mv(temporary, target)
 
-    def download(self, digest: str, target: Path) -> None:
-        """Bring a payload here, and check its bytes against its name.
+    def take(self, digest: str, scratch: Path) -> Path:
+        """Bring a payload to ``scratch``, and check its bytes against its name.
 
         Raises
         ------
@@ -92,12 +87,13 @@ class RemoteStore:
         with self._explained(f"read {digest[:12]}… from"):
             if not self._fs.exists(place):
                 raise RecordError(f"payload {digest[:12]}… is not in {self.url}")
-            with self._fs.open(place, "rb", block_size=_BLOCK_BYTES) as reader, atomic_file(target) as writer:
+            with self._fs.open(place, "rb", block_size=_BLOCK_BYTES) as reader, atomic_file(scratch) as writer:
                 while block := reader.read(_BLOCK_BYTES):
                     found.update(block)
                     write_all(writer, block)
                 if found.hexdigest() != digest:
                     raise RecordError(f"payload {digest[:12]}… in {self.url} has digest {found.hexdigest()[:12]}…")
+        return scratch
 
     def drop(self, digest: str) -> None:
         """Remove a payload that no round needs; one that cannot be removed is left there."""

@@ -164,7 +164,7 @@ class Conversation:
                 if self._context.remote is None:
                     return self._context.store.map(digest)
                 # Checked on the way; large states wait for their merge in a file, not in memory.
-                self._context.remote.download(digest, self._context.store.path(digest))
+                self._context.remote.take(digest, self._context.store.path(digest))
                 return self._context.store.map(digest, own=True)
             if answer.blob is not None:
                 if hashlib.sha256(answer.blob).hexdigest() != digest:
