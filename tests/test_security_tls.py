@@ -112,7 +112,7 @@ FLAGS = [
     ("client_main.py --server-address 192.0.2.7:{port} --join-token-file {token}", "over TLS"),
     ("server_main.py --address 127.0.0.1:{port} --supernode-public-key {token}", "--engine superlink"),
     ("client_main.py --server-address 127.0.0.1:{port} --supernode-private-key {token}", "--engine superlink"),
-    ("server_main.py --address 127.0.0.1:{port} --engine superlink --join-token-file {token}", "keys"),
+    ("server_main.py --address 127.0.0.1:{port} --engine superlink --join-token-file {token}", "use --supernode"),
 ]
 
 

@@ -6,8 +6,9 @@ The format: https://github.com/huggingface/safetensors#format.
 
 As in the safetensors library, entries must not overlap, leave holes or reach past the end, their lengths must fit their
 shapes, and the header has at most 100 MB. Refused here and accepted there: two entries of one name, of which the
-library drops one; dtypes of less than a byte (F4, F6_E2M3, F6_E3M2); more than 64 dimensions; sizes whose product
-overflows beside a size of 0. Accepted here and refused there: metadata that is not text, as metadata is not read.
+library drops one; dtypes of less than a byte (F4, F6_E2M3, F6_E3M2); more than 64 dimensions; beside a size of 0, a
+size of 2**63 and more, and sizes whose product overflows. Accepted here and refused there: metadata that is not text,
+as metadata is not read.
 """
 
 from __future__ import annotations
