@@ -10,20 +10,15 @@ do not count it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 # torch cannot compare these; each fits into the signed type beside it. `maximum` itself handles uint64.
 _SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 _CHUNK = 1 << 14
-
-# Large tensors that `surely_finite` has read, with their versions: an update is checked before it is merged, and need
-# not be read again for that.
-_finite: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 
 
 def is_floating(tensor: Tensor) -> bool:
@@ -40,8 +35,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def widened(tensor: Tensor) -> Tensor:
     """Return the tensor in its wide type; it shares memory with the input if that has this type already."""
-    # The same object where that will do, so that `surely_finite` knows it again.
-    return (tensor.detach() if tensor.requires_grad else tensor).to(wide_dtype(tensor.dtype))
+    return tensor.detach().to(wide_dtype(tensor.dtype))
 
 
 def floating_keys(state: Mapping[str, Tensor]) -> list[str]:
@@ -67,7 +61,7 @@ class RunningMean:
             self._dtype = tensor.dtype
             # A contiguous copy: lerp below must never write into what a client sent.
             self._mean = tensor.detach().to(wide_dtype(tensor.dtype), copy=True, memory_format=torch.contiguous_format)
-            if not surely_finite(tensor) and not self._mean.isfinite().all():
+            if not surely_finite(self._mean) and not self._mean.isfinite().all():
                 self._first = real_view(self._mean.clone())
                 self._agree = ~self._first.isfinite()
         else:
@@ -205,10 +199,4 @@ def surely_finite(tensor: Tensor) -> bool:
     """
     if not is_floating(tensor):
         return True
-    version = -1 if tensor.is_inference() else tensor._version
-    if version >= 0 and _finite.get(tensor) == version:
-        return True
-    is_finite = math.isfinite(real_view(widened(tensor)).sum().item())
-    if is_finite and version >= 0 and tensor.numel() > _CHUNK:
-        _finite[tensor] = version
-    return is_finite
+    return math.isfinite(real_view(widened(tensor)).sum().item())
