@@ -61,18 +61,31 @@ def _user_rule(spec: RuleSpec) -> Rule:
     return FunctionRule(name=spec.rule, function=functools.partial(target, **spec.params))
 
 
-def _find(spec: RuleSpec) -> Any:
-    module_name, _, path = spec.name.partition(":")
+def find_object(name: str, what: str) -> Any:
+    """Return the object of a user's module that ``package.module:name`` means; None if the module has no such name.
+
+    Raises
+    ------
+    UsageError
+        If the module cannot be imported; ``what`` says in the message what it was imported for.
+    """
+    module_name, _, path = name.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
     except Exception as exc:
         # The module is the user's: whatever goes wrong while it runs is for them to read, in one line.
         raise UsageError(
-            f"cannot import {module_name!r} for the rule {spec.name}: {type(exc).__name__}: {exc}; "
+            f"cannot import {module_name!r} for {what}: {type(exc).__name__}: {exc}; "
             "it is looked for beside the script and on PYTHONPATH"
         ) from exc
-    for name in path.split("."):
-        target = getattr(target, name, None)
+    for each in path.split("."):
+        target = getattr(target, each, None)
+    return target
+
+
+def _find(spec: RuleSpec) -> Any:
+    target = find_object(spec.name, f"the rule {spec.name}")
     if not callable(target):
+        module_name, _, path = spec.name.partition(":")
         raise UsageError(f"{spec.name}: the module {module_name!r} has no function {path!r}")
     return target

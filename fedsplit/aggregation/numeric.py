@@ -116,14 +116,6 @@ def max_of(tensors: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def squared_norm(tensors: Iterable[Tensor]) -> float:
-    """Return the sum of squares over all entries, in float64 so that no finite float32 overflows it."""
-    total = 0.0
-    for tensor in tensors:
-        total += float(torch.linalg.vector_norm(flat_real(tensor), dtype=torch.float64)) ** 2
-    return total
-
-
 def squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor], keys: Sequence[str]) -> float:
     """Return the squared Euclidean distance of two states over `keys`."""
     total = 0.0

@@ -14,7 +14,6 @@ Between rounds its attributes are kept in the checkpoints; see `fedsplit.aggrega
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import traceback
@@ -48,6 +47,7 @@ from fedsplit.aggregation.attributes import Attributes, decode
 from fedsplit.aggregation.flower import from_numpy, to_numpy
 from fedsplit.aggregation.grammar import Call, parse_call
 from fedsplit.aggregation.guard import check_output
+from fedsplit.aggregation.loading import find_object
 from fedsplit.aggregation.numeric import is_floating
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.exchange.records import Scalar
@@ -349,15 +349,7 @@ def load_strategy(name: str) -> type[FlowerStrategy]:
     module_name, separator, path = name.partition(":")
     if not separator:
         module_name, path = "flwr.server.strategy", name
-    try:
-        target: Any = importlib.import_module(module_name)
-    except Exception as exc:  # the module is the user's: whatever goes wrong while it runs is for them to read
-        raise UsageError(
-            f"--strategy {name}: cannot import {module_name!r}: {type(exc).__name__}: {exc}; it is looked for beside "
-            "the script and on PYTHONPATH"
-        ) from exc
-    for each in path.split("."):
-        target = getattr(target, each, None)
+    target = find_object(f"{module_name}:{path}", f"--strategy {name}")
     if not inspect.isclass(target) or not issubclass(target, FlowerStrategy) or inspect.isabstract(target):
         raise UsageError(
             f"--strategy {name}: {module_name} has no class {path!r} that implements flwr.server.strategy.Strategy"
