@@ -54,7 +54,7 @@ bench: .venv/.dev
 
 # A hundred SIGKILLs over all five programs; takes about ten minutes on two cores.
 chaos: .venv/.dev
-	$(BIN)/python -m tests.chaos --kills 100
+	$(BIN)/python -m tests.chaos --faults 300
 
 # Renews constraints.txt: the newest version of everything, for every Python that is supported.
 lock: | $(BIN)/python $(filter $(BIN)/uv,$(UV))

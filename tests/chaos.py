@@ -1,6 +1,9 @@
-"""Kills the five programs with SIGKILL at moments drawn by a seed, starts each again as a user would, and compares.
+"""Kills and stops the five programs at moments drawn by a seed, starts each again as a user would, and compares.
 
-    python -m tests.chaos --kills 100 --seed 1
+    python -m tests.chaos --faults 100 --seed 1
+
+A fault is a SIGKILL of one program, of two to five at the same instant, or a SIGSTOP with a SIGCONT some seconds later;
+every other of these catches the program while it holds the lock of the hand-off.
 
 The final global state must be, bit for bit, that of plain loops that nobody disturbed, and the history must have every
 round once. The workload is the digits: an optimizer with momentum and a generator that draws the order of the data,
@@ -13,6 +16,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +35,11 @@ from tests.reference import federated_averaging
 SHORTEST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 6.0
 RESTART_AFTER_S = 1.0
+STOPPED_SHARE = 0.3
+# How many programs are killed at the same instant.
+AT_ONCE = (1, 1, 1, 2, 3, 5)
+# How long to try to catch a program with the lock, which it holds for microseconds.
+CATCH_S = 1.0
 
 
 @dataclass
@@ -38,48 +47,98 @@ class Outcome:
     """What was done to a federation, and what came of it."""
 
     kills: Counter[str] = field(default_factory=Counter)
+    at_once: Counter[int] = field(default_factory=Counter)
+    stops: Counter[str] = field(default_factory=Counter)
+    stops_with_lock: int = 0
     seconds: float = 0.0
-    rounds_at_kill: list[int] = field(default_factory=list)
+    rounds_at_fault: list[int] = field(default_factory=list)
+
+    @property
+    def faults(self) -> int:
+        """How many faults there were; programs killed at once are one."""
+        return self.at_once.total() + self.stops.total()
 
 
-def disturb(federation: Programs, *, kills: int, seed: int, timeout_s: float) -> Outcome:
-    """Start the programs and kill them at random until so many were killed; then let them finish.
+def disturb(federation: Programs, *, faults: int, seed: int, timeout_s: float) -> Outcome:
+    """Start the programs, and kill and stop them at random until there were so many faults; then let them finish.
 
     Raises
     ------
     AssertionError
-        If a program ends by itself with an error, the run is over before all kills were made, or it never ends.
+        If a program ends by itself with an error, the run is over before all faults were made, or it never ends.
     """
     draw, outcome, began = random.Random(seed), Outcome(), time.monotonic()
     federation.start_all()
     restarts: dict[str, float] = {}
-    next_kill = time.monotonic() + draw.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)
+    stopped: dict[str, float] = {}
+    next_fault = time.monotonic() + draw.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)
     while True:
         now = time.monotonic()
         assert now - began < timeout_s, f"not over after {timeout_s} s, {outcome}\n{federation.tails()}"
         for name in [name for name, due in restarts.items() if now >= due]:
             del restarts[name]
             federation.start(name, *(["--resume"] if name == "server" else []))
+        for name in [name for name, due in stopped.items() if now >= due]:
+            del stopped[name]
+            federation.kill(name, signal.SIGCONT)
         ended = {name: code for name, process in federation.processes.items() if (code := process.poll()) is not None}
         for name, code in ended.items():
             assert name in restarts or code == 0, f"{name} ended with {code}, {outcome}\n{federation.tails()}"
-        if sum(outcome.kills.values()) < kills:
+        if outcome.faults < faults:
             assert ended.get("server") != 0, f"the run was over after {outcome}: give it more rounds"
-            if now >= next_kill:
-                alive = [name for name in federation.names if name not in restarts and name not in ended]
-                if alive:
+            if now >= next_fault:
+                alive = [name for name in federation.names if not {name} & {*restarts, *ended, *stopped}]
+                outcome.rounds_at_fault.append(len(federation.history()))
+                if alive and draw.random() < STOPPED_SHARE:
                     name = draw.choice(alive)
-                    federation.kill(name)
-                    outcome.kills[name] += 1
-                    outcome.rounds_at_kill.append(len(federation.history()))
-                    restarts[name] = now + draw.uniform(0, RESTART_AFTER_S)
-                next_kill = now + draw.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)
+                    stopped[name] = now + draw.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)
+                    outcome.stops_with_lock += _stop(federation, name, with_lock=draw.random() < 0.5)
+                    outcome.stops[name] += 1
+                elif alive:
+                    together = draw.sample(alive, min(len(alive), draw.choice(AT_ONCE)))
+                    for name in together:
+                        # Sent to all before any is waited for.
+                        federation.processes[name].kill()
+                        restarts[name] = now + draw.uniform(0, RESTART_AFTER_S)
+                    for name in together:
+                        federation.kill(name)
+                    outcome.kills.update(together)
+                    outcome.at_once[len(together)] += 1
+                next_fault = now + draw.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)
+        elif stopped:
+            pass
         elif not restarts and "server" in ended:
             _let_everybody_hear_of_the_end(federation)
             break
         time.sleep(0.01)
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _stop(federation: Programs, name: str, *, with_lock: bool) -> bool:
+    """Stop a program, while it holds the lock of a hand-off if that is wanted; tells whether it does."""
+    process = federation.processes[name]
+    tries_end = time.monotonic() + (CATCH_S if with_lock and name != "server" else 0.0)
+    lock = federation.exchange / f"rank-{name.partition('-')[2]}" / "handoff.lock"
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        holds = process.pid == lock_holder(lock)
+        if holds or time.monotonic() >= tries_end:
+            return holds
+        process.send_signal(signal.SIGCONT)
+
+
+def lock_holder(path: Path) -> int | None:
+    """Return the process that holds the lock on a file, as Linux lists it."""
+    try:
+        inode = path.stat().st_ino
+    except FileNotFoundError:
+        return None
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if "->" not in fields and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+            return int(fields[4])
+    return None
 
 
 def _let_everybody_hear_of_the_end(federation: Programs) -> None:
@@ -111,11 +170,11 @@ def check(federation: Programs, *, rounds: int, seed: int = 0) -> None:
     assert not different, f"these entries are not what an undisturbed run gives: {different}"
 
 
-def run_chaos(directory: Path, *, kills: int, seed: int, rounds: int, exchange_dir: Path | None = None,
+def run_chaos(directory: Path, *, faults: int, seed: int, rounds: int, exchange_dir: Path | None = None,
               timeout_s: float = 3000.0) -> Outcome:  # fmt: skip
     """Disturb a federation in a directory and check what it came to."""
     with programs(directory, server_flags=("--rounds", str(rounds)), exchange_dir=exchange_dir) as federation:
-        outcome = disturb(federation, kills=kills, seed=seed, timeout_s=timeout_s)
+        outcome = disturb(federation, faults=faults, seed=seed, timeout_s=timeout_s)
         check(federation, rounds=rounds)
     return outcome
 
@@ -124,18 +183,21 @@ def main() -> int:
     """Run the long version."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kills", type=int, default=100, help="SIGKILLs in all, half of them with each place of the exchange"
+        "--faults", type=int, default=100, help="faults in all, half of them with each place of the exchange"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rounds", type=int, help="rounds (default: enough for the kills)")
+    parser.add_argument("--rounds", type=int, help="rounds (default: enough for the faults)")
     arguments = parser.parse_args()
-    kills = -(-arguments.kills // 2)
-    rounds = arguments.rounds or 10 * kills
+    faults = -(-arguments.faults // 2)
+    rounds = arguments.rounds or 10 * faults
     for seed, place in enumerate(("/dev/shm", None), start=arguments.seed):
         directory = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-"))
         exchange = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-", dir=place)) if place else None
-        outcome = run_chaos(directory, kills=kills, seed=seed, rounds=rounds, exchange_dir=exchange)
-        made = f"{sum(outcome.kills.values())} kills ({dict(outcome.kills)}) over {rounds} rounds"
+        outcome = run_chaos(directory, faults=faults, seed=seed, rounds=rounds, exchange_dir=exchange)
+        made = (
+            f"{outcome.kills.total()} kills ({dict(outcome.at_once)} by how many at once), "
+            f"{outcome.stops.total()} stops ({outcome.stops_with_lock} with the lock) over {rounds} rounds"
+        )
         result = "every round once, final state bit for bit as undisturbed"
         print(f"exchange on {place or 'disk'}: {made} in {outcome.seconds:.0f} s: {result}", flush=True)
         for path in (directory, exchange):

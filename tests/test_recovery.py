@@ -62,12 +62,12 @@ def ram() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_with_the_exchange_on_disk(tmp_path: Path) -> None:
-    run_chaos(tmp_path, kills=10, seed=1, rounds=100)
+    run_chaos(tmp_path, faults=10, seed=1, rounds=100)
 
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_with_the_exchange_in_memory(tmp_path: Path, ram: Path) -> None:
-    run_chaos(tmp_path, kills=10, seed=2, rounds=100, exchange_dir=ram)
+    run_chaos(tmp_path, faults=10, seed=2, rounds=100, exchange_dir=ram)
 
 
 @pytest.mark.smoke

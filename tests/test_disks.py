@@ -1,0 +1,195 @@
+"""Disks that fill, become read-only, or lose a directory in the middle of a run: nothing is lost, and all is said.
+
+Each disk is a small file system in memory. Where the machine does not let a test mount one, the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsplit.errors import CheckpointError
+from fedsplit.run.history import History, read_history
+from fedsplit.states.state_dict import map_file
+from tests.bounds import BOUND_S
+from tests.programs import ROOT, Programs
+
+ROUNDS = 12
+TRAINERS, CLIENTS = ("model-1", "model-2"), ("client-1", "client-2")
+
+
+@dataclass
+class Disk:
+    """A small file system."""
+
+    path: Path
+
+    def fill(self) -> None:
+        """Leave not a byte."""
+        with (self.path / "filler").open("wb") as file:
+            try:
+                while file.write(bytes(1 << 16)):
+                    file.flush()
+            except OSError:
+                pass
+
+    def free(self) -> None:
+        (self.path / "filler").unlink()
+
+    def remount(self, mode: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    path = tmp_path / "disk"
+    path.mkdir(mode=0o700)
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not let the test mount a small file system")
+    yield Disk(path)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Programs]:
+    """Two ranks whose state is one more in every round, a quarter of a second each."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    flags = ("--threads", "1", "--workload", "tests.unchanged:counting", "--workload-option", "sleep=0.25")
+    found = Programs(tmp_path, server_flags=("--rounds", str(ROUNDS)), model_flags=flags)
+    yield found
+    found.stop()
+
+
+def test_a_line_that_does_not_fit_is_not_there_and_the_next_one_is_whole(disk: Disk, tmp_path: Path) -> None:
+    history = History(disk.path / "history.jsonl")
+    line: dict[str, Any] = {"evaluate": {}, "clients": {}, "note": "x" * 6_000}
+    history.append({"round": 1, **line})
+    disk.fill()
+    with pytest.raises(CheckpointError, match=r"no space left to write .*history\.jsonl"):
+        for number in range(2, 10):
+            history.append({"round": number, **line})
+    kept = [found["round"] for found in read_history(history.path)]
+    assert kept == [found["round"] for found in history.lines] == [*range(1, len(kept) + 1)]
+    disk.free()
+    history.append({"round": len(kept) + 1, **line})
+    assert [found["round"] for found in read_history(history.path)] == [*range(1, len(kept) + 2)]
+    assert history.path.read_bytes().count(b"\n") == len(kept) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", ["exchange", "trainers"])
+def test_clients_and_trainers_wait_for_space_and_go_on(federation: Programs, disk: Disk, full: str) -> None:
+    if full == "exchange":
+        federation.exchange_dir = disk.path / "exchange"
+    else:
+        federation.model_flags = (
+            *federation.model_flags,
+            "--checkpoint-dir",
+            str(disk.path),
+            "--workload-option",
+            "own=yes",
+        )
+        federation.server_flags = (*federation.server_flags, "--aggregate", "own=local", "--aggregate", "fedavg")
+    federation.start_all()
+    wait_for_rounds(federation, 3)
+    disk.fill()
+    wait_until(federation, lambda: any("waiting for space" in federation.log(name) for name in TRAINERS + CLIENTS))
+    time.sleep(3)
+    assert all(process.poll() is None for process in federation.processes.values()), federation.tails()
+    disk.free()
+    end_undisturbed(federation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_the_server_stops_with_its_code_and_goes_on_from_what_is_there(
+    federation: Programs, disk: Disk, how: str
+) -> None:
+    federation.server_flags = (*federation.server_flags, "--checkpoint-dir", str(disk.path))
+    federation.start_all()
+    history = disk.path / "server" / "history.jsonl"
+    wait_until(federation, lambda: len(read_history(history)) >= 3)
+    disk.fill() if how == "full" else disk.remount("ro")
+    codes = federation.wait()
+    assert codes.pop("server") == CheckpointError.exit_code, federation.tails()
+    assert set(codes.values()) == {15}, federation.tails()
+    assert_no_traceback(federation)
+    before = read_history(history)
+    assert [line["round"] for line in before] == [*range(1, len(before) + 1)]
+    disk.free() if how == "full" else disk.remount("rw")
+    federation.start("server", "--resume")
+    for name in CLIENTS + TRAINERS:
+        federation.start(name)
+    end_undisturbed(federation, disk.path)
+    assert read_history(history)[: len(before)] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["removed", "read-only"])
+def test_an_exchange_that_cannot_be_used_ends_its_two_programs_and_the_run_goes_on_with_the_next_ones(
+    federation: Programs, disk: Disk, how: str
+) -> None:
+    federation.exchange_dir = disk.path / "exchange"
+    federation.start_all()
+    wait_for_rounds(federation, 3)
+    if how == "removed":
+        shutil.rmtree(federation.exchange / "rank-2")
+    else:
+        disk.remount("ro")
+    names = ("client-2", "model-2") if how == "removed" else CLIENTS + TRAINERS
+    codes = federation.wait(names=names)
+    assert set(codes.values()) == {3}, federation.tails()
+    assert_no_traceback(federation)
+    if how == "read-only":
+        disk.remount("rw")
+    for name in names:
+        federation.start(name)
+    end_undisturbed(federation)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_directory_that_is_removed_ends_the_server_with_its_code(federation: Programs) -> None:
+    federation.start_all()
+    wait_for_rounds(federation, 3)
+    shutil.rmtree(federation.checkpoints / "server")
+    codes = federation.wait()
+    assert codes.pop("server") == CheckpointError.exit_code, federation.tails()
+    assert set(codes.values()) == {15}, federation.tails()
+    assert_no_traceback(federation)
+
+
+def end_undisturbed(federation: Programs, checkpoints: Path | None = None) -> None:
+    """See that the run ends as one that nobody disturbed."""
+    codes = federation.wait()
+    assert codes == dict.fromkeys(codes, 0), f"{codes}\n{federation.tails()}"
+    assert_no_traceback(federation)
+    server = (checkpoints or federation.checkpoints) / "server"
+    state = map_file(max(server.glob("round-*/state.safetensors")))
+    assert torch.equal(state["count"], torch.full((8,), float(ROUNDS)))
+    lines = [json.loads(line) for line in (server / "history.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [*range(1, ROUNDS + 1)]
+
+
+def assert_no_traceback(federation: Programs) -> None:
+    assert not [name for name in federation.names if "Traceback" in federation.log(name)], federation.tails()
+
+
+def wait_for_rounds(federation: Programs, number: int) -> None:
+    wait_until(federation, lambda: len(federation.history()) >= number)
+
+
+def wait_until(federation: Programs, condition: Any) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < deadline, federation.tails()
+        time.sleep(0.02)
