@@ -8,6 +8,8 @@ before it exits is enough to go on. The tree::
     │   └── MissingPackageError   2   an optional package is needed and not installed
     ├── ExchangeError             3   the exchange directory cannot be used: permissions, space, ownership
     │   ├── RoleTakenError        4   a live process already holds this role of this rank
+    │   ├── NoSpaceError          3   a disk is full; who can wait for space does
+    │   ├── DirectoryLostError    3   the directory was removed or replaced while it was in use
     │   └── RecordError           5   a record or payload on the exchange is not what the protocol says
     │       └── SchemaError       5   a record is of another version of the protocol
     ├── StateMismatchError        6   two state_dicts do not have the same keys, shapes or dtypes
@@ -60,6 +62,14 @@ class ExchangeError(FedSplitError):
     """The exchange directory cannot be used."""
 
     exit_code = 3
+
+
+class NoSpaceError(ExchangeError):
+    """A disk is full; what was being written is as it was before."""
+
+
+class DirectoryLostError(ExchangeError):
+    """The exchange directory was removed or replaced while it was in use."""
 
 
 class RoleTakenError(ExchangeError):
@@ -146,3 +156,22 @@ class RunFailedError(FedSplitError):
     """The run cannot go on."""
 
     exit_code = 15
+
+
+def printable(text: str, most: int = 2_000, *, lines: bool = False) -> str:
+    """Return a text of somebody else's as it may be shown: cut, and without what a terminal obeys.
+
+    Parameters
+    ----------
+    most
+        How many characters are kept.
+    lines
+        Whether line breaks and tabs stay; else they are escaped as everything that does not print.
+    """
+    cut = text if len(text) <= most else text[:most] + "…"
+    if cut.isprintable():
+        return cut
+    return "".join(
+        each if each.isprintable() or (lines and each in "\n\t") else each.encode("unicode_escape").decode()
+        for each in cut
+    )

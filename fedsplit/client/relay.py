@@ -37,7 +37,7 @@ from fedsplit.client.long_poll import LongPoll
 from fedsplit.disk.digest import bytes_digest
 from fedsplit.disk.files import remove
 from fedsplit.disk.payload_store import Incoming, read_part
-from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RefusedError
+from fedsplit.errors import ExchangeError, FedSplitError, NoSpaceError, RecordError, RefusedError
 from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, ResultRecord, read
@@ -223,6 +223,10 @@ class Relay(Client):
             if parameters.tensors:
                 self._incoming.add(piece.offset, parameters.tensors[0])
             return {"have": self._incoming.have}
+        except NoSpaceError as exc:
+            log.warning("rank %d: %s; waiting for space", self._exchange.rank, exc)
+            time.sleep(self._engine.hold_s)
+            return {"have": self._incoming.have if self._incoming else 0, "waiting_for": "space"}
         except FedSplitError as exc:
             self._incoming = None
             return self._failed(exc)
@@ -231,8 +235,11 @@ class Relay(Client):
         began = time.monotonic()
         try:
             reply, results = self._relay(ask, blobs)
+        except NoSpaceError as exc:
+            return self._wait_for_space(exc, ask)
         except FedSplitError as exc:
-            # An exception would end the client process and with it the rank; the server decides what a failure means.
+            self._exchange.check_is_there()
+            # Any other exception would end the client process and with it the rank; the server decides what a failure means.
             return {"status": "error", **self._failed(exc)}, []
         if ask.then and reply["status"] == "ok":
             asked = time.monotonic()
@@ -264,6 +271,14 @@ class Relay(Client):
         waiting_for = "trainer" if self.missing_since is not None else None
         return {"status": "working", "waiting_for": waiting_for}, []
 
+    def _wait_for_space(self, exc: NoSpaceError, ask: Ask) -> _Reply:
+        """Let the server ask again, until there is space or it asks no more."""
+        if ask.cancel:
+            return {"status": "cancelled"}, []
+        log.warning("rank %d: %s; waiting for space", self._exchange.rank, exc)
+        time.sleep(ask.hold_s)
+        return {"status": "working", "waiting_for": "space"}, []
+
     def _fetch(self, digest: str, size: int, blobs: list[bytes]) -> Source | None:
         """Return where the state is: in the message, in the pieces that came before it, or in the store."""
         if blobs:
@@ -283,6 +298,8 @@ class Relay(Client):
             "status": "ok", "num_examples": result.num_examples, "loss": result.loss,
             "metrics": dict(result.metrics), "seconds": result.seconds,
         }  # fmt: skip
+        if result.local_entries:
+            reply["local_entries"] = dict(result.local_entries)
         blobs: list[bytes] = []
         if result.payload:
             via = self._place(result.payload)

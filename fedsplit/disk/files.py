@@ -10,24 +10,30 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import mmap
 import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from fedsplit.errors import ExchangeError, FedSplitError, RecordError
+from fedsplit.errors import ExchangeError, FedSplitError, NoSpaceError, RecordError
 
+log = logging.getLogger("fedsplit")
+
+Done = TypeVar("Done")
 Buffer = bytes | bytearray | memoryview
 
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _COPY_BYTES = 1 << 24
 _HASH_BESIDE_BYTES = 1 << 20
+_SPACE_CHECK_S, _REMIND_S = 0.5, 30.0
 
 
 @contextmanager
@@ -119,9 +125,18 @@ def write_at(path: Path, offset: int, chunk: Buffer) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in a single write, so that a reader never sees two lines mixed."""
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode() + b"\n")
+    """Append one line, whole or not at all; raises ExchangeError."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                write_all(file, line.encode() + b"\n")
+            except OSError:
+                # The next line must not be glued to half of this one.
+                file.truncate(before)
+                raise
+    except OSError as exc:
+        raise explain(exc, path) from exc
 
 
 def overwrite_in_place(path: Path, text: str) -> None:
@@ -238,13 +253,26 @@ def make_private_directory(path: Path, error: type[FedSplitError] = ExchangeErro
 
 
 def check_space(directory: Path, needed_bytes: int) -> None:
-    """Raise ExchangeError if a file of this size would not fit: better than half of it."""
+    """Raise NoSpaceError if a file of this size would not fit: better than half of it."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
-        raise ExchangeError(
+        raise NoSpaceError(
             f"too little space in {directory}: {needed_bytes:,} bytes are needed, {free:,} are free; "
             "free some or move the directory"
         )
+
+
+def wait_for_space(write: Callable[[], Done]) -> Done:
+    """Call a function until it does not fail for want of space, and say so meanwhile."""
+    reminded = 0.0
+    while True:
+        try:
+            return write()
+        except NoSpaceError as exc:
+            if time.monotonic() - reminded > _REMIND_S or not reminded:
+                reminded = time.monotonic()
+                log.warning("%s; waiting for space", exc)
+            time.sleep(_SPACE_CHECK_S)
 
 
 def _temporary(path: Path) -> Path:
@@ -255,5 +283,5 @@ def explain(exc: OSError, path: Path, verb: str = "write") -> FedSplitError:
     """Turn an error of the operating system into one that names the path and the way out."""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        return ExchangeError(f"no space left to write {path} ({free:,} bytes free); free some or move the directory")
+        return NoSpaceError(f"no space left to write {path} ({free:,} bytes free); free some or move the directory")
     return ExchangeError(f"cannot {verb} {path}: {exc.strerror or exc}")

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from filelock import FileLock, Timeout
 
@@ -40,7 +40,7 @@ from fedsplit.disk.files import (
     remove_leftovers,
     write_chunks,
 )  # fmt: skip
-from fedsplit.errors import ExchangeError, RecordError, RoleTakenError, SchemaError, UsageError
+from fedsplit.errors import DirectoryLostError, ExchangeError, RecordError, RoleTakenError, SchemaError, UsageError
 from fedsplit.exchange.records import (
     RECORD_BYTES,
     AnyRecord,
@@ -60,7 +60,7 @@ Role = Literal["client", "trainer"]
 Found = TypeVar("Found")
 
 _LOCK_POLL_S = 0.001
-_HANDOFF_TIMEOUT_S = 30.0
+_HANDOFF_SAY_S, _HANDOFF_TIMEOUT_S = 2.0, 30.0
 _LEAST_SPACE_BYTES = 1_000_000
 _PAYLOAD_NAME = re.compile(r"(task|result)-([1-9][0-9]{0,18})\.safetensors")
 _EXCHANGE_ID = re.compile(rb"[0-9a-f]{32}")
@@ -75,7 +75,19 @@ class Owner:
     started: str
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, started {self.started}"
+        stopped = ", stopped by a signal" if self.is_stopped else ""
+        return f"process {self.pid} on {self.host}, started {self.started}{stopped}"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it is a process of this machine that SIGSTOP or a debugger has stopped; Linux only."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_bytes()
+        except OSError:
+            return False
+        return status.rpartition(b") ")[2][:1] in (b"T", b"t")
 
 
 class Exchange:
@@ -102,6 +114,7 @@ class Exchange:
         self.exchange_id_path = self.directory / "exchange-id"
         self._handoff = self._lock_of("handoff")
         self._parsed: dict[Path, tuple[bytes, Record]] = {}
+        self._own_lock: tuple[Path, os.stat_result] | None = None
 
     def payload_path(self, of: Literal["task", "result"], version: int) -> Path:
         """Return the path of the payload of a version."""
@@ -135,6 +148,8 @@ class Exchange:
                         "stop that one, or take another rank or --exchange-dir"
                     )
                 stack.callback(lock.release)
+                self._own_lock = (self.lock_path(role), self.lock_path(role).stat())
+                stack.callback(setattr, self, "_own_lock", None)
                 me = Owner(pid=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
                 overwrite_in_place(self.lock_path(role), json.dumps(asdict(me)))
             # Half-written files of a dead predecessor. Nobody else writes these while the lock is held.
@@ -168,15 +183,37 @@ class Exchange:
     @contextmanager
     def handoff(self) -> Iterator[None]:
         """Hold the lock that guards reading and bumping the counters; for microseconds only."""
-        if not _take(self._handoff, _HANDOFF_TIMEOUT_S):
-            raise ExchangeError(
-                f"{self._handoff.lock_file} was held for {_HANDOFF_TIMEOUT_S:.0f} s; a process of rank {self.rank} is "
-                "stopped in the middle of a hand-off (see python -m fedsplit status)"
-            )
+        self.check_is_there()
+        if not _take(self._handoff, _HANDOFF_SAY_S):
+            log.warning("%s; waiting", self._describe_wait(_HANDOFF_SAY_S))
+            if not _take(self._handoff, _HANDOFF_TIMEOUT_S - _HANDOFF_SAY_S):
+                raise ExchangeError(f"{self._describe_wait(_HANDOFF_TIMEOUT_S)}; continue or end it")
         try:
             yield
         finally:
             self._handoff.release()
+
+    def check_is_there(self) -> None:
+        """Raise DirectoryLostError if the directory of the role that this process holds is no longer at its path."""
+        if self._own_lock is None:
+            return
+        path, mine = self._own_lock
+        try:
+            if os.path.samestat(path.stat(), mine):
+                return
+        except OSError:
+            pass
+        raise DirectoryLostError(
+            f"{self.directory} was removed or replaced while it was in use; start the client and the trainer of rank "
+            f"{self.rank} again"
+        )
+
+    def _describe_wait(self, seconds: float) -> str:
+        owners = {role: self.owner(role) for role in get_args(Role)}
+        others = {role: owner for role, owner in owners.items() if owner and owner.pid != os.getpid()}
+        stopped = {role: owner for role, owner in others.items() if owner.is_stopped}
+        who = " or ".join(f"the {role} ({owner})" for role, owner in (stopped or others).items())
+        return f"{self._handoff.lock_file} has been held for {seconds:.0f} s, by {who or 'another process'}"
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -231,7 +268,10 @@ class Exchange:
 
     def payload_versions(self, of: Literal["task", "result"]) -> list[int]:
         """Return the versions of which a payload file is there."""
-        matches = map(_PAYLOAD_NAME.fullmatch, os.listdir(self.directory))  # noqa: PTH208  (several times a task)
+        try:
+            matches = map(_PAYLOAD_NAME.fullmatch, os.listdir(self.directory))  # noqa: PTH208  (several times a task)
+        except OSError as exc:
+            raise explain(exc, self.directory, "list") from exc
         return sorted(int(match[2]) for match in matches if match and match[1] == of)
 
     def remove_payloads(self, of: Literal["task", "result"], *, below: int) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta, ValidationError, convert, to_builtins
 
-from fedsplit.errors import RecordError, SchemaError
+from fedsplit.errors import RecordError, SchemaError, printable
 
 SCHEMA = "fedsplit/1"
 # A record is small. The limit keeps a reader from being made to read for ever.
@@ -23,10 +23,24 @@ _LIMIT = 2**63 - 1
 
 Kind = Annotated[str, Meta(pattern=r"^(initialize|train|evaluate)\Z")]
 Status = Annotated[str, Meta(pattern=r"^(ok|error)\Z")]
-Scalar = bool | Annotated[int, Meta(ge=-_LIMIT - 1, le=_LIMIT)] | float | str
+# What a metric may be, on the way from a trainer to the history: limits that a trainer meets at once, by name.
+MOST_METRICS, MOST_NAME, MOST_TEXT = 1_000, 200, 10_000
+Scalar = bool | Annotated[int, Meta(ge=-_LIMIT - 1, le=_LIMIT)] | float | Annotated[str, Meta(max_length=MOST_TEXT)]
+Metrics = Annotated[Mapping[Annotated[str, Meta(max_length=MOST_NAME)], Scalar], Meta(max_length=MOST_METRICS)]
+# As weights of a mean, numbers of examples must be exact in float64.
+NumExamples = Annotated[int, Meta(ge=0, le=2**53)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=_LIMIT)]
 Version = Annotated[int, Meta(ge=1, le=_LIMIT)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+# Name to (dtype as torch names it, shape).
+LocalEntries = Mapping[
+    str,
+    tuple[
+        Annotated[str, Meta(pattern=r"^(bool|b?float\d\w*|u?int\d+|complex\d+)\Z", max_length=20)],
+        Annotated[tuple[Annotated[int, Meta(ge=0, le=2**40)], ...], Meta(max_length=64)],
+    ],
+]
 Checked = TypeVar("Checked")
 
 
@@ -78,7 +92,13 @@ class TaskRecord(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRecord:
-    """``result.json``: the answer to exactly one version."""
+    """``result.json``: the answer to exactly one version.
+
+    Attributes
+    ----------
+    local_entries
+        Of ``initialize``: the entries that stay with the trainer, so that the server can show and check the split.
+    """
 
     version: Version
     run_id: str
@@ -86,11 +106,12 @@ class ResultRecord:
     server_round: Count
     status: Status
     payload: PayloadRecord | None = None
-    num_examples: Count = 0
+    num_examples: NumExamples = 0
     loss: float | None = None
-    metrics: Mapping[str, Scalar] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    local_entries: LocalEntries = field(default_factory=dict)
     error: Mapping[str, str] | None = None
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
 
     def __post_init__(self) -> None:
         _check_name(self.payload, f"result-{self.version}.safetensors")
@@ -143,6 +164,8 @@ def parse(text: bytes, where: str) -> dict[str, Any]:
     SchemaError
         If it has another schema; names both.
     """
+    if len(text) > RECORD_BYTES:
+        raise RecordError(f"{where} has {len(text):,} bytes, at most {RECORD_BYTES:,} are allowed")
     try:
         # Decoded here, because json would also take UTF-16 and lone surrogates. Python's json and not msgspec's: a loss
         # that is NaN or infinite is written as such, and must be read again.
@@ -153,7 +176,7 @@ def parse(text: bytes, where: str) -> dict[str, Any]:
         raise RecordError(f"{where} holds a JSON {type(fields).__name__}, expected an object")
     if fields.get("schema") != SCHEMA:
         raise SchemaError(
-            f"{where} has schema {fields.get('schema')!r}, this version of fedsplit reads {SCHEMA!r}; "
+            f"{where} has schema {printable(repr(fields.get('schema')), 100)}, this version of fedsplit reads {SCHEMA!r}; "
             "use the same version of fedsplit on both sides"
         )
     return fields
@@ -173,14 +196,21 @@ def read(fields: Mapping[str, Any], kind: type[Checked], where: str) -> Checked:
 
 def scalars(values: Mapping[str, Any], where: str) -> dict[str, Scalar]:
     """Return a mapping as plain bool, int, float and str; raises RecordError naming the key of anything else."""
+    if len(values) > MOST_METRICS:
+        raise RecordError(f"{where}: {len(values):,} are given, at most {MOST_METRICS:,} are allowed")
     found: dict[str, Scalar] = {}
     for key, value in values.items():
         kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
         if kind is None or not isinstance(key, str):
             raise RecordError(f"{where}: {key!r} is a {type(value).__name__}, expected bool, int, float or str")
-        if kind is int and not -_LIMIT <= value <= _LIMIT:
-            raise RecordError(f"{where}: {key!r} does not fit 64 bits")
-        found[key] = kind(value)
+        if len(key) > MOST_NAME:
+            raise RecordError(
+                f"{where}: the name {key[:20]!r}… has {len(key):,} characters, at most {MOST_NAME} are allowed"
+            )
+        try:
+            found[key] = convert(kind(value), Scalar)
+        except ValidationError as exc:
+            raise RecordError(f"{where}: {key!r} cannot be sent: {exc}") from exc
     return found
 
 

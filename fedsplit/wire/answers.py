@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from fedsplit.errors import shown
-from fedsplit.exchange.records import Count, Digest, LocalEntries, Metrics, NumExamples, Seconds, read
+from fedsplit.errors import printable
+from fedsplit.exchange.records import Count, Digest, LocalEntries, Metrics, NumExamples, Seconds
 
 Rank = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+WaitingFor = Literal["trainer", "space"] | None
 ExchangeId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 # What a client says of itself in a text of its own; a traceback is the longest.
 _MESSAGE, _TRACEBACK = 2_000, 50_000
@@ -32,12 +33,12 @@ class Said:
     def failure(self) -> str:
         """The error in one line."""
         kind, message = self.error.get("type", "an error"), self.error.get("message", "")
-        return shown(f"{kind}: {message}", _MESSAGE)
+        return printable(f"{kind}: {message}", _MESSAGE)
 
     @property
     def traceback(self) -> str:
         """The trainer's traceback; empty without one."""
-        return shown(self.error.get("traceback", ""), _TRACEBACK, lines=True)
+        return printable(self.error.get("traceback", ""), _TRACEBACK, lines=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,10 @@ class Greeted(Said):
 
 @dataclass(frozen=True, kw_only=True)
 class Taken(Said):
-    """The answer to ``push``: how many bytes of the state are there."""
+    """The answer to ``push``: how many bytes of the state are there, and whether the rest waits for space."""
 
     have: Count = 0
+    waiting_for: WaitingFor = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,6 @@ class Answer(Said):
     seconds: Seconds = 0.0
     payload: ResultPayload | None = None
     local_entries: LocalEntries = field(default_factory=dict)
-    waiting_for: Literal["client", "trainer", "space"] | None = None
+    waiting_for: WaitingFor = None
     then: Answer | None = None
     held_s: Seconds = 0.0
