@@ -17,12 +17,12 @@ from flwr.server.strategy import FedAvg
 from fedsplit.aggregation import Update
 from fedsplit.aggregation.attributes import Attributes, NotKeepableError, decode, encode
 from fedsplit.errors import AggregationError, UsageError
-from fedsplit.run.parts import PartRow
+from fedsplit.run.history import PartRow
 from fedsplit.server.foreign import ForeignStrategy
 from fedsplit.server.peer import RankProxy
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
-from fedsplit.server.streaming import refusal
+from fedsplit.server.strategy import refusal
 from fedsplit.states.state_dict import StateDict, map_file
 from fedsplit.states.state_dict import encode as encode_state
 from tests.programs import programs

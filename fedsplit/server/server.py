@@ -30,7 +30,7 @@ from fedsplit.wire.protocol import EMBEDDED, Engine
 
 if TYPE_CHECKING:
     from fedsplit.disk.remote_store import RemoteStore
-    from fedsplit.server.streaming import StreamingStrategy
+    from fedsplit.server.strategy import StreamingStrategy
 
 log = logging.getLogger("fedsplit")
 
@@ -63,21 +63,14 @@ class Server(FlowerServer):
 
     Attributes
     ----------
-    run : Run
-        As given.
     failure : FedSplitError or None
         What ended the run early.
     """
 
     def __init__(
-        self,
-        run: Run,
-        settings: ServerSettings,
-        *,
-        remote: RemoteStore | None = None,
-        join_key: bytes | None = None,
+        self, run: Run, settings: ServerSettings, *, remote: RemoteStore | None = None, join_key: bytes | None = None,
         engine: Engine = EMBEDDED,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.run = run
         self.failure: FedSplitError | None = None
         self._settings = settings
@@ -87,10 +80,8 @@ class Server(FlowerServer):
         self._writer = BackgroundWriter()
         self._stop = threading.Event()
         self._told = False
-        by_reference = run.payloads if settings.payload_store == "auto" else None
-        self._roster = Roster(
-            run.run_id, remote or by_reference, join_key=join_key, ping_s=engine.ping_s, observer=self._observer
-        )
+        store = remote or (run.payloads if settings.payload_store == "auto" else None)
+        self._roster = Roster(run.run_id, store, join_key=join_key, ping_s=engine.ping_s, observer=self._observer)
         super().__init__(client_manager=self._roster)
 
     def observe(self, observer: Observer) -> None:
@@ -125,14 +116,17 @@ class Server(FlowerServer):
         reconnect_clients([(each, ReconnectIns(seconds=None)) for each in self._roster.connections()], None, 10.0)
 
     def _run_rounds(self) -> None:
-        # Here and not at the top: it imports torch, and the clients can connect meanwhile.
+        # Here and not at the top: these import torch, and the clients can connect meanwhile.
+        from fedsplit.server.foreign import ForeignStrategy
         from fedsplit.server.round import Rounds
+        from fedsplit.server.strategy import Strategy
 
-        strategy = _make_strategy(self._settings)
+        settings = self._settings
+        strategy: StreamingStrategy = ForeignStrategy(settings) if settings.strategy else Strategy.of(settings)
         self.set_strategy(strategy)
         Rounds(
-            self.run, self._settings, strategy, self._roster, self._engine, remote=self._remote,
-            observer=self._observer, writer=self._writer, stop=self._stop,
+            run=self.run, settings=settings, strategy=strategy, roster=self._roster, engine=self._engine,
+            remote=self._remote, observer=self._observer, writer=self._writer, stop=self._stop,
         ).run_all()  # fmt: skip
 
     def _end_early(self, failure: FedSplitError) -> None:
@@ -171,13 +165,3 @@ class Server(FlowerServer):
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _make_strategy(settings: ServerSettings) -> StreamingStrategy:
-    if settings.strategy is not None:
-        from fedsplit.server.foreign import ForeignStrategy
-
-        return ForeignStrategy(settings)
-    from fedsplit.server.strategy import Strategy
-
-    return Strategy.of(settings)

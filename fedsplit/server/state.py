@@ -20,29 +20,13 @@ if TYPE_CHECKING:
 
 
 class GlobalState:
-    """The state of a run, in the payload store and wherever else clients fetch it from.
-
-    Parameters
-    ----------
-    store
-        Where payloads lie on this machine.
-    remote
-        The store at ``--payload-store URL``.
-
-    Attributes
-    ----------
-    payload : StoredPayload or None
-        The state as a file; None before there is one.
-    entries : dict of str to Tensor
-        The state as tensors over that file.
-    parameters : Parameters
-        The state as Flower's strategies are given it: one safetensors payload, mapped and not copied.
-    """
+    """The state of a run, in the payload store on this machine and in the one at ``--payload-store URL``."""
 
     def __init__(self, store: PayloadStore, remote: RemoteStore | None) -> None:
         self._store = store
         self._remote = remote
         self.payload: StoredPayload | None = None
+        # Tensors over that file, and one safetensors payload, mapped and not copied: what strategies are given.
         self.entries: StateDict = {}
         self.parameters = Parameters([], TENSOR_TYPE)
 
