@@ -12,19 +12,17 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedsplit.disk.files import Buffer
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload, read_part
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import ExchangeError, RecordError
 from fedsplit.exchange.records import Request
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Peer, PeerLostError, Reply
 from fedsplit.server.roster import Roster
 from fedsplit.wire.protocol import EMBEDDED, Engine, ask_record
-
-if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -33,20 +31,20 @@ _SENDERS = 8
 _LOOK_S = 1.0
 
 
-class StoppedError(Exception):
-    """The run is being stopped; internal."""
+class _StoppedError(Exception):
+    """The run is being stopped: ends the thread of a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundContext:
-    """What is the same for all ranks that are asked in a round."""
+    """What is the same for all ranks that are asked in a round; a deadline is by this machine's `time.monotonic`."""
 
     roster: Roster
     store: PayloadStore
     remote: RemoteStore | None
     # How long a client that is away is waited for.
     client_wait_s: float
-    # `time.monotonic` after which an unfinished task is cancelled, and how many seconds after the round's start that is.
+    # When an unfinished task is cancelled, and how many seconds after the round's start that is.
     deadline: float | None
     deadline_s: float | None
     # Set when the run is being stopped.
@@ -57,19 +55,17 @@ class RoundContext:
 
     @property
     def is_late(self) -> bool:
-        """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     @property
     def hold_s(self) -> float:
-        """For how many seconds a client may hold a question that is asked now."""
+        """For how many seconds a client may hold a question that is asked now (long polling)."""
         left = self.engine.hold_s if self.deadline is None else self.deadline - time.monotonic()
         return max(0.0, min(self.engine.hold_s, left))
 
     def check_stop(self) -> None:
-        """Raise StoppedError if the run is being stopped."""
         if self.stop.is_set():
-            raise StoppedError
+            raise _StoppedError
 
 
 @dataclass(kw_only=True)
@@ -101,13 +97,7 @@ class Conversation:
                 return Reply(failure=str(exc))
 
     def fetch(self, reply: Reply) -> Buffer | Any:
-        """Get the payload of a result: mapped from the store, or out of a message; its bytes match its digest.
-
-        Raises
-        ------
-        RecordError
-            If the client cannot deliver it.
-        """
+        """Get a result's payload, whose bytes match its digest; raises RecordError if the client cannot deliver it."""
         store, remote = self.context.store, self.context.remote
         while True:
             digest = str(reply.digest)
@@ -142,13 +132,11 @@ class Conversation:
                     # Without the state no trainer has begun.
                     return self._too_late()
                 blob = self._bring(peer, state)
-            answer = peer.ask(
-                ask_record(
-                    self.request, digest=digest, payload_bytes=size, hold_s=0.0 if cancel else context.hold_s,
-                    cancel=cancel, then=self.then,
-                ),
-                blob,
-            )  # fmt: skip
+            hold_s = 0.0 if cancel else context.hold_s
+            record = ask_record(
+                self.request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=self.then
+            )
+            answer = peer.ask(record, blob)
             if answer.status == "need":
                 peer.held, force_send = None, True
                 continue

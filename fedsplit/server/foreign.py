@@ -21,21 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import flwr.common as flower
 import torch
-
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
-from flwr.common import (
-    Code,
-    EvaluateIns,
-    FitIns,
-    FitRes,
-    Parameters,
-    Status,
-    ndarrays_to_parameters,
-    parameters_to_ndarrays,
-)
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy as FlowerStrategy
@@ -95,16 +82,14 @@ class ForeignStrategy(StreamingStrategy):
         self._warned: set[str] = set()
         self._clients: dict[int, ClientProxy] = {}
         self._reference: StateDict = {}
-        self._given: Parameters | None = None
+        self._given: flower.Parameters | None = None
         # A state as our payload and as Flower's arrays: converted once for all that a round does with it.
-        self._state: tuple[Parameters, Parameters] | None = None
+        self._state: tuple[flower.Parameters, flower.Parameters] | None = None
         if not self._wants_initial_parameters():
             self._make()
         else:
             with self._refusing():
                 inspect.signature(self._class).bind(initial_parameters=None, **self._params)
-
-    # -- the interface of this server ----------------------------------------------------------------------------------
 
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
         """Make the strategy, if it wants the initial parameters, and say what of it cannot be kept."""
@@ -117,11 +102,9 @@ class ForeignStrategy(StreamingStrategy):
         return [PartRow(part="*", entries=len(state), bytes=size, rule=self._text)]
 
     def start_fit(self, server_round: int) -> Merge:
-        """Begin to collect updates: the strategy takes them as a list."""
         return _Collected()
 
     def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
-        """Let the strategy merge."""
         results = [(self._clients[update.rank], _result(update, self._reference)) for update in merge.updates]
         parameters, metrics = self.aggregate_fit(server_round, results, failures)
         if parameters is None:
@@ -138,7 +121,6 @@ class ForeignStrategy(StreamingStrategy):
         return dump({"strategy": self._name, "attributes": changed}) if changed else None
 
     def load_memory(self, path: Path) -> None:
-        """Give the strategy its attributes back."""
         memory = torch.load(path, weights_only=True, map_location="cpu")
         if (before := memory["strategy"]) != self._name:
             log.warning(
@@ -148,9 +130,7 @@ class ForeignStrategy(StreamingStrategy):
         for name, value in memory["attributes"].items():
             setattr(self.inner, name, decode(value))
 
-    # -- Flower's interface --------------------------------------------------------------------------------------------
-
-    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+    def initialize_parameters(self, client_manager: ClientManager) -> flower.Parameters | None:
         """Return the strategy's initial values under the names and dtypes of a trainer's state; None if it has none."""
         parameters = self._call("initialize_parameters", client_manager=client_manager)
         if parameters is None or parameters is self._given:
@@ -158,42 +138,35 @@ class ForeignStrategy(StreamingStrategy):
         return to_payload(self._named(parameters, "initialize_parameters"))
 
     def configure_fit(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, FitIns]]:
-        """Let the strategy choose who trains, with what configuration and from which parameters."""
+        self, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, flower.FitIns]]:
         chosen = self._chosen("configure_fit", server_round, parameters, client_manager)
         self._clients = {int(client.cid): client for client, _, _ in chosen}
-        return [(client, FitIns(given, config)) for client, given, config in chosen]
+        return [(client, flower.FitIns(given, config)) for client, given, config in chosen]
 
     def aggregate_fit(
         self, server_round: int, results: FitResults, failures: FitFailures
-    ) -> tuple[Parameters | None, Metrics]:
-        """Let the strategy merge results of numpy arrays."""
+    ) -> tuple[flower.Parameters | None, Metrics]:
         parameters, metrics = self._call("aggregate_fit", server_round, results, failures)
         return parameters, _numbers(metrics)
 
-    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
-        """Let the strategy evaluate the state on the server."""
+    def evaluate(self, server_round: int, parameters: flower.Parameters) -> tuple[float, Metrics] | None:
         found = self._call("evaluate", server_round, parameters=self._arrays(parameters))
         return None if found is None else (float(found[0]), _numbers(found[1]))
 
     def configure_evaluate(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        """Let the strategy choose who evaluates, in the rounds that are evaluated."""
+        self, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, flower.EvaluateIns]]:
         if not self._settings.is_evaluated(server_round):
             return []
         chosen = self._chosen("configure_evaluate", server_round, parameters, client_manager)
-        return [(client, EvaluateIns(given, config)) for client, given, config in chosen]
+        return [(client, flower.EvaluateIns(given, config)) for client, given, config in chosen]
 
     def aggregate_evaluate(
         self, server_round: int, results: EvaluateResults, failures: EvaluateFailures
     ) -> tuple[float | None, Metrics]:
-        """Let the strategy put evaluations together."""
         loss, metrics = self._call("aggregate_evaluate", server_round, results, failures)
         return None if loss is None else float(loss), _numbers(metrics)
-
-    # -- making and calling it -----------------------------------------------------------------------------------------
 
     def _wants_initial_parameters(self) -> bool:
         """Tell whether it is made with the first state: when it asks for it, and Flower's own always."""
@@ -242,9 +215,7 @@ class ForeignStrategy(StreamingStrategy):
                 f"the strategy {self._name} failed in {method}: {type(exc).__name__}: {exc}"
             ) from exc
 
-    # -- to arrays and back --------------------------------------------------------------------------------------------
-
-    def _arrays(self, parameters: Parameters) -> Parameters:
+    def _arrays(self, parameters: flower.Parameters) -> flower.Parameters:
         """Return the global state as Flower's arrays."""
         if self._state is None or self._state[0] is not parameters:
             self._reference = decode_state(parameters.tensors[0], "the global state")
@@ -252,8 +223,8 @@ class ForeignStrategy(StreamingStrategy):
         return self._state[1]
 
     def _chosen(
-        self, method: str, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, Parameters, Metrics]]:
+        self, method: str, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, flower.Parameters, Metrics]]:
         """Let the strategy choose, and turn each parameters object back once; most are the global state."""
         arrays = self._arrays(parameters)
         chosen = self._call(method, server_round=server_round, parameters=arrays, client_manager=client_manager)
@@ -271,10 +242,10 @@ class ForeignStrategy(StreamingStrategy):
             found.append((client, known[id(ins.parameters)], self._config(client, ins.config, method)))
         return found
 
-    def _named(self, parameters: Parameters, method: str) -> StateDict:
+    def _named(self, parameters: flower.Parameters, method: str) -> StateDict:
         """Return arrays of the strategy's under the names, shapes and dtypes of the state."""
         with self._naming(method):
-            arrays = parameters_to_ndarrays(parameters)
+            arrays = flower.parameters_to_ndarrays(parameters)
         who = f"the strategy {self._name}: {method} gave"
         if len(arrays) != len(self._reference):
             raise AggregationError(f"{who} {len(arrays)} arrays, expected {len(self._reference)}, one for each entry")
@@ -330,14 +301,14 @@ def load_strategy(name: str) -> type[FlowerStrategy]:
     return target
 
 
-def _to_arrays(state: StateDict) -> Parameters:
-    return ndarrays_to_parameters([to_numpy(tensor) for tensor in state.values()])
+def _to_arrays(state: StateDict) -> flower.Parameters:
+    return flower.ndarrays_to_parameters([to_numpy(tensor) for tensor in state.values()])
 
 
-def _result(update: Update, reference: StateDict) -> FitRes:
+def _result(update: Update, reference: StateDict) -> flower.FitRes:
     state = {key: update.state_dict[key] for key in reference}
     wide = {key: tensor if is_floating(tensor) else tensor.to(torch.float64) for key, tensor in state.items()}
-    return FitRes(Status(Code.OK, ""), _to_arrays(wide), update.num_examples, dict(update.metrics))
+    return flower.FitRes(flower.Status(flower.Code.OK, ""), _to_arrays(wide), update.num_examples, dict(update.metrics))
 
 
 def _numbers(metrics: Mapping[str, Any] | None) -> Metrics:

@@ -1,7 +1,6 @@
 """A connection to a client: every question that the server asks it, and the one place that decodes its answers.
 
-What leaves this module is typed: which rank it is, an `Answer` with its `Reply`, a number of bytes, a piece. Nothing
-else on the server reads a record of a client's. A question that is not answered raises `PeerLostError`, and an answer
+Nothing else on the server reads a client's record. A question that is not answered raises `PeerLostError`, an answer
 that cannot be read raises `RecordError`.
 """
 
@@ -12,30 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
-from flwr.common import (
-    Code,
-    EvaluateIns,
-    FitIns,
-    GetParametersIns,
-    GetPropertiesIns,
-    GetPropertiesRes,
-    Parameters,
-    ReconnectIns,
-)  # fmt: skip
+import flwr.common as flower
 from flwr.server.client_proxy import ClientProxy
 
+from fedsplit.disk.payload_store import PayloadStore
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import AggregationError, RecordError
 from fedsplit.wire.join import Transcript, is_nonce, new_nonce
 from fedsplit.wire.protocol import BYTES_PER_S, TENSOR_TYPE, pack, unpack
-
-if TYPE_CHECKING:
-    from fedsplit.disk.payload_store import PayloadStore
-    from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -53,10 +38,7 @@ class TurnedAwayError(Exception):
 
 
 class RankProxy(ClientProxy):
-    """A rank as a strategy knows it, the same object over every connection; its ``cid`` is the rank as text.
-
-    A strategy chooses ranks and gives them instructions; the server carries them out.
-    """
+    """A rank as a strategy knows it, the same object over every connection: it is chosen, and the server asks it."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(str(rank))
@@ -74,19 +56,19 @@ class RankProxy(ClientProxy):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """How a rank's task ended. With a ``failure`` there is no result, and the fields after ``traceback`` mean nothing.
+    """How a rank's task ended."""
 
-    ``seconds`` is what the trainer says it took; ``via`` is how the payload comes: ``store``, ``inline`` or ``pull``.
-    """
-
+    # With a failure there is no result, and what follows means nothing.
     failure: str | None = None
     traceback: str = ""
     num_examples: int = 0
     loss: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    # What the trainer says it took.
     seconds: float = 0.0
     digest: str | None = None
     payload_bytes: int = 0
+    # How the payload comes: ``store``, ``inline`` (the blob) or ``pull``.
     via: str = ""
     blob: bytes | None = None
 
@@ -130,15 +112,13 @@ class Peer:
         # Flower's bridge takes one question at a time.
         self._lock = threading.Lock()
 
-    # -- the greeting --------------------------------------------------------------------------------------------------
-
     def greet(self, run_id: str, store: PayloadStore | RemoteStore | None, join_key: bytes | None) -> None:
         """Ask who it is, once it has proved that it may know who asks; raises TurnedAwayError if it takes no part."""
         transcript = None if join_key is None else self._challenge(run_id, join_key)
         nonce_name, nonce = store.put_nonce() if store else ("", "")
         root = store.announced_root if store else None
         record = {"op": "hello", "run_id": run_id, "nonce_name": nonce_name, "store_root": root}
-        if transcript and join_key:
+        if transcript is not None and join_key is not None:
             record["proof"] = transcript.proof(join_key, "server")
         try:
             hello = self._question(record)
@@ -176,9 +156,7 @@ class Peer:
         """Tell the client why it cannot take part, and end the connection; raises whatever Flower does."""
         self.refused_at = time.monotonic()
         self._send({"op": "refuse", "reason": reason})
-        self.proxy.reconnect(ReconnectIns(seconds=None), _GREETING_S, None)
-
-    # -- a rank's questions --------------------------------------------------------------------------------------------
+        self.proxy.reconnect(flower.ReconnectIns(seconds=None), _GREETING_S, None)
 
     def was_heard_within(self, seconds: float) -> bool:
         """Tell whether the client answered anything lately; while its trainer works it does so every second."""
@@ -194,22 +172,17 @@ class Peer:
 
     def ask(self, record: Mapping[str, Any], blob: bytes | None) -> Answer:
         """Ask for a task; ``blob`` is the state that goes along with the question."""
-        parameters = Parameters([blob] if blob is not None else [], TENSOR_TYPE)
         timeout = record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S
-        # Flower's answer to an evaluation has no room for what may come along with it.
-        if record["kind"] == "evaluate" and "then" not in record:
-            evaluated = self._call(lambda: self.proxy.evaluate(EvaluateIns(parameters, pack(record)), timeout, None))
-            return _answer(self._unpacked(evaluated.metrics), None)
-        fitted = self._call(lambda: self.proxy.fit(FitIns(parameters, pack(record)), timeout, None))
-        blobs = fitted.parameters.tensors
-        return _answer(self._unpacked(fitted.metrics), blobs[0] if blobs else None)
+        if record["kind"] != "evaluate" or "then" in record:
+            return _answer(*self._fit(record, blob, timeout))
+        # Not for what may come along with the answer: Flower's answer to an evaluation has no room for that.
+        ins = flower.EvaluateIns(_parameters(blob), pack(record))
+        return _answer(self._unpacked(self._call(lambda: self.proxy.evaluate(ins, timeout, None)).metrics), None)
 
     def push(self, digest: str, total_bytes: int, offset: int, piece: bytes) -> int:
         """Send a piece of a state; returns how many bytes of it the client has."""
-        record = pack({"op": "push", "digest": digest, "bytes": total_bytes, "offset": offset})
-        ins = FitIns(Parameters([piece], TENSOR_TYPE), record)
-        timeout = _GRACE_S + len(piece) / BYTES_PER_S
-        reply = self._unpacked(self._call(lambda: self.proxy.fit(ins, timeout, None)).metrics)
+        record = {"op": "push", "digest": digest, "bytes": total_bytes, "offset": offset}
+        reply, _ = self._fit(record, piece, _GRACE_S + len(piece) / BYTES_PER_S)
         if error := reply.get("error"):
             raise RecordError(f"the state could not be sent: {error.get('message')}")
         return int(reply.get("have", 0))
@@ -217,9 +190,16 @@ class Peer:
     def pull(self, digest: str, offset: int, piece_bytes: int) -> bytes | None:
         """Fetch a piece of the payload of a result; None if the client no longer has it."""
         timeout = _GRACE_S + piece_bytes / BYTES_PER_S
-        ins = GetParametersIns(pack({"op": "pull", "digest": digest, "offset": offset, "bytes": piece_bytes}))
+        ins = flower.GetParametersIns(pack({"op": "pull", "digest": digest, "offset": offset, "bytes": piece_bytes}))
         reply = self._call(lambda: self.proxy.get_parameters(ins, timeout, None))
-        return reply.parameters.tensors[0] if reply.status.code == Code.OK and reply.parameters.tensors else None
+        return reply.parameters.tensors[0] if reply.status.code == flower.Code.OK and reply.parameters.tensors else None
+
+    def _fit(
+        self, record: Mapping[str, Any], blob: bytes | None, timeout: float
+    ) -> tuple[dict[str, Any], bytes | None]:
+        ins = flower.FitIns(_parameters(blob), pack(record))
+        found = self._call(lambda: self.proxy.fit(ins, timeout, None))
+        return self._unpacked(found.metrics), next(iter(found.parameters.tensors), None)
 
     def _call(self, call: Callable[[], Any]) -> Any:
         with self._lock:
@@ -230,14 +210,18 @@ class Peer:
             self._last_heard = time.monotonic()
             return answer
 
-    def _send(self, record: Mapping[str, Any]) -> GetPropertiesRes:
-        return self.proxy.get_properties(GetPropertiesIns(pack(record)), _GREETING_S, None)
+    def _send(self, record: Mapping[str, Any]) -> flower.GetPropertiesRes:
+        return self.proxy.get_properties(flower.GetPropertiesIns(pack(record)), _GREETING_S, None)
 
     def _question(self, record: Mapping[str, Any]) -> dict[str, Any]:
         return self._unpacked(self._send(record).properties)
 
     def _unpacked(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         return unpack(fields, "a client" if self.rank < 0 else f"the client of rank {self.rank}")
+
+
+def _parameters(blob: bytes | None) -> flower.Parameters:
+    return flower.Parameters([] if blob is None else [blob], TENSOR_TYPE)
 
 
 def _answer(record: Mapping[str, Any], blob: bytes | None) -> Answer:

@@ -1,11 +1,8 @@
 """Who is connected: Flower's client manager, by rank.
 
-Flower gives every connection a fresh id; here a connection counts once it has said which rank it is. A rank that comes
-back from the same exchange directory takes its place again; another live client of the same rank is refused and told
-why. With a join token a connection is told nothing but a challenge before it has proved that it knows the token.
-
-A rank that is asked nothing for a while, because others are still training, is pinged. So each side notices a link that
-died without a word, the client by the silence.
+A connection counts once it has said which rank it is. A rank that comes back from the same exchange directory takes its
+place again; another live client of the same rank is refused and told why. A rank that is asked nothing for a while,
+because others are still training, is pinged. So each side notices a link that died without a word.
 """
 
 from __future__ import annotations
@@ -15,23 +12,18 @@ import random
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.criterion import Criterion
 
 from fedsplit.disk.payload_store import PayloadStore
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import RecordError
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Peer, PeerLostError, RankProxy, TurnedAwayError
 from fedsplit.server.turns import in_parallel
-
-if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -46,18 +38,8 @@ _REFUSED_S = 60.0
 class Roster(ClientManager):
     """The connected ranks.
 
-    Parameters
-    ----------
-    run_id
-        The run that clients are greeted with.
-    store
-        Offered to clients that can see it; None keeps payloads in messages.
-    join_key
-        What a client must prove to know; None lets everybody in.
-    ping_s
-        Seconds of silence after which a rank is pinged; None for never.
-    observer
-        Is told while clients are waited for.
+    ``store`` is offered to clients that can see it; without one payloads travel in messages. With a ``join_key`` nobody
+    takes part who does not know it. A rank is pinged after ``ping_s`` seconds of silence; None is never.
     """
 
     def __init__(
@@ -76,8 +58,6 @@ class Roster(ClientManager):
         self._peers: dict[int, Peer] = {}
         self._rank_proxies: dict[int, RankProxy] = {}
         self._changed = threading.Condition()
-
-    # -- by rank -----------------------------------------------------------------------------------------------------
 
     def ranks(self) -> list[int]:
         """Return the connected ranks in order."""
@@ -133,9 +113,7 @@ class Roster(ClientManager):
         with self._changed:
             self._connections[client.cid] = peer
             if self._ping_s is not None and self._pinging is None:
-                self._pinging = threading.Thread(
-                    target=self._keep_pinging, args=(self._ping_s,), name="pings", daemon=True
-                )
+                self._pinging = threading.Thread(target=self._keep_pinging, args=(self._ping_s,), daemon=True)
                 self._pinging.start()
         # The stream serves messages only after this returns, so the question is asked from beside.
         threading.Thread(target=self._greet, args=(peer,), name=f"greet-{client.cid[:8]}", daemon=True).start()
@@ -205,10 +183,10 @@ class Roster(ClientManager):
             peer.greet(self._run_id, self._store, self._join_key)
             self._admit(peer)
         except TurnedAwayError as exc:
-            self._refuse(peer, str(exc))
+            _refuse(peer, str(exc))
         except (RecordError, KeyError, TypeError, ValueError) as exc:
             log.warning("a client was turned away: %s", exc)
-            self._refuse(peer, f"this server speaks fedsplit: {exc}")
+            _refuse(peer, f"this server speaks fedsplit: {exc}")
         except Exception as exc:  # noqa: BLE001  (the connection ended before it said who it is)
             log.debug("a connection ended during the greeting: %s", exc)
         finally:
@@ -218,12 +196,12 @@ class Roster(ClientManager):
         rank = peer.rank
         with self._changed:
             other = self._peers.get(rank)
-        if other and other.exchange_id != peer.exchange_id:
-            if other.was_heard_within(_HEARD_S) or self._reaches(other, _PING):
-                log.warning("rank %d: a second client was refused; the first is still connected", rank)
-                raise TurnedAwayError(
-                    f"rank {rank} is taken by a live client with another exchange directory; take another --rank"
-                )
+        is_taken = other and other.exchange_id != peer.exchange_id
+        if other and is_taken and (other.was_heard_within(_HEARD_S) or self._reaches(other, _PING)):
+            log.warning("rank %d: a second client was refused; the first is still connected", rank)
+            raise TurnedAwayError(
+                f"rank {rank} is taken by a live client with another exchange directory; take another --rank"
+            )
         with self._changed:
             if self._connections.get(peer.proxy.cid) is not peer:
                 return
@@ -233,12 +211,6 @@ class Roster(ClientManager):
             self._changed.notify_all()
         how = "by reference" if peer.sees_store else "in messages"
         log.info("rank %d: client %s (payloads %s)", rank, "is back" if came_back else "connected", how)
-
-    def _refuse(self, peer: Peer, reason: str) -> None:
-        try:
-            peer.refuse(reason)
-        except Exception as exc:  # noqa: BLE001  (it is being sent away; whether it hears why is not ours to ensure)
-            log.debug("the refused client did not listen: %s", exc)
 
     def _reaches(self, peer: Peer, record: Mapping[str, Any]) -> bool:
         """Tell a peer something; one that does not confirm it is gone."""
@@ -258,3 +230,10 @@ class Roster(ClientManager):
                 # Beside each other: one that is silent must not keep the others without a sign for half a minute.
                 if peer.is_silent(period):
                     threading.Thread(target=self._reaches, args=(peer, _PING), daemon=True).start()
+
+
+def _refuse(peer: Peer, reason: str) -> None:
+    try:
+        peer.refuse(reason)
+    except Exception as exc:  # noqa: BLE001  (it is being sent away; whether it hears why is not ours to ensure)
+        log.debug("the refused client did not listen: %s", exc)

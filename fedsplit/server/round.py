@@ -23,17 +23,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
 from flwr.common import Code, EvaluateIns, EvaluateRes, FitIns, Status
 from flwr.server.client_proxy import ClientProxy
 
 from fedsplit.aggregation import Update
 from fedsplit.disk.checkpoints import BackgroundWriter
 from fedsplit.disk.payload_store import StoredPayload
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import RecordError, RunFailedError
 from fedsplit.exchange.records import Request
 from fedsplit.run.directory import STATE_FILE, Run
@@ -52,9 +50,6 @@ from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import decode, encode
 from fedsplit.wire.protocol import Engine
 
-if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
-
 log = logging.getLogger("fedsplit")
 
 # Long polling: with many ranks the clients hold each question longer, or the server would do nothing but ask. A run
@@ -64,12 +59,10 @@ _FAREWELL_S = 10.0
 
 
 @dataclass(kw_only=True)
-class Task:
+class Task(Conversation):
     """What one rank is asked for in a round, and what came of it."""
 
-    rank: int
     client: ClientProxy
-    request: Request
     state: StoredPayload
     reply: Reply = field(default_factory=Reply)
     refused: str | None = None
@@ -145,23 +138,22 @@ class Rounds:
         """Let the strategy's choice of ranks train, merge their updates, and return what the line says of it."""
         strategy = self.strategy
         chosen = strategy.configure_fit(server_round, self._state.parameters, self.roster)
-        tasks = self._tasks("train", server_round, chosen)
+        tasks = self._tasks("train", server_round, chosen, context)
         merge, turns = strategy.start_fit(server_round), Turns([task.rank for task in tasks])
 
         def train(task: Task) -> None:
             rank = task.rank
-            conversation = Conversation(context=context, rank=rank, request=task.request, state=task.state)
             task.stages = Stages()
             try:
-                reply = task.reply = self._ahead.get(rank) or conversation.until_done()
-                task.stages.end("hand-off", waiting=conversation.waited_s, training=reply.seconds)
+                reply = task.reply = self._ahead.get(rank) or task.until_done()
+                task.stages.end("hand-off", waiting=task.waited_s, training=reply.seconds)
                 if not reply.failure:
                     self.observer.answered(rank, None)
                 # What lies in the store is read and checked beside the others. What comes in messages takes room here:
                 # it is fetched when at most one other has to be merged before it.
                 turns.wait(rank, ahead=len(tasks) if reply.via == "store" else 1)
                 task.stages.end("turn")
-                update = reply.failure or self._fetch(conversation, task, retains=merge.retains)
+                update = reply.failure or self._fetch(task, retains=merge.retains)
                 turns.wait(rank)
                 task.stages.end("turn")
                 if isinstance(update, str):
@@ -205,19 +197,18 @@ class Rounds:
         chosen = strategy.configure_evaluate(server_round, self._state.parameters, self.roster)
         if not chosen:
             return
-        tasks = self._tasks("evaluate", server_round, chosen)
-        asks_ahead, ahead_s = self._asks_ahead(server_round), [0.0]
+        tasks = self._tasks("evaluate", server_round, chosen, context)
+        # The next round's training starts from the same state. It is asked for along with the evaluation only where
+        # all will certainly be asked for it, and no deadline has to be measured from its start.
+        certain = strategy.asks_everyone and self.settings.round_timeout is None
+        asks_ahead = self.engine.asks_ahead and certain and server_round < self.settings.rounds
 
         def evaluate(task: Task) -> None:
-            # The next round's training starts from the same state.
-            then = replace(task.request, kind="train", server_round=server_round + 1) if asks_ahead else None
-            conversation = Conversation(
-                context=context, rank=task.rank, request=task.request, state=task.state, then=then
-            )
-            reply = task.reply = conversation.until_done()
-            ahead_s.append(conversation.ahead_s)
-            if conversation.ahead:
-                self._ahead[task.rank] = conversation.ahead
+            if asks_ahead:
+                task.then = replace(task.request, kind="train", server_round=server_round + 1)
+            reply = task.reply = task.until_done()
+            if task.ahead:
+                self._ahead[task.rank] = task.ahead
             if reason := reply.failure or (None if reply.num_examples > 0 else "it evaluated no examples"):
                 self._refuse(task, reason)
             else:
@@ -226,12 +217,8 @@ class Rounds:
         self._ask_all(evaluate, tasks)
         self._drop_payloads(tasks)
         good = [task for task in tasks if not task.refused]
-        results = [(task.client, _evaluation(task.reply)) for task in good]
-        failures: EvaluateFailures = [
-            (task.client, EvaluateRes(Status(Code.EVALUATE_NOT_IMPLEMENTED, task.refused), 0.0, 0, {}))
-            for task in tasks
-            if task.refused
-        ]
+        results = [(task.client, _evaluation(task)) for task in good]
+        failures: EvaluateFailures = [(task.client, _evaluation(task)) for task in tasks if task.refused]
         loss, metrics = strategy.aggregate_evaluate(server_round, results, failures)
         line["evaluate"] = _mean(good)
         if loss is not None and not math.isnan(loss):
@@ -243,7 +230,8 @@ class Rounds:
                 line["refused"].setdefault(rank, f"evaluate: {task.refused}")
             else:
                 line["clients"].setdefault(rank, {})["evaluate"] = _numbers(task.reply) | task.reply.all_metrics
-        stages.end("evaluate", **({"train ahead": max(ahead_s)} if max(ahead_s) else {}))
+        ahead_s = max(task.ahead_s for task in tasks)
+        stages.end("evaluate", **({"train ahead": ahead_s} if ahead_s else {}))
 
     def _evaluate_centrally(self, server_round: int) -> dict[str, Any]:
         """Return what the strategy finds when it evaluates the state itself, as ``central``."""
@@ -261,8 +249,6 @@ class Rounds:
         metrics = {key: line.get(key, {}) for key in ("train", "evaluate")}
         self.writer.submit(lambda: self.run.save(server_round, state.digest, files, metrics, dict(line), best))
 
-    # -- the ranks of a round ------------------------------------------------------------------------------------------
-
     def _context(self, deadline: float | None) -> RoundContext:
         hold_s = min(_MANY_HOLD_S, _RANK_HOLD_S * len(self.roster.ranks()))
         return RoundContext(
@@ -278,16 +264,17 @@ class Rounds:
         )  # fmt: skip
 
     def _tasks(
-        self, kind: str, server_round: int, chosen: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]]
-    ) -> list[Task]:
+        self, kind: str, server_round: int, chosen: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]],
+        context: RoundContext,
+    ) -> list[Task]:  # fmt: skip
         """Turn a strategy's instructions into what each rank is asked for, in rank order."""
         if any(ins.parameters is not self._state.parameters for _, ins in chosen):
             # The checkpoint being written drops the state before the last: it may be what a rank is given.
             self.writer.wait()
         tasks = [
             Task(
-                rank=int(client.cid), client=client, request=self._request(kind, server_round, ins.config),
-                state=self._state.payload_of(ins.parameters),
+                context=context, rank=int(client.cid), request=self._request(kind, server_round, ins.config),
+                state=self._state.payload_of(ins.parameters), client=client,
             )
             for client, ins in chosen
         ]  # fmt: skip
@@ -299,21 +286,13 @@ class Rounds:
             self.observer.asked(request.kind, request.server_round, request.total_rounds, ranks)
         in_parallel(job, tasks)
 
-    def _asks_ahead(self, server_round: int) -> bool:
-        """Tell whether to ask for the next round's training along with this one's evaluation, of the same state.
-
-        Only where it is certain that all will be asked for it, and that no deadline has to be measured from its start.
-        """
-        certain = self.strategy.asks_everyone and self.settings.round_timeout is None
-        return self.engine.asks_ahead and certain and server_round < self.settings.rounds
-
-    def _fetch(self, conversation: Conversation, task: Task, *, retains: bool) -> Update | str:
+    def _fetch(self, task: Task, *, retains: bool) -> Update | str:
         """Get an update and check it; returns why it is refused if it is."""
         reply = task.reply
         if not reply.digest:
             return "it came without a state_dict"
         try:
-            content = conversation.fetch(reply)
+            content = task.fetch(reply)
         except RecordError as exc:
             return str(exc)
         if retains and isinstance(content, bytes):
@@ -399,6 +378,9 @@ def _numbers(reply: Reply) -> dict[str, Any]:
     return {"num_examples": reply.num_examples, "seconds": round(reply.seconds, 6)}
 
 
-def _evaluation(reply: Reply) -> EvaluateRes:
+def _evaluation(task: Task) -> EvaluateRes:
+    if task.refused:
+        return EvaluateRes(Status(Code.EVALUATE_NOT_IMPLEMENTED, task.refused), 0.0, 0, {})
+    reply = task.reply
     loss = math.nan if reply.loss is None else reply.loss
     return EvaluateRes(Status(Code.OK, ""), loss, reply.num_examples, reply.metrics)

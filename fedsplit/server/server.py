@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
 from flwr.common import ReconnectIns
 from flwr.server import History as FlowerHistory
 from flwr.server import Server as FlowerServer
@@ -22,15 +19,15 @@ from flwr.server.server import reconnect_clients
 from fedsplit.disk.checkpoints import BackgroundWriter
 from fedsplit.errors import FedSplitError, RunFailedError, RunStoppedError
 from fedsplit.run.directory import Run
-from fedsplit.server.conversation import StoppedError
 from fedsplit.server.observer import Observer, Observers
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
 from fedsplit.wire.protocol import EMBEDDED, Engine
 
 if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
     from fedsplit.server.strategy import StreamingStrategy
+
+from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -46,25 +43,16 @@ class _SignalError(BaseException):
 
 
 class Server(FlowerServer):
-    """Runs a federation on the connected ranks.
+    """Runs a federation on the connected ranks; what ended it early is its ``failure``.
 
     Parameters
     ----------
     run
-        What is on the disk: run id, checkpoints, history, payload store.
-    settings
-        The server's flags.
+        What is on the disk, open: run id, checkpoints, history, payload store.
     remote
         The store at ``--payload-store URL``, for clients on other machines.
     join_key
         What a client must prove to know before it takes part; None lets everybody in who can connect.
-    engine
-        Which of Flower's engines this runs on.
-
-    Attributes
-    ----------
-    failure : FedSplitError or None
-        What ended the run early.
     """
 
     def __init__(
@@ -89,10 +77,7 @@ class Server(FlowerServer):
         self._observer.add(observer)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[FlowerHistory, float]:
-        """Run all rounds; Flower calls this once the port is open.
-
-        Errors are kept in `failure` rather than raised, so that Flower goes on to disconnect the clients.
-        """
+        """Run all rounds; Flower calls this, and disconnects the clients after it. So errors are kept, not raised."""
         began = time.monotonic()
         try:
             with self._signals():
@@ -160,8 +145,6 @@ class Server(FlowerServer):
                 signal.signal(number, stop)
         try:
             yield
-        except StoppedError as exc:
-            raise _SignalError(signal.SIGTERM) from exc
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
 from flwr.common import Parameters
 
 from fedsplit.disk.files import Buffer
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.states.state_dict import StateDict, decode
 from fedsplit.wire.protocol import TENSOR_TYPE
-
-if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
 
 
 class GlobalState:

@@ -19,22 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+import flwr.common as flower
 import torch
-
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
-from flwr.common import (
-    Code,
-    EvaluateIns,
-    EvaluateRes,
-    FitIns,
-    FitRes,
-    Parameters,
-    Status,
-    ndarrays_to_parameters,
-    parameters_to_ndarrays,
-)
 from flwr.common.typing import Scalar as FlowerScalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -52,10 +38,10 @@ from fedsplit.wire.protocol import TENSOR_TYPE
 log = logging.getLogger("fedsplit")
 
 Metrics = dict[str, FlowerScalar]
-FitResults = list[tuple[ClientProxy, FitRes]]
-FitFailures = list[tuple[ClientProxy, FitRes] | BaseException]
-EvaluateResults = list[tuple[ClientProxy, EvaluateRes]]
-EvaluateFailures = list[tuple[ClientProxy, EvaluateRes] | BaseException]
+FitResults = list[tuple[ClientProxy, flower.FitRes]]
+FitFailures = list[tuple[ClientProxy, flower.FitRes] | BaseException]
+EvaluateResults = list[tuple[ClientProxy, flower.EvaluateRes]]
+EvaluateFailures = list[tuple[ClientProxy, flower.EvaluateRes] | BaseException]
 
 
 class Merge(Protocol):
@@ -92,7 +78,7 @@ class StreamingStrategy(FlowerStrategy):
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
         """Get to know the entries of the state, before the first round or the first after a resume.
 
-        Parameters
+        flower.Parameters
         ----------
         state
             What the server holds.
@@ -129,7 +115,7 @@ class StreamingStrategy(FlowerStrategy):
 class Strategy(StreamingStrategy):
     """Merges every part of the model by a rule of its own.
 
-    Parameters
+    flower.Parameters
     ----------
     aggregate
         The rules, each as after ``--aggregate``: ``"fedavg"``, ``"body.*=median"``. One text is one rule.
@@ -165,7 +151,7 @@ class Strategy(StreamingStrategy):
         self, aggregate: str | Sequence[str] = (), *, min_clients: int = 2, min_results: int = 1,
         fraction_train: float = 1.0, evaluate_every: int = 1,
         train_config: Mapping[str, Scalar] | Iterable[tuple[str, Scalar]] = (), seed: int = 0, rounds: int = 3,
-        keys: Sequence[str] | None = None, initial_parameters: Parameters | None = None,
+        keys: Sequence[str] | None = None, initial_parameters: flower.Parameters | None = None,
     ) -> None:  # fmt: skip
         self.settings = ServerSettings(
             aggregate=(aggregate,) if isinstance(aggregate, str) else tuple(aggregate), min_clients=min_clients,
@@ -189,10 +175,7 @@ class Strategy(StreamingStrategy):
                  "seed", "rounds")  # fmt: skip
         return cls(**{name: getattr(settings, name) for name in names})
 
-    # -- training ----------------------------------------------------------------------------------------------------
-
-    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
-        """Return the parameters to start from; None lets the server ask a client."""
+    def initialize_parameters(self, client_manager: ClientManager) -> flower.Parameters | None:
         return self._initial_parameters
 
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
@@ -208,8 +191,8 @@ class Strategy(StreamingStrategy):
         return list(self.split.rows)
 
     def configure_fit(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, FitIns]]:
+        self, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, flower.FitIns]]:
         """Draw the clients that train: the same ones whenever the same clients are there.
 
         Raises
@@ -225,17 +208,15 @@ class Strategy(StreamingStrategy):
         number = max(1, math.ceil(settings.fraction_train * len(clients)), settings.min_results)
         draw = random.Random(f"{settings.seed}/{server_round}")
         chosen = draw.sample(self._order, min(number, len(clients)))
-        return [(clients[cid], FitIns(parameters, dict(self._config))) for cid in sorted(chosen, key=_order)]
+        return [(clients[cid], flower.FitIns(parameters, dict(self._config))) for cid in sorted(chosen, key=_order)]
 
     def start_fit(self, server_round: int) -> Merge:
-        """Begin to merge the updates of a round."""
         return self.split.start_round(
             server_round=server_round, total_rounds=self.settings.rounds, previous=self._reference,
             seed=self.settings.seed, memory=self.memory,
         )  # fmt: skip
 
     def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
-        """Return the next state; None if there were too few updates."""
         needed = max(self.settings.min_results, self.split.min_updates)
         if merge.count < needed:
             log.warning(
@@ -246,7 +227,7 @@ class Strategy(StreamingStrategy):
 
     def aggregate_fit(
         self, server_round: int, results: FitResults, failures: FitFailures
-    ) -> tuple[Parameters | None, Metrics]:
+    ) -> tuple[flower.Parameters | None, Metrics]:
         """Merge a list of results, in the order of their clients' ids; what must not be merged is refused."""
         merge, accepted, tensor_type = self.start_fit(server_round), [], TENSOR_TYPE
         for client, result in sorted(results, key=lambda each: _order(each[0].cid)):
@@ -264,23 +245,22 @@ class Strategy(StreamingStrategy):
         elif tensor_type == TENSOR_TYPE:
             parameters = to_payload(state)
         else:
-            parameters = ndarrays_to_parameters([tensor.numpy() for tensor in state.values()])
+            parameters = flower.ndarrays_to_parameters([tensor.numpy() for tensor in state.values()])
         return parameters, dict(weighted_mean(accepted))
 
-    # -- evaluation --------------------------------------------------------------------------------------------------
-
-    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
-        """The server has no data."""
+    def evaluate(self, server_round: int, parameters: flower.Parameters) -> tuple[float, Metrics] | None:
         return None
 
     def configure_evaluate(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        self, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, flower.EvaluateIns]]:
         """Every connected client evaluates, in the rounds that are evaluated."""
         if not self.settings.is_evaluated(server_round):
             return []
         clients = client_manager.all()
-        return [(clients[cid], EvaluateIns(parameters, dict(self._config))) for cid in sorted(clients, key=_order)]
+        return [
+            (clients[cid], flower.EvaluateIns(parameters, dict(self._config))) for cid in sorted(clients, key=_order)
+        ]
 
     def aggregate_evaluate(
         self, server_round: int, results: EvaluateResults, failures: EvaluateFailures
@@ -289,14 +269,10 @@ class Strategy(StreamingStrategy):
         means = weighted_mean((result.num_examples, {**result.metrics, "loss": result.loss}) for _, result in results)
         return means.pop("loss", None), dict(means)
 
-    # -- what outlives the process -------------------------------------------------------------------------------------
-
     def dump_memory(self) -> bytes | None:
-        """Return what the rules remember."""
         return dump(self.memory) if any(self.memory.values()) else None
 
     def load_memory(self, path: Path) -> None:
-        """Give the rules back what they remembered."""
         self.memory = torch.load(path, weights_only=True, map_location="cpu")
 
     def line_entries(self) -> dict[str, Any]:
@@ -307,9 +283,7 @@ class Strategy(StreamingStrategy):
 
         return {"privacy": spent} if (spent := privacy_spent(self.memory)) else {}
 
-    # -- Flower's own clients ------------------------------------------------------------------------------------------
-
-    def _take_up(self, parameters: Parameters) -> None:
+    def _take_up(self, parameters: flower.Parameters) -> None:
         """Remember the state that the round starts from; in Flower's own server, find out about it first."""
         self._reference = self._decoded(parameters, "the global state")
         if not self.split.parts:
@@ -320,16 +294,16 @@ class Strategy(StreamingStrategy):
                 )
             self.begin_run(self._reference, {})
 
-    def _decoded(self, parameters: Parameters, where: str) -> StateDict:
+    def _decoded(self, parameters: flower.Parameters, where: str) -> StateDict:
         if parameters.tensor_type == TENSOR_TYPE:
             return decode(parameters.tensors[0], where)
-        arrays = parameters_to_ndarrays(parameters)
+        arrays = flower.parameters_to_ndarrays(parameters)
         keys = [str(index) for index in range(len(arrays))] if self._keys is None else self._keys
         if len(keys) != len(arrays):
             raise UsageError(f"keys names {len(keys)} arrays, the parameters have {len(arrays)}")
         return {key: torch.from_numpy(array) for key, array in zip(keys, arrays, strict=True)}
 
-    def _read(self, rank: int, result: FitRes) -> Update | str:
+    def _read(self, rank: int, result: flower.FitRes) -> Update | str:
         try:
             state = self._decoded(result.parameters, f"the update of rank {rank}")
         except (RecordError, UsageError, TypeError, ValueError) as exc:
@@ -342,7 +316,7 @@ def read_update(
 ) -> Update | str:
     """Read an update and look at every number in it; returns why it is refused if it is.
 
-    Parameters
+    flower.Parameters
     ----------
     content
         The payload as a buffer; it must not change or go while the update is used.
@@ -363,9 +337,11 @@ def _checked(
     return check_update(update, reference) or update
 
 
-def refusal(reason: str) -> FitRes:
+def refusal(reason: str) -> flower.FitRes:
     """Return what a strategy finds among the failures for an update that does not count."""
-    return FitRes(Status(Code.FIT_NOT_IMPLEMENTED, reason), Parameters([], TENSOR_TYPE), 0, {})
+    return flower.FitRes(
+        flower.Status(flower.Code.FIT_NOT_IMPLEMENTED, reason), flower.Parameters([], TENSOR_TYPE), 0, {}
+    )
 
 
 def dump(memory: object) -> bytes:
@@ -375,9 +351,9 @@ def dump(memory: object) -> bytes:
     return buffer.getvalue()
 
 
-def to_payload(state: StateDict) -> Parameters:
+def to_payload(state: StateDict) -> flower.Parameters:
     """Return a state as one safetensors payload."""
-    return Parameters([b"".join(encode(state))], TENSOR_TYPE)
+    return flower.Parameters([b"".join(encode(state))], TENSOR_TYPE)
 
 
 def _order(cid: str) -> tuple[int, str]:
