@@ -279,7 +279,7 @@ def test_parameters_changed_on_resuming_take_effect_and_another_strategy_begins_
     resumed.load_memory(tmp_path / "strategy.pt")
     assert (resumed.inner.rate, resumed.inner.best) == (0.25, 1.0)  # type: ignore[attr-defined]
     strategy(Inner).load_memory(tmp_path / "strategy.pt")
-    assert "the run went on with the strategy Remembering" in caplog.text
+    assert "the run went on with strategy Remembering" in caplog.text
 
 
 @pytest.mark.parametrize("value", [

@@ -64,18 +64,8 @@ class Places:
 class Run:
     """The server's directory, opened to begin a run or to go on with one.
 
-    Parameters
-    ----------
-    checkpoint_dir
-        The directory above ``server/``.
-    keep_checkpoints
-        How many of the newest rounds are kept, besides the best one.
-    resume
-        Go on with the run that is there; without one a new run begins, as after a death before the first checkpoint.
-    settings
-        Noted in ``run.json``, for people.
-    initial
-        Makes the state to start from; None asks a trainer for it.
+    With ``resume`` the run that is there goes on; without one a new run begins, as after a death before the first
+    checkpoint. ``initial`` makes the state to start from; None asks a trainer for it.
     """
 
     def __init__(

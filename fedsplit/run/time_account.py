@@ -31,7 +31,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def end(self, stage: str, **parts: float) -> None:
-        """Give the seconds since the last call to ``parts``, as many as are known to belong there, and then to a stage."""
+        """Give the seconds since the last call to a stage, but for those known to belong to other stages: ``parts``."""
         now = time.monotonic()
         left = now - self._last
         for name, seconds in parts.items():

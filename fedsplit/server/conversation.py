@@ -1,8 +1,8 @@
 """One rank's task from the server's point of view: asked until it is answered, over as many connections as it takes.
 
-This is long polling: a client holds a question for some seconds. If the task is not done by then it says so, and it is
-asked again. A client that goes away in the middle is waited for. Its exchange directory still has the task, or already
-its result, so nothing is trained twice.
+This is long polling: a client holds a question for some seconds, and is asked again if the task is not done by then. A
+client that goes away is waited for: its exchange directory has the task, or already its result, so nothing is trained
+twice.
 """
 
 from __future__ import annotations

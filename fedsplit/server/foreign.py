@@ -56,13 +56,7 @@ log = logging.getLogger("fedsplit")
 
 
 class ForeignStrategy(StreamingStrategy):
-    """Runs the strategy that ``settings.strategy`` names in this server.
-
-    Raises
-    ------
-    UsageError
-        If there is no such strategy, or it refuses its parameters.
-    """
+    """Runs the strategy that ``settings.strategy`` names; raises UsageError if it cannot be made."""
 
     memory_file = "strategy.pt"
     remembers_evaluations = True
@@ -73,10 +67,9 @@ class ForeignStrategy(StreamingStrategy):
         self._settings = settings
         self._text = settings.strategy or ""
         call = parse_call(self._text)
-        self._params = call.params
         if nested := next((key for key, value in call.params.items() if isinstance(value, Call)), None):
             raise UsageError(f"--strategy {call.name}: {nested} must be a number, a text, true or false")
-        self._class = load_strategy(call.name)
+        self._class, self._params = load_strategy(call.name), call.params
         self._name = self._class.__name__
         self._attributes: Attributes | None = None
         self._warned: set[str] = set()
@@ -122,10 +115,9 @@ class ForeignStrategy(StreamingStrategy):
 
     def load_memory(self, path: Path) -> None:
         memory = torch.load(path, weights_only=True, map_location="cpu")
-        if (before := memory["strategy"]) != self._name:
-            log.warning(
-                "the run went on with the strategy %s; what that remembered is not given to %s", before, self._name
-            )
+        before = memory["strategy"]
+        if before != self._name:
+            log.warning("the run went on with strategy %s; what it remembered is not given to %s", before, self._name)
             return
         for name, value in memory["attributes"].items():
             setattr(self.inner, name, decode(value))
@@ -283,13 +275,7 @@ class _Collected:
 
 
 def load_strategy(name: str) -> type[FlowerStrategy]:
-    """Find a class: one of ``flwr.server.strategy``, or ``package.module:Class``.
-
-    Raises
-    ------
-    UsageError
-        If it is not there or is no strategy.
-    """
+    """Find a class of ``flwr.server.strategy``, or ``package.module:Class``; raises UsageError if it is no strategy."""
     module_name, separator, path = name.partition(":")
     if not separator:
         module_name, path = "flwr.server.strategy", name

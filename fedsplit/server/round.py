@@ -21,7 +21,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -119,7 +119,7 @@ class Rounds:
         if not trained and not strategy.remembers_evaluations:
             self._save(server_round, line)
             stages.end("wait for the last checkpoint")
-        # A strategy that remembers evaluations is saved after them, with the whole line.
+        # Where evaluations are remembered the checkpoint is written after them, with the whole line.
         if "seconds" not in line:
             self._evaluate(server_round, context, stages, line)
             if strategy.remembers_evaluations:
@@ -164,7 +164,7 @@ class Rounds:
             finally:
                 turns.done(rank)
 
-        self._ask_all(train, tasks)
+        in_parallel(train, tasks)
         self._ahead.clear()
         stages.end("train")
 
@@ -214,7 +214,7 @@ class Rounds:
             else:
                 self.observer.answered(task.rank, None)
 
-        self._ask_all(evaluate, tasks)
+        in_parallel(evaluate, tasks)
         self._drop_payloads(tasks)
         good = [task for task in tasks if not task.refused]
         results = [(task.client, _evaluation(task)) for task in good]
@@ -267,7 +267,7 @@ class Rounds:
         self, kind: str, server_round: int, chosen: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]],
         context: RoundContext,
     ) -> list[Task]:  # fmt: skip
-        """Turn a strategy's instructions into what each rank is asked for, in rank order."""
+        """Turn a strategy's instructions into what each rank is asked for now, in rank order."""
         if any(ins.parameters is not self._state.parameters for _, ins in chosen):
             # The checkpoint being written drops the state before the last: it may be what a rank is given.
             self.writer.wait()
@@ -278,13 +278,10 @@ class Rounds:
             )
             for client, ins in chosen
         ]  # fmt: skip
-        return sorted(tasks, key=lambda task: task.rank)
-
-    def _ask_all(self, job: Callable[[Task], None], tasks: Sequence[Task]) -> None:
+        tasks.sort(key=lambda task: task.rank)
         if tasks:
-            request, ranks = tasks[0].request, [task.rank for task in tasks]
-            self.observer.asked(request.kind, request.server_round, request.total_rounds, ranks)
-        in_parallel(job, tasks)
+            self.observer.asked(kind, server_round, self.settings.rounds, [task.rank for task in tasks])
+        return tasks
 
     def _fetch(self, task: Task, *, retains: bool) -> Update | str:
         """Get an update and check it; returns why it is refused if it is."""

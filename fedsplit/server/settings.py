@@ -1,4 +1,4 @@
-"""What a server is started with: the flags of ``server_main.py`` and the run config of ``flwr run``, one to one.
+"""What a server is started with: the server's flags and the run config of ``flwr run``, one to one.
 
 A run config holds only numbers, texts and truth values. So what may be absent is an empty text or 0 there, and what may
 be given several times is one text with semicolons: ``aggregate = "bn*=local; fedavg"``.
@@ -27,13 +27,7 @@ _OF_THE_RULES = ("aggregate", "fraction_train", "min_results")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """A server's settings, checked; the fields are its flags, with their defaults.
-
-    Raises
-    ------
-    UsageError
-        For a value out of its range, a rule that cannot be read, or flags that exclude each other.
-    """
+    """A server's flags with their defaults, checked: raises UsageError for what cannot be."""
 
     rounds: int = 3
     min_clients: int = 2
@@ -104,13 +98,7 @@ class ServerSettings:
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, Any]) -> ServerSettings:
-        """Read a run config; keys that are no setting are left alone, they may be another's.
-
-        Raises
-        ------
-        UsageError
-            If a value is of the wrong kind.
-        """
+        """Read a run config; raises UsageError for a value of the wrong kind. Keys of others are left alone."""
         keys = {field: field.name.replace("_", "-") for field in fields(cls)}
         return cls(**{field.name: _read(field, key, config[key]) for field, key in keys.items() if key in config})
 

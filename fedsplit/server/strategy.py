@@ -1,9 +1,7 @@
 """What decides a round: `StreamingStrategy`, which the server runs, and `Strategy`, a rule for every part of the model.
 
-A `StreamingStrategy` is Flower's strategy that takes each update as it arrives. `Strategy` is one over
-`fedsplit.aggregation`; `fedsplit.server.foreign.ForeignStrategy` runs any other as one. `Strategy` also runs in
-Flower's own server: ``start_server(strategy=fedsplit.Strategy(...))`` with any `NumPyClient`, or
-``ServerApp(server_fn=...)``. There an entry has no name but its place among the arrays, unless ``keys`` gives it one.
+`Strategy` also runs in Flower's own server, ``start_server(strategy=fedsplit.Strategy(...))``, with any `NumPyClient`,
+and in a ``ServerApp``. There an entry has no name but its place among the arrays, unless ``keys`` gives it one.
 
 Importing this module imports torch. The server does so once it listens, while the clients are still on their way.
 """
@@ -55,40 +53,24 @@ class Merge(Protocol):
 
 
 class StreamingStrategy(FlowerStrategy):
-    """A Flower strategy that takes updates one by one. What the server runs.
+    """A Flower strategy that takes updates one by one: what the server runs.
 
     A round is `configure_fit`, `start_fit`, the merge's ``add`` for each update, `end_fit`, `evaluate`,
     `configure_evaluate` and `aggregate_evaluate`. The state is the same as that of `aggregate_fit` over all updates.
-
-    Attributes
-    ----------
-    memory_file : str
-        What the file with the strategy's memory is called in a checkpoint.
-    asks_everyone : bool
-        Whether every connected client trains in every round, with the configuration of the evaluation before it.
-    remembers_evaluations : bool
-        Whether evaluations may change the memory, so that a checkpoint has to wait for them.
     """
 
+    # What the file with the strategy's memory is called in a checkpoint.
     memory_file: ClassVar[str]
+    # Whether every connected client trains in every round, with the configuration of the evaluation before it.
     asks_everyone: bool = False
+    # Whether evaluations may change the memory, so that a checkpoint has to wait for them.
     remembers_evaluations: bool = False
 
     @abstractmethod
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
-        """Get to know the entries of the state, before the first round or the first after a resume.
+        """Get to know the state, and the entries that stay with the clients (without data); returns the resolved split.
 
-        flower.Parameters
-        ----------
-        state
-            What the server holds.
-        local_entries
-            The entries that stay with the clients, without data.
-
-        Returns
-        -------
-        list of PartRow
-            Which part of the model is merged by what.
+        Called before the first round of a run, and before the first after a resume.
         """
 
     @abstractmethod
@@ -115,7 +97,7 @@ class StreamingStrategy(FlowerStrategy):
 class Strategy(StreamingStrategy):
     """Merges every part of the model by a rule of its own.
 
-    flower.Parameters
+    Parameters
     ----------
     aggregate
         The rules, each as after ``--aggregate``: ``"fedavg"``, ``"body.*=median"``. One text is one rule.
@@ -195,10 +177,7 @@ class Strategy(StreamingStrategy):
     ) -> list[tuple[ClientProxy, flower.FitIns]]:
         """Draw the clients that train: the same ones whenever the same clients are there.
 
-        Raises
-        ------
-        UsageError
-            In Flower's own server: for a ``local`` rule, or ``keys`` that do not name each array.
+        In Flower's own server, raises UsageError for a ``local`` rule and for ``keys`` that do not name each array.
         """
         self._take_up(parameters)
         settings = self.settings
@@ -314,14 +293,9 @@ class Strategy(StreamingStrategy):
 def read_update(
     rank: int, content: Any, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
 ) -> Update | str:
-    """Read an update and look at every number in it; returns why it is refused if it is.
+    """Read an update of the state ``reference`` and look at every number in it; returns why it is refused if it is.
 
-    flower.Parameters
-    ----------
-    content
-        The payload as a buffer; it must not change or go while the update is used.
-    reference
-        The global state that the round started from.
+    The buffer ``content`` must not change or go while the update is used.
     """
     try:
         state = decode(content, f"the update of rank {rank}")
