@@ -54,11 +54,8 @@ class Places:
         self.history = self.server / HISTORY_FILE
         self.payloads = self.server / "payloads"
         self.final_plot = self.server / "plot.png"
+        self.old_runs = self.server / "old-runs"
         self.logs = checkpoint_dir / "logs"
-
-    def old_run(self, run_id: str) -> Path:
-        """Return where the files of a run go that was here and was not resumed."""
-        return self.server / "old-runs" / run_id
 
 
 class Run:
@@ -184,7 +181,7 @@ class Run:
         if previous:
             places = self.places
             self.checkpoints.put_aside(previous["run_id"], places.run, places.history, places.final_plot)
-            log.info("the run that was here is now in %s", places.old_run(previous["run_id"]))
+            log.info("the run that was here is now in %s", places.old_runs / previous["run_id"])
         self._record = {"run_id": uuid.uuid4().hex[:16], "began": _now(), "settings": self._settings}
         self.checkpoints.begin_run(self.run_id)
         self._write_record()

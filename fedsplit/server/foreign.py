@@ -60,8 +60,9 @@ class ForeignStrategy(StreamingStrategy):
 
     memory_file = "strategy.pt"
     remembers_evaluations = True
+    # The strategy itself, and what of it is kept. One that wants the initial parameters is made by `begin_run`.
     inner: FlowerStrategy
-    """The strategy itself; one that wants the initial parameters is made by `begin_run`."""
+    _attributes: Attributes
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
@@ -71,7 +72,6 @@ class ForeignStrategy(StreamingStrategy):
             raise UsageError(f"--strategy {call.name}: {nested} must be a number, a text, true or false")
         self._class, self._params = load_strategy(call.name), call.params
         self._name = self._class.__name__
-        self._attributes: Attributes | None = None
         self._warned: set[str] = set()
         self._clients: dict[int, ClientProxy] = {}
         self._reference: StateDict = {}
@@ -87,7 +87,7 @@ class ForeignStrategy(StreamingStrategy):
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
         """Make the strategy, if it wants the initial parameters, and say what of it cannot be kept."""
         self._reference = state
-        if self._attributes is None:
+        if self._wants_initial_parameters():
             self._given = _to_arrays(state)
             self._make(initial_parameters=self._given)
         self._warn_of_what_is_lost()
@@ -107,8 +107,6 @@ class ForeignStrategy(StreamingStrategy):
 
     def dump_memory(self) -> bytes | None:
         """Return the attributes that have changed since the strategy was made."""
-        if self._attributes is None:
-            return None
         self._warn_of_what_is_lost()
         changed = self._attributes.changed()
         return dump({"strategy": self._name, "attributes": changed}) if changed else None
@@ -182,8 +180,8 @@ class ForeignStrategy(StreamingStrategy):
             ) from exc
 
     def _warn_of_what_is_lost(self) -> None:
-        lost = self._attributes.not_keepable() if self._attributes else {}
-        if new := {name: kind for name, kind in lost.items() if name not in self._warned}:
+        lost = self._attributes.not_keepable().items()
+        if new := {name: kind for name, kind in lost if name not in self._warned}:
             self._warned |= set(new)
             log.warning(
                 "%s keeps what no checkpoint can hold: %s. After --resume these are as in a new strategy",
