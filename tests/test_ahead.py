@@ -178,10 +178,10 @@ def test_the_server_keeps_what_came_along(
     answer = conversation.until_done()
     assert (answer.failure, answer.loss, answer.blob) == (None, 0.5, None)
     assert client.asked[0]["then"]["kind"] == "train"
-    assert conversation.ahead_s == 1.5
+    assert answer.ahead_s == 1.5
     if failure == "none yet":
-        assert conversation.ahead is None
+        assert answer.ahead is None
     else:
-        assert conversation.ahead is not None
-        assert conversation.ahead.failure == failure
-        assert conversation.ahead.blob == (STATE if has_blob else None)
+        assert answer.ahead is not None
+        assert answer.ahead.failure == failure
+        assert answer.ahead.blob == (STATE if has_blob else None)

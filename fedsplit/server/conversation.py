@@ -78,9 +78,6 @@ class Conversation:
     # What the task starts from; None for ``initialize``.
     state: StoredPayload | None = None
     then: Request | None = None
-    # How the second task ended, if it did before the answer had to be sent, and for how long that was held back.
-    ahead: Reply | None = None
-    ahead_s: float = 0.0
     # Seconds in which the client waited for a trainer.
     waited_s: float = 0.0
     _waiting_for: str | None = None
@@ -94,7 +91,7 @@ class Conversation:
             except PeerLostError:
                 self.context.roster.drop(peer)
             except RecordError as exc:
-                return Reply(failure=str(exc))
+                return Reply(status="error", failure=str(exc))
 
     def fetch(self, reply: Reply) -> Buffer | Any:
         """Get a result's payload, whose bytes match its digest; raises RecordError if the client cannot deliver it."""
@@ -136,21 +133,20 @@ class Conversation:
             record = ask_record(
                 self.request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=self.then
             )
-            answer = peer.ask(record, blob)
-            if answer.status == "need":
+            reply = peer.ask(record, blob)
+            if reply.status == "need":
                 peer.held, force_send = None, True
                 continue
             if state:
                 peer.held, force_send = digest, False
-            if answer.reply:
-                self.ahead, self.ahead_s = answer.ahead, answer.ahead_s
-                return answer.reply
-            if answer.status == "cancelled":
+            if reply.has_ended:
+                return reply
+            if reply.status == "cancelled":
                 return self._too_late()
-            self._note(answer.waiting_for, time.monotonic() - asked)
+            self._note(reply.waiting_for, time.monotonic() - asked)
 
     def _too_late(self) -> Reply:
-        return Reply(failure=f"not completed within {self.context.deadline_s:g} s")
+        return Reply(status="error", failure=f"not completed within {self.context.deadline_s:g} s")
 
     def _bring(self, peer: Peer, state: StoredPayload) -> bytes | None:
         """Bring the state to a client: returns a small one, to go along with the question, and sends a large one."""

@@ -23,6 +23,7 @@ from typing import Any
 
 import flwr.common as flower
 import torch
+from flwr.common import Parameters
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy as FlowerStrategy
@@ -39,11 +40,14 @@ from fedsplit.run.history import PartRow, is_number
 from fedsplit.server.peer import RankProxy
 from fedsplit.server.settings import ServerSettings
 from fedsplit.server.strategy import (
+    EvaluateChoice,
     EvaluateFailures,
     EvaluateResults,
+    FitChoice,
     FitFailures,
     FitResults,
     Merge,
+    Merged,
     Metrics,
     StreamingStrategy,
     dump,
@@ -75,9 +79,9 @@ class ForeignStrategy(StreamingStrategy):
         self._warned: set[str] = set()
         self._clients: dict[int, ClientProxy] = {}
         self._reference: StateDict = {}
-        self._given: flower.Parameters | None = None
+        self._given: Parameters | None = None
         # A state as our payload and as Flower's arrays: converted once for all that a round does with it.
-        self._state: tuple[flower.Parameters, flower.Parameters] | None = None
+        self._state: tuple[Parameters, Parameters] | None = None
         if not self._wants_initial_parameters():
             self._make()
         else:
@@ -120,33 +124,29 @@ class ForeignStrategy(StreamingStrategy):
         for name, value in memory["attributes"].items():
             setattr(self.inner, name, decode(value))
 
-    def initialize_parameters(self, client_manager: ClientManager) -> flower.Parameters | None:
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Return the strategy's initial values under the names and dtypes of a trainer's state; None if it has none."""
         parameters = self._call("initialize_parameters", client_manager=client_manager)
         if parameters is None or parameters is self._given:
             return None
         return to_payload(self._named(parameters, "initialize_parameters"))
 
-    def configure_fit(
-        self, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, flower.FitIns]]:
+    def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> FitChoice:
         chosen = self._chosen("configure_fit", server_round, parameters, client_manager)
         self._clients = {int(client.cid): client for client, _, _ in chosen}
         return [(client, flower.FitIns(given, config)) for client, given, config in chosen]
 
-    def aggregate_fit(
-        self, server_round: int, results: FitResults, failures: FitFailures
-    ) -> tuple[flower.Parameters | None, Metrics]:
+    def aggregate_fit(self, server_round: int, results: FitResults, failures: FitFailures) -> Merged:
         parameters, metrics = self._call("aggregate_fit", server_round, results, failures)
         return parameters, _numbers(metrics)
 
-    def evaluate(self, server_round: int, parameters: flower.Parameters) -> tuple[float, Metrics] | None:
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
         found = self._call("evaluate", server_round, parameters=self._arrays(parameters))
         return None if found is None else (float(found[0]), _numbers(found[1]))
 
     def configure_evaluate(
-        self, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, flower.EvaluateIns]]:
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> EvaluateChoice:
         if not self._settings.is_evaluated(server_round):
             return []
         chosen = self._chosen("configure_evaluate", server_round, parameters, client_manager)
@@ -205,7 +205,7 @@ class ForeignStrategy(StreamingStrategy):
                 f"the strategy {self._name} failed in {method}: {type(exc).__name__}: {exc}"
             ) from exc
 
-    def _arrays(self, parameters: flower.Parameters) -> flower.Parameters:
+    def _arrays(self, parameters: Parameters) -> Parameters:
         """Return the global state as Flower's arrays."""
         if self._state is None or self._state[0] is not parameters:
             self._reference = decode_state(parameters.tensors[0], "the global state")
@@ -213,8 +213,8 @@ class ForeignStrategy(StreamingStrategy):
         return self._state[1]
 
     def _chosen(
-        self, method: str, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, flower.Parameters, Metrics]]:
+        self, method: str, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, Parameters, Metrics]]:
         """Let the strategy choose, and turn each parameters object back once; most are the global state."""
         arrays = self._arrays(parameters)
         chosen = self._call(method, server_round=server_round, parameters=arrays, client_manager=client_manager)
@@ -232,7 +232,7 @@ class ForeignStrategy(StreamingStrategy):
             found.append((client, known[id(ins.parameters)], self._config(client, ins.config, method)))
         return found
 
-    def _named(self, parameters: flower.Parameters, method: str) -> StateDict:
+    def _named(self, parameters: Parameters, method: str) -> StateDict:
         """Return arrays of the strategy's under the names, shapes and dtypes of the state."""
         with self._naming(method):
             arrays = flower.parameters_to_ndarrays(parameters)
@@ -285,7 +285,7 @@ def load_strategy(name: str) -> type[FlowerStrategy]:
     return target
 
 
-def _to_arrays(state: StateDict) -> flower.Parameters:
+def _to_arrays(state: StateDict) -> Parameters:
     return flower.ndarrays_to_parameters([to_numpy(tensor) for tensor in state.values()])
 
 

@@ -56,11 +56,15 @@ class RankProxy(ClientProxy):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """How a rank's task ended."""
+    """What a client says when it is asked for a task, and in the end how the task ended."""
 
-    # With a failure there is no result, and what follows means nothing.
+    # ``need`` (send the state), ``working``, ``cancelled``, ``ok`` or ``error``.
+    status: str = "ok"
+    # What the client has to wait for: a ``trainer``.
+    waiting_for: str | None = None
     failure: str | None = None
     traceback: str = ""
+    # The result, if there was no failure.
     num_examples: int = 0
     loss: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -71,26 +75,19 @@ class Reply:
     # How the payload comes: ``store``, ``inline`` (the blob) or ``pull``.
     via: str = ""
     blob: bytes | None = None
+    # How the task asked for along with it ended, if it has, and for how many seconds the answer was held back for that.
+    ahead: Reply | None = None
+    ahead_s: float = 0.0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is a result or a failure."""
+        return self.status in ("ok", "error")
 
     @property
     def all_metrics(self) -> dict[str, Any]:
         """The metrics, the loss among them."""
         return ({} if self.loss is None else {"loss": self.loss}) | self.metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a client says when it is asked for a task."""
-
-    # ``need`` (send the state), ``working``, ``cancelled``, ``ok`` or ``error``.
-    status: str
-    # How the task ended, and how the one asked for along with it; None if it has not.
-    reply: Reply | None
-    ahead: Reply | None
-    # For how many seconds the answer was held back for the latter.
-    ahead_s: float
-    # What the client has to wait for: a ``trainer``.
-    waiting_for: str | None
 
 
 class Peer:
@@ -170,14 +167,14 @@ class Peer:
         """Send ``finish`` or ``ping``."""
         self._call(lambda: self._question(record))
 
-    def ask(self, record: Mapping[str, Any], blob: bytes | None) -> Answer:
+    def ask(self, record: Mapping[str, Any], blob: bytes | None) -> Reply:
         """Ask for a task; ``blob`` is the state that goes along with the question."""
         timeout = record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S
         if record["kind"] != "evaluate" or "then" in record:
-            return _answer(*self._fit(record, blob, timeout))
+            return _reply(*self._fit(record, blob, timeout))
         # Not for what may come along with the answer: Flower's answer to an evaluation has no room for that.
         ins = flower.EvaluateIns(_parameters(blob), pack(record))
-        return _answer(self._unpacked(self._call(lambda: self.proxy.evaluate(ins, timeout, None)).metrics), None)
+        return _reply(self._unpacked(self._call(lambda: self.proxy.evaluate(ins, timeout, None)).metrics), None)
 
     def push(self, digest: str, total_bytes: int, offset: int, piece: bytes) -> int:
         """Send a piece of a state; returns how many bytes of it the client has."""
@@ -224,27 +221,21 @@ def _parameters(blob: bytes | None) -> flower.Parameters:
     return flower.Parameters([] if blob is None else [blob], TENSOR_TYPE)
 
 
-def _answer(record: Mapping[str, Any], blob: bytes | None) -> Answer:
-    then = record.get("then") if record.get("status") == "ok" else None
-    return Answer(
-        status=str(record.get("status")), reply=_ended(record, None if then else blob),
-        ahead=_ended(then, blob) if then else None, ahead_s=float(then.get("held_s", 0.0)) if then else 0.0,
-        waiting_for=record.get("waiting_for"),
-    )  # fmt: skip
-
-
-def _ended(record: Mapping[str, Any], blob: bytes | None) -> Reply | None:
-    """Read how a task ended; None if it has not."""
-    if record.get("status") in ("need", "working", "cancelled"):
-        return None
-    if record.get("status") != "ok":
+def _reply(record: Mapping[str, Any], blob: bytes | None) -> Reply:
+    status = record.get("status")
+    if status in ("need", "working", "cancelled"):
+        return Reply(status=status, waiting_for=record.get("waiting_for"))
+    if status != "ok":
         error = record.get("error") or {}
         failure = f"{error.get('type', 'an error')}: {error.get('message', '')}"
-        return Reply(failure=failure, traceback=str(error.get("traceback", "")))
-    payload = record.get("payload") or {}
+        return Reply(status="error", failure=failure, traceback=str(error.get("traceback", "")))
+    payload, then = record.get("payload") or {}, record.get("then") or {}
+    # A blob that came along is the payload of the last of two tasks.
+    ahead = _reply({**then, "then": None}, blob) if then else None
     return Reply(
         num_examples=int(record.get("num_examples", 0)), loss=record.get("loss"),
         metrics=dict(record.get("metrics") or {}), seconds=float(record.get("seconds", 0.0)),
         digest=payload.get("digest"), payload_bytes=int(payload.get("bytes", 0)), via=str(payload.get("via", "")),
-        blob=blob if payload else None,
+        blob=blob if payload and not then else None, ahead=ahead if ahead and ahead.has_ended else None,
+        ahead_s=float(then.get("held_s", 0.0)),
     )  # fmt: skip

@@ -207,8 +207,8 @@ class Rounds:
             if asks_ahead:
                 task.then = replace(task.request, kind="train", server_round=server_round + 1)
             reply = task.reply = task.until_done()
-            if task.ahead:
-                self._ahead[task.rank] = task.ahead
+            if reply.ahead:
+                self._ahead[task.rank] = reply.ahead
             if reason := reply.failure or (None if reply.num_examples > 0 else "it evaluated no examples"):
                 self._refuse(task, reason)
             else:
@@ -230,7 +230,7 @@ class Rounds:
                 line["refused"].setdefault(rank, f"evaluate: {task.refused}")
             else:
                 line["clients"].setdefault(rank, {})["evaluate"] = _numbers(task.reply) | task.reply.all_metrics
-        ahead_s = max(task.ahead_s for task in tasks)
+        ahead_s = max(task.reply.ahead_s for task in tasks)
         stages.end("evaluate", **({"train ahead": ahead_s} if ahead_s else {}))
 
     def _evaluate_centrally(self, server_round: int) -> dict[str, Any]:

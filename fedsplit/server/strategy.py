@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import flwr.common as flower
 import torch
+from flwr.common import Parameters
 from flwr.common.typing import Scalar as FlowerScalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -35,7 +36,11 @@ from fedsplit.wire.protocol import TENSOR_TYPE
 
 log = logging.getLogger("fedsplit")
 
+# What Flower's interface takes and gives back.
 Metrics = dict[str, FlowerScalar]
+FitChoice = list[tuple[ClientProxy, flower.FitIns]]
+EvaluateChoice = list[tuple[ClientProxy, flower.EvaluateIns]]
+Merged = tuple[Parameters | None, Metrics]
 FitResults = list[tuple[ClientProxy, flower.FitRes]]
 FitFailures = list[tuple[ClientProxy, flower.FitRes] | BaseException]
 EvaluateResults = list[tuple[ClientProxy, flower.EvaluateRes]]
@@ -133,7 +138,7 @@ class Strategy(StreamingStrategy):
         self, aggregate: str | Sequence[str] = (), *, min_clients: int = 2, min_results: int = 1,
         fraction_train: float = 1.0, evaluate_every: int = 1,
         train_config: Mapping[str, Scalar] | Iterable[tuple[str, Scalar]] = (), seed: int = 0, rounds: int = 3,
-        keys: Sequence[str] | None = None, initial_parameters: flower.Parameters | None = None,
+        keys: Sequence[str] | None = None, initial_parameters: Parameters | None = None,
     ) -> None:  # fmt: skip
         self.settings = ServerSettings(
             aggregate=(aggregate,) if isinstance(aggregate, str) else tuple(aggregate), min_clients=min_clients,
@@ -157,7 +162,7 @@ class Strategy(StreamingStrategy):
                  "seed", "rounds")  # fmt: skip
         return cls(**{name: getattr(settings, name) for name in names})
 
-    def initialize_parameters(self, client_manager: ClientManager) -> flower.Parameters | None:
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         return self._initial_parameters
 
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
@@ -172,9 +177,7 @@ class Strategy(StreamingStrategy):
             )
         return list(self.split.rows)
 
-    def configure_fit(
-        self, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, flower.FitIns]]:
+    def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> FitChoice:
         """Draw the clients that train: the same ones whenever the same clients are there.
 
         In Flower's own server, raises UsageError for a ``local`` rule and for ``keys`` that do not name each array.
@@ -204,9 +207,7 @@ class Strategy(StreamingStrategy):
             return None, {}
         return merge.finish(), {}
 
-    def aggregate_fit(
-        self, server_round: int, results: FitResults, failures: FitFailures
-    ) -> tuple[flower.Parameters | None, Metrics]:
+    def aggregate_fit(self, server_round: int, results: FitResults, failures: FitFailures) -> Merged:
         """Merge a list of results, in the order of their clients' ids; what must not be merged is refused."""
         merge, accepted, tensor_type = self.start_fit(server_round), [], TENSOR_TYPE
         for client, result in sorted(results, key=lambda each: _order(each[0].cid)):
@@ -227,12 +228,12 @@ class Strategy(StreamingStrategy):
             parameters = flower.ndarrays_to_parameters([tensor.numpy() for tensor in state.values()])
         return parameters, dict(weighted_mean(accepted))
 
-    def evaluate(self, server_round: int, parameters: flower.Parameters) -> tuple[float, Metrics] | None:
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
         return None
 
     def configure_evaluate(
-        self, server_round: int, parameters: flower.Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, flower.EvaluateIns]]:
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> EvaluateChoice:
         """Every connected client evaluates, in the rounds that are evaluated."""
         if not self.settings.is_evaluated(server_round):
             return []
@@ -262,7 +263,7 @@ class Strategy(StreamingStrategy):
 
         return {"privacy": spent} if (spent := privacy_spent(self.memory)) else {}
 
-    def _take_up(self, parameters: flower.Parameters) -> None:
+    def _take_up(self, parameters: Parameters) -> None:
         """Remember the state that the round starts from; in Flower's own server, find out about it first."""
         self._reference = self._decoded(parameters, "the global state")
         if not self.split.parts:
@@ -273,7 +274,7 @@ class Strategy(StreamingStrategy):
                 )
             self.begin_run(self._reference, {})
 
-    def _decoded(self, parameters: flower.Parameters, where: str) -> StateDict:
+    def _decoded(self, parameters: Parameters, where: str) -> StateDict:
         if parameters.tensor_type == TENSOR_TYPE:
             return decode(parameters.tensors[0], where)
         arrays = flower.parameters_to_ndarrays(parameters)
@@ -313,9 +314,7 @@ def _checked(
 
 def refusal(reason: str) -> flower.FitRes:
     """Return what a strategy finds among the failures for an update that does not count."""
-    return flower.FitRes(
-        flower.Status(flower.Code.FIT_NOT_IMPLEMENTED, reason), flower.Parameters([], TENSOR_TYPE), 0, {}
-    )
+    return flower.FitRes(flower.Status(flower.Code.FIT_NOT_IMPLEMENTED, reason), Parameters([], TENSOR_TYPE), 0, {})
 
 
 def dump(memory: object) -> bytes:
@@ -325,9 +324,9 @@ def dump(memory: object) -> bytes:
     return buffer.getvalue()
 
 
-def to_payload(state: StateDict) -> flower.Parameters:
+def to_payload(state: StateDict) -> Parameters:
     """Return a state as one safetensors payload."""
-    return flower.Parameters([b"".join(encode(state))], TENSOR_TYPE)
+    return Parameters([b"".join(encode(state))], TENSOR_TYPE)
 
 
 def _order(cid: str) -> tuple[int, str]:
