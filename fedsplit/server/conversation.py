@@ -173,7 +173,6 @@ class Conversation:
             raise RecordError(str(exc)) from exc
         try:
             while not incoming.is_whole:
-                self.context.check_stop()
                 peer = self._find_peer()
                 try:
                     piece = peer.pull(digest, incoming.have, min(self.context.engine.piece_bytes, size - incoming.have))

@@ -128,7 +128,7 @@ class Peer:
         self.rank, self.exchange_id, self.held = int(hello["rank"]), str(hello["exchange_id"]), hello.get("held")
         self.sees_store = bool(nonce) and hello.get("nonce") == nonce
         if transcript and (self.rank, self.exchange_id) != (transcript.rank, transcript.exchange_id):
-            raise RecordError("it greets as another than the one that proved to know the join token")
+            raise RecordError("its greeting names another rank or exchange directory than its proof of the join token")
         self._last_heard = time.monotonic()
 
     def _challenge(self, run_id: str, key: bytes) -> Transcript:
