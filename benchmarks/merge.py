@@ -107,8 +107,7 @@ def files(size: int, updates: int, directory: Path) -> Callable[[], Any]:
 def _ours(size: int, updates: int, directory: Path, keep: Callable[[Path], Any]) -> Callable[[], Any]:
     from fedsplit.disk.files import write_chunks
     from fedsplit.engines.allocator import keep_freed_memory
-    from fedsplit.server.strategy import Strategy
-    from fedsplit.server.streaming import read_update
+    from fedsplit.server.strategy import Strategy, read_update
     from fedsplit.states.state_dict import decode, encode
 
     # As the server does when it begins.

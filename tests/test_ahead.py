@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.common import FitIns, Parameters
+from flwr.common import Code, FitIns, FitRes, Parameters, Status
 
 from fedsplit import Trainer
 from fedsplit.client.relay import Relay
@@ -20,6 +20,7 @@ from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import Request
 from fedsplit.server.conversation import Conversation, RoundContext
+from fedsplit.server.peer import Peer
 from fedsplit.states.state_dict import decode, encode
 from fedsplit.wire.protocol import SUPERLINK, TENSOR_TYPE, ask_record, pack, unpack
 from tests.bounds import BOUND_S
@@ -138,21 +139,21 @@ def test_an_evaluation_that_fails_begins_nothing(relay: Relay, tmp_path: Path) -
 
 
 class Client:
-    """A connected client that gives one reply."""
-
-    held = DIGEST
-    sees_store = False
+    """A connection to a client that gives one reply, and the roster that knows it."""
 
     def __init__(self, reply: dict[str, Any], blob: bytes | None) -> None:
-        self._reply = reply, blob
+        self._reply = FitRes(Status(Code.OK, ""), Parameters([blob] if blob else [], TENSOR_TYPE), 0, pack(reply))
         self.asked: list[dict[str, Any]] = []
+        proxy: Any = self
+        self._peer = Peer(proxy)
+        self._peer.held = DIGEST
 
-    def ask(self, record: dict[str, Any], blob: bytes | None) -> tuple[dict[str, Any], bytes | None]:
-        self.asked.append(record)
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        self.asked.append(unpack(ins.config, "the server"))
         return self._reply
 
-    def wait_for_rank(self, rank: int, timeout_s: float) -> Client:
-        return self
+    def wait_for_rank(self, rank: int, timeout_s: float) -> Peer:
+        return self._peer
 
 
 PAYLOAD = {"digest": DIGEST, "bytes": len(STATE), "via": "inline"}
@@ -173,14 +174,14 @@ def test_the_server_keeps_what_came_along(
     context = RoundContext(roster=roster, store=store, remote=None, client_wait_s=1.0, deadline=None,
                            deadline_s=None, stop=threading.Event(), engine=SUPERLINK)  # fmt: skip
     state = StoredPayload(digest=DIGEST, bytes=len(STATE), path=tmp_path / "state")
-    conversation = Conversation(context, 1, EVALUATE, state, replace(TRAIN))
+    conversation = Conversation(context=context, rank=1, request=EVALUATE, state=state, then=replace(TRAIN))
     answer = conversation.until_done()
     assert (answer.failure, answer.loss, answer.blob) == (None, 0.5, None)
     assert client.asked[0]["then"]["kind"] == "train"
-    assert conversation.ahead_s == 1.5
+    assert answer.ahead_s == 1.5
     if failure == "none yet":
-        assert conversation.ahead is None
+        assert answer.ahead is None
     else:
-        assert conversation.ahead is not None
-        assert conversation.ahead.failure == failure
-        assert conversation.ahead.blob == (STATE if has_blob else None)
+        assert answer.ahead is not None
+        assert answer.ahead.failure == failure
+        assert answer.ahead.blob == (STATE if has_blob else None)

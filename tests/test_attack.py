@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fedsplit.run.history import weighted_mean
-from fedsplit.server.strategy import Strategy
-from fedsplit.server.streaming import read_update
+from fedsplit.server.strategy import Strategy, read_update
 from fedsplit.states.state_dict import StateDict, decode, encode
 from fedsplit.workloads import WorkloadContext, create_workload
 

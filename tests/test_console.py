@@ -14,8 +14,7 @@ from rich.console import Console
 
 from fedsplit.cli import set_up_logging
 from fedsplit.run.events import JsonFormatter, event, format_bytes
-from fedsplit.run.history import Line
-from fedsplit.run.parts import PartRow
+from fedsplit.run.history import Line, PartRow
 from fedsplit.run.time_account import account
 from fedsplit.server.observer import Observer, Observers
 from fedsplit.watch.console import LiveConsole, rounds_table

@@ -21,8 +21,8 @@ from fedsplit.commands.status import read_statuses
 from fedsplit.engines.processes import Child
 from fedsplit.errors import RoleTakenError, RunFailedError
 from fedsplit.exchange.directory import Exchange
+from fedsplit.run.directory import Places
 from fedsplit.run.history import read_history
-from fedsplit.run.paths import Places
 from tests.bounds import BOUND_S
 
 COMMAND = [sys.executable, "-m", "fedsplit", "demo"]

@@ -14,8 +14,8 @@ from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.trainer_side import TrainerSide
-from fedsplit.server.conversation import Conversation, Reply, RoundContext
-from fedsplit.server.peer import PeerLostError
+from fedsplit.server.conversation import Conversation, RoundContext
+from fedsplit.server.peer import PeerLostError, Reply
 from fedsplit.wire.protocol import TENSOR_TYPE, ask_record, pack, unpack
 from tests.handoffs import blob, digest_of, names_in, request
 
@@ -118,10 +118,8 @@ def fetch(tmp_path: Path, client: Pulled, size: int = len(STATE)) -> bytes:
     context = RoundContext(roster=client, store=store, remote=None, client_wait_s=1.0, deadline=None,
                            deadline_s=None, stop=threading.Event())  # fmt: skip
     try:
-        content = Conversation(context, 1, request(), None).fetch(
-            Reply(rank=1, digest=DIGEST, payload_bytes=size, via="pull")
-        )
-        return bytes(content)
+        conversation = Conversation(context=context, rank=1, request=request())
+        return bytes(conversation.fetch(Reply(digest=DIGEST, payload_bytes=size, via="pull")))
     finally:
         assert names_in(store.root) == set()
 

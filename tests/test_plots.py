@@ -17,9 +17,8 @@ from PIL import Image
 
 from fedsplit.__main__ import main
 from fedsplit.errors import CheckpointError, UsageError
-from fedsplit.run.directory import Run
+from fedsplit.run.directory import Places, Run
 from fedsplit.run.history import History, Line
-from fedsplit.run.paths import Places
 from fedsplit.watch.attach import watching
 from fedsplit.watch.plot import charts, draw, make_figure
 

@@ -15,9 +15,8 @@ from fedsplit.__main__ import main
 from fedsplit.commands.report import read_report
 from fedsplit.commands.report_page import Report, render
 from fedsplit.errors import CheckpointError, UsageError
-from fedsplit.run.directory import Run, without_password
+from fedsplit.run.directory import Places, Run, without_password
 from fedsplit.run.history import History, Line
-from fedsplit.run.paths import Places
 from tests.chromium import contrast, look_at, needs_chromium, run_chromium
 from tests.programs import Programs
 

@@ -43,7 +43,7 @@ def test_the_round_is_asked_of_our_strategy_through_flowers_interface(
 ) -> None:
     """Flower's server has the strategy that the rounds use, and not one of its own."""
     seen: list[Any] = []
-    monkeypatch.setattr("fedsplit.server.round.Rounds.run_all", lambda self: seen.append(self._strategy))
+    monkeypatch.setattr("fedsplit.server.round.Rounds.run_all", lambda self: seen.append(self.strategy))
     monkeypatch.setattr(Roster, "finish", lambda self, *details: None)
     with Run(tmp_path) as run:
         server = Server(run, ServerSettings(aggregate=("median",), min_clients=3, seed=5))
@@ -79,8 +79,8 @@ def test_a_round_whose_line_was_saved_whole_is_only_noted(tmp_path: Path) -> Non
         strategy.remembers_evaluations = True
         strategy.configure_fit = strategy.configure_evaluate = None
         Rounds(
-            run, settings, strategy, roster, EMBEDDED, remote=None, observer=Observer(), writer=BackgroundWriter(),
-            stop=threading.Event(),
+            run=run, settings=settings, strategy=strategy, roster=roster, engine=EMBEDDED, remote=None,
+            observer=Observer(), writer=BackgroundWriter(), stop=threading.Event(),
         ).run_all()  # fmt: skip
         assert run.history.lines == [line]
 

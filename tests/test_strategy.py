@@ -15,8 +15,7 @@ from flwr.common import Code, EvaluateRes, FitRes, Parameters, Status
 from fedsplit.aggregation import Update
 from fedsplit.errors import UsageError
 from fedsplit.server.settings import ServerSettings
-from fedsplit.server.strategy import Strategy
-from fedsplit.server.streaming import read_update
+from fedsplit.server.strategy import Strategy, read_update
 from fedsplit.states.portable import export_state, read_initial_checkpoint
 from fedsplit.states.state_dict import StateDict, decode, encode
 

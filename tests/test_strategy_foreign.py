@@ -17,12 +17,12 @@ from flwr.server.strategy import FedAvg
 from fedsplit.aggregation import Update
 from fedsplit.aggregation.attributes import Attributes, NotKeepableError, decode, encode
 from fedsplit.errors import AggregationError, UsageError
-from fedsplit.run.parts import PartRow
+from fedsplit.run.history import PartRow
 from fedsplit.server.foreign import ForeignStrategy
 from fedsplit.server.peer import RankProxy
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
-from fedsplit.server.streaming import refusal
+from fedsplit.server.strategy import refusal
 from fedsplit.states.state_dict import StateDict, map_file
 from fedsplit.states.state_dict import encode as encode_state
 from tests.programs import programs
@@ -279,7 +279,7 @@ def test_parameters_changed_on_resuming_take_effect_and_another_strategy_begins_
     resumed.load_memory(tmp_path / "strategy.pt")
     assert (resumed.inner.rate, resumed.inner.best) == (0.25, 1.0)  # type: ignore[attr-defined]
     strategy(Inner).load_memory(tmp_path / "strategy.pt")
-    assert "the run went on with the strategy Remembering" in caplog.text
+    assert "the run went on with strategy Remembering" in caplog.text
 
 
 @pytest.mark.parametrize("value", [

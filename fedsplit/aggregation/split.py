@@ -32,7 +32,7 @@ from fedsplit.aggregation.loading import load_rule
 from fedsplit.aggregation.spec import RuleSpec, first_match
 from fedsplit.aggregation.validation import named
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
-from fedsplit.run.parts import PartRow
+from fedsplit.run.history import PartRow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from fedsplit import cli
 from fedsplit.commands.tables import print_table
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError
+from fedsplit.run.directory import HISTORY_FILE
 from fedsplit.run.history import read_history
-from fedsplit.run.paths import HISTORY_FILE
 
 _STORE = re.compile(r"server|rank-[1-9][0-9]*")
 _HEADINGS = ("store", "round", "run", "files", "bytes", "metrics", "state")

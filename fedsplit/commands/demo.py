@@ -24,8 +24,8 @@ from fedsplit.commands.status import read_status
 from fedsplit.disk.files import make_private_directory
 from fedsplit.engines.processes import Child, free_port
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, RunStoppedError
+from fedsplit.run.directory import Places
 from fedsplit.run.history import Line, read_history
-from fedsplit.run.paths import Places
 from fedsplit.watch.rounds import refusals, value
 
 _POLL_S = 0.05

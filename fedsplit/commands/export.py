@@ -15,7 +15,7 @@ from fedsplit import cli
 from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
-from fedsplit.run.paths import STATE_FILE, Places
+from fedsplit.run.directory import STATE_FILE, Places
 
 _ENDINGS = (".safetensors", ".pt")
 

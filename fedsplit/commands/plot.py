@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fedsplit import cli
 from fedsplit.errors import CheckpointError
+from fedsplit.run.directory import Places
 from fedsplit.run.history import Line, read_history
-from fedsplit.run.paths import Places
 from fedsplit.watch.plot import write_plot
 
 _ENDINGS = (".png",)

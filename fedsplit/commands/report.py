@@ -17,7 +17,7 @@ from fedsplit.commands.report_page import Report, render
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
-from fedsplit.run.paths import STATE_FILE, Places
+from fedsplit.run.directory import STATE_FILE, Places
 
 _ENDINGS = (".html", ".htm")
 

@@ -1,4 +1,17 @@
-"""A run on the server's disk: how it begins or goes on there, and what it notes. `fedsplit.run.paths` has the files."""
+"""A run on the server's disk: how it begins or goes on there, what it notes, and every path of it.
+
+==================  ============================================================================================
+``server.lock``     held for life: one server a directory
+``run.json``        the run's id and settings, written before anything else
+``history.jsonl``   one line a round
+``round-…/``        checkpoints; the global state in each is ``state.safetensors``
+``plot.png``        loss, accuracy and time, drawn as the run ends
+``payloads/``       the payload store; nothing in it outlives the run
+``old-runs/<id>/``  what a run that was not resumed left here
+==================  ============================================================================================
+
+All of these are in ``<checkpoint_dir>/server/``. The demo keeps the logs of its programs beside it, in ``logs/``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +21,6 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -19,44 +31,44 @@ from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.disk.files import Buffer, link_or_copy, make_private_directory, write_json
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.errors import CheckpointError
-from fedsplit.run.history import History
-from fedsplit.run.parts import PartRow
-from fedsplit.run.paths import STATE_FILE, Places
+from fedsplit.run.history import History, PartRow
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("fedsplit")
 
+HISTORY_FILE = "history.jsonl"
+STATE_FILE = "state.safetensors"
+
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+class Places:
+    """The paths in a checkpoint directory, which has ``server/`` and ``rank-<k>/`` in it."""
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        self.server = checkpoint_dir / "server"
+        self.lock = self.server / "server.lock"
+        self.run = self.server / "run.json"
+        self.history = self.server / HISTORY_FILE
+        self.payloads = self.server / "payloads"
+        self.final_plot = self.server / "plot.png"
+        self.old_runs = self.server / "old-runs"
+        self.logs = checkpoint_dir / "logs"
 
 
 class Run:
     """The server's directory, opened to begin a run or to go on with one.
 
-    Parameters
-    ----------
-    checkpoint_dir
-        The directory above ``server/``.
-    keep_checkpoints
-        How many of the newest rounds are kept, besides the best one.
-    resume
-        Go on with the run that is there; without one a new run begins, as after a death before the first checkpoint.
-    settings
-        Noted in ``run.json``, for people.
-    initial
-        Makes the state to start from; None asks a trainer for it.
+    With ``resume`` the run that is there goes on; without one a new run begins, as after a death before the first
+    checkpoint. ``initial`` makes the state to start from; None asks a trainer for it.
     """
 
     def __init__(
-        self,
-        checkpoint_dir: Path,
-        *,
-        keep_checkpoints: int = 3,
-        resume: bool = False,
-        settings: Mapping[str, Any] | None = None,
-        initial: Callable[[], list[Buffer]] | None = None,
-    ) -> None:
+        self, checkpoint_dir: Path, *, keep_checkpoints: int = 3, resume: bool = False,
+        settings: Mapping[str, Any] | None = None, initial: Callable[[], list[Buffer]] | None = None,
+    ) -> None:  # fmt: skip
         self.places = Places(checkpoint_dir)
         self.directory = self.places.server
         self.checkpoints = CheckpointStore(self.directory, keep_checkpoints)
@@ -66,7 +78,7 @@ class Run:
         self._resume = resume
         self._settings = {name: without_password(value) for name, value in (settings or {}).items()}
         self._record: dict[str, Any] = {}
-        self._stack = ExitStack()
+        self._lock = FileLock(self.places.lock, fallback_to_soft=False, mode=0o600)
         self._saved_digest: str | None = None
 
     @property
@@ -81,14 +93,12 @@ class Run:
 
     def __enter__(self) -> Self:
         make_private_directory(self.directory, CheckpointError)
-        lock = FileLock(self.places.lock, fallback_to_soft=False, mode=0o600)
         try:
-            lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise CheckpointError(
                 f"another server is using {self.directory}; stop it, or take another --checkpoint-dir"
             ) from None
-        self._stack.callback(lock.release)
         previous = self._previous_record()
         if self._resume and previous:
             self._record = previous
@@ -104,29 +114,23 @@ class Run:
         try:
             self.payloads.clear()
         finally:
-            self._stack.close()
+            self._lock.release()
 
     def payload_of(self, checkpoint: Checkpoint) -> StoredPayload:
         """Bring a checkpoint's state back into the payload store; its digest was checked when it was read."""
-        source = checkpoint.path(STATE_FILE)
-        digest = checkpoint.files[STATE_FILE]
+        source, digest = checkpoint.path(STATE_FILE), checkpoint.files[STATE_FILE]
         path = self.payloads.path(digest)
         link_or_copy(source, path)
         return StoredPayload(digest=digest, bytes=source.stat().st_size, path=path)
 
-    def partial_line(self) -> Mapping[str, Any]:
+    def partial_line(self) -> dict[str, Any]:
         """Return what the resumed round's line had when its state was saved."""
         return dict(self.resumed.info["line"]) if self.resumed else {}
 
     def save(
-        self,
-        server_round: int,
-        digest: str,
-        files: Mapping[str, Any],
-        metrics: Mapping[str, Any],
-        line: Mapping[str, Any],
-        best: int | None,
-    ) -> None:
+        self, server_round: int, digest: str, files: Mapping[str, Any], metrics: Mapping[str, Any],
+        line: Mapping[str, Any], best: int | None,
+    ) -> None:  # fmt: skip
         """Write a round's checkpoint and let go of what came before it."""
         self.checkpoints.save(
             run_id=self.run_id, server_round=server_round, files=files, metrics=metrics,
@@ -151,10 +155,8 @@ class Run:
 
     def note_session(self, *, command: str, software: Mapping[str, str]) -> None:
         """Note what the server was started with this time, for the report: a resumed run has had several sessions."""
-        began = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._record.setdefault("sessions", []).append(
-            {"began": began, "command": without_password(command), "software": dict(software)}
-        )
+        session = {"began": _now(), "command": without_password(command), "software": dict(software)}
+        self._record.setdefault("sessions", []).append(session)
         self._write_record()
 
     def local_entries(self) -> dict[str, torch.Tensor]:
@@ -179,10 +181,8 @@ class Run:
         if previous:
             places = self.places
             self.checkpoints.put_aside(previous["run_id"], places.run, places.history, places.final_plot)
-            log.info("the run that was here is now in %s", places.old_run(previous["run_id"]))
-        self._record = {
-            "run_id": uuid.uuid4().hex[:16], "began": time.strftime("%Y-%m-%d %H:%M:%S"), "settings": self._settings,
-        }  # fmt: skip
+            log.info("the run that was here is now in %s", places.old_runs / previous["run_id"])
+        self._record = {"run_id": uuid.uuid4().hex[:16], "began": _now(), "settings": self._settings}
         self.checkpoints.begin_run(self.run_id)
         self._write_record()
 
@@ -193,3 +193,7 @@ class Run:
 def without_password(value: Any) -> Any:
     """Return a text without the user and password of a URL in it: what is noted of a run is shown to others."""
     return _PASSWORD.sub("…@", value) if isinstance(value, str) else value
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")

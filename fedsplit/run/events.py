@@ -18,19 +18,8 @@ def event(name: str, /, **data: Any) -> dict[str, Any]:
     return {"event": name, "data": data}
 
 
-def data_of(record: logging.LogRecord) -> dict[str, Any]:
-    """Return what `event` made of a record's call: empty for a record that is only text."""
-    return {name: _plain(getattr(record, name)) for name in ("event", "data") if hasattr(record, name)}
-
-
 class JsonFormatter(logging.Formatter):
-    """Writes a record as one line of JSON.
-
-    Parameters
-    ----------
-    program
-        Which program logs.
-    """
+    """Writes a record of a program as one line of JSON."""
 
     def __init__(self, program: str) -> None:
         super().__init__()
@@ -43,10 +32,19 @@ class JsonFormatter(logging.Formatter):
             "time": f"{began}.{int(record.msecs):03d}Z", "program": self._program, "level": record.levelname.lower(),
             "message": record.getMessage(),
         }  # fmt: skip
-        line |= data_of(record)
+        line |= {name: finite(getattr(record, name)) for name in ("event", "data") if hasattr(record, name)}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, allow_nan=False, default=str)
+
+
+def finite(value: Any) -> Any:
+    """Return a value for JSON: numbers that it has no word for become null."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_bytes(number: float) -> str:
@@ -56,12 +54,3 @@ def format_bytes(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} GB"
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that JSON has no word for become null, as in the history."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

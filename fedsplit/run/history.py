@@ -1,4 +1,4 @@
-"""``history.jsonl``: one line a round, written as the round ends; what people and plots read.
+"""What people and plots read of a run: ``history.jsonl``, one line a round, written as the round ends.
 
 A line: ``{"round": 3, "seconds": 1.2, "train": {"loss": …}, "evaluate": {"loss": …, "accuracy": …},
 "clients": {"1": {"num_examples": …, …}}, "refused": {"2": "reason"}}``; and with a strategy that evaluates the state on
@@ -8,12 +8,12 @@ the server ``"central": {"loss": …}``. Numbers that are not finite stand as nu
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedsplit.disk.files import append_line, write_chunks
+from fedsplit.run.events import finite
 
 Line = dict[str, Any]
 
@@ -21,14 +21,17 @@ Line = dict[str, Any]
 _JUDGED_BY = {"accuracy": 1, "loss": -1}
 
 
-class History:
-    """The lines of a run, in memory and in the file.
+class PartRow(NamedTuple):
+    """A part of the model and its rule, as the server prints it, notes it in ``run.json`` and shows it in its table."""
 
-    Parameters
-    ----------
-    path
-        The file; what it holds already is read, a last line that a dying process left unfinished is dropped.
-    """
+    part: str
+    entries: int
+    bytes: int
+    rule: str
+
+
+class History:
+    """The lines of a run, in memory and in the file; a last line that a dying process left unfinished is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +41,7 @@ class History:
 
     def append(self, line: Line) -> None:
         """Add a round."""
-        line = _finite(line)
+        line = finite(line)
         self._take([line])
         append_line(self.path, json.dumps(line, allow_nan=False))
 
@@ -54,10 +57,7 @@ class History:
 
     def best_round(self) -> int | None:
         """Return the round with the highest accuracy, else the lowest evaluation loss; None before any evaluation."""
-        for name in _JUDGED_BY:
-            if name in self._best:
-                return -self._best[name][1]
-        return None
+        return next((-self._best[name][1] for name in _JUDGED_BY if name in self._best), None)
 
     def _take(self, lines: Iterable[Line]) -> None:
         for line in lines:
@@ -99,9 +99,3 @@ def weighted_mean(rows: Iterable[tuple[float, Mapping[str, Any]]]) -> dict[str, 
 def is_number(value: Any) -> bool:
     """Tell whether a value is a number, which a truth value is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -31,13 +31,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def end(self, stage: str, **parts: float) -> None:
-        """Give the seconds since the last call to a stage.
-
-        Parameters
-        ----------
-        parts
-            Seconds of these that are known to belong to other stages; they are given to those first.
-        """
+        """Give the seconds since the last call to a stage, but for those known to belong to other stages: ``parts``."""
         now = time.monotonic()
         left = now - self._last
         for name, seconds in parts.items():
@@ -52,68 +46,49 @@ class Stages:
 
 
 def account(line: Mapping[str, Any]) -> dict[str, float]:
-    """Divide a round's seconds.
+    """Return the seconds of each of `STAGES`, in that order; their sum is the line's ``seconds``.
 
-    Returns
-    -------
-    seconds : dict of str to float
-        For each of `STAGES`, in that order; their sum is the line's ``seconds``. A line without stages is divided by
-        what the trainers reported.
+    A line without stages is divided by what the trainers reported.
     """
-    server = _numbers(line.get("stages"))
-    ranks = [_numbers(row.get("stages")) for row in line.get("clients", {}).values()]
-    if not server:
-        return _account_reported(line)
+    total, stages = _numbers(line).get("seconds", 0.0), _numbers(line.get("stages"))
+    rows = list(line.get("clients", {}).values())
     seconds = dict.fromkeys(STAGES, 0.0)
-    _account_training(seconds, server.get("train", 0.0), [stages for stages in ranks if stages])
-    seconds["training"] += server.get("train ahead", 0.0)
-    seconds["merging"] += server.get("merge", 0.0)
-    seconds["evaluation"] = server.get("evaluate", 0.0)
+    if not stages:
+        training = min(total, max((_numbers(row).get("seconds", 0.0) for row in rows), default=0.0))
+        evaluation = max((_numbers(row.get("evaluate")).get("seconds", 0.0) for row in rows), default=0.0)
+        evaluation = min(total - training, evaluation)
+        return seconds | {"training": training, "evaluation": evaluation, "hand-off": total - training - evaluation}
+    _account_training(
+        seconds, stages.get("train", 0.0), [each for row in rows if (each := _numbers(row.get("stages")))]
+    )
+    seconds["training"] += stages.get("train ahead", 0.0)
+    seconds["merging"] += stages.get("merge", 0.0)
+    seconds["evaluation"] = stages.get("evaluate", 0.0)
     # What the server waited for by name, and whatever stage a later version adds.
-    known = sum(server.get(name, 0.0) for name in ("train", "train ahead", "merge", "evaluate"))
-    seconds["waiting"] += max(0.0, _number(line, "seconds") - known)
+    known = sum(stages.get(name, 0.0) for name in ("train", "train ahead", "merge", "evaluate"))
+    seconds["waiting"] += max(0.0, total - known)
     return seconds
 
 
-def _account_training(seconds: dict[str, float], total: float, ranks: list[dict[str, float]]) -> None:
-    left = total
+def _account_training(seconds: dict[str, float], left: float, ranks: list[dict[str, float]]) -> None:
     ranks = [{**stages, "merging": stages.get("merging", 0.0) + stages.get("checking", 0.0)} for stages in ranks]
     # The slowest is the one that was longest at work: the last to be merged may have only waited for its turn.
     slowest = max(ranks, key=_at_work, default={})
-    for name in ("training", "hand-off", "transfer", "merging", "waiting"):
-        left -= (taken := min(left, slowest.get(name, 0.0)))
-        seconds[name] += taken
+    taken = [(name, slowest.get(name, 0.0)) for name in ("training", "hand-off", "transfer", "merging", "waiting")]
     for name in ("merging", "transfer"):
-        others = sum(stages.get(name, 0.0) for stages in ranks if stages is not slowest)
-        left -= (taken := min(left, others))
-        seconds[name] += taken
+        taken.append((name, sum(stages.get(name, 0.0) for stages in ranks if stages is not slowest)))
+    for name, number in taken:
+        seconds[name] += min(left, number)
+        left -= min(left, number)
     seconds["waiting"] += left
-
-
-def _account_reported(line: Mapping[str, Any]) -> dict[str, float]:
-    answers = list(line.get("clients", {}).values())
-    total = _number(line, "seconds")
-    training = min(total, max((_number(row, "seconds") for row in answers), default=0.0))
-    evaluation = max((_number(row.get("evaluate", {}), "seconds") for row in answers), default=0.0)
-    evaluation = min(total - training, evaluation)
-    return dict.fromkeys(STAGES, 0.0) | {
-        "training": training, "evaluation": evaluation, "hand-off": total - training - evaluation,
-    }  # fmt: skip
 
 
 def _at_work(stages: Mapping[str, float]) -> float:
     return sum(seconds for name, seconds in stages.items() if name not in ("turn", "checking"))
 
 
-def _numbers(row: Any) -> dict[str, float]:
-    if not isinstance(row, dict):
-        return {}
-    return {name: float(value) for name, value in row.items() if is_number(value)}
-
-
-def _number(row: Mapping[str, Any], name: str) -> float:
-    value: Any = row.get(name)
-    return float(value) if is_number(value) else 0.0
+def _numbers(row: Mapping[str, Any] | None) -> dict[str, float]:
+    return {name: float(value) for name, value in (row or {}).items() if is_number(value)}
 
 
 def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:

@@ -2,8 +2,7 @@
 
 The strategy sees what it would see in Flower's own server: numpy arrays in the order of the state_dict, a client
 manager whose clients are the ranks (``cid`` is the rank), results and failures. It chooses who trains, with what
-configuration and from which parameters, and it merges. Everything around it stays as it is: relays and detached
-trainers, updates that are checked before it sees them, checkpoints, resume.
+configuration and from which parameters, and it merges. Updates are checked before it sees them.
 
 Floating entries are float32 at least on the strategy's side, since numpy has no bfloat16, and come back in their own
 dtype; complex entries are pairs of numbers. Whole numbers and truth values are float64 in the results, and what becomes
@@ -17,30 +16,17 @@ from __future__ import annotations
 import inspect
 import logging
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import flwr.common as flower
 import torch
-
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
-import flwr.server.strategy as flower_strategies
-from flwr.common import (
-    Code,
-    EvaluateIns,
-    FitIns,
-    FitRes,
-    Parameters,
-    Status,
-    ndarrays_to_parameters,
-    parameters_to_ndarrays,
-)
-from flwr.common.typing import Scalar as FlowerScalar
+from flwr.common import Parameters
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import Strategy as FlowerStrategy
 
 from fedsplit.aggregation import Update
 from fedsplit.aggregation.attributes import Attributes, decode
@@ -50,92 +36,72 @@ from fedsplit.aggregation.guard import check_output
 from fedsplit.aggregation.loading import find_object
 from fedsplit.aggregation.numeric import is_floating
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
-from fedsplit.exchange.records import Scalar
-from fedsplit.run.parts import PartRow
+from fedsplit.run.history import PartRow, is_number
 from fedsplit.server.peer import RankProxy
 from fedsplit.server.settings import ServerSettings
-from fedsplit.server.streaming import (
+from fedsplit.server.strategy import (
+    EvaluateChoice,
     EvaluateFailures,
     EvaluateResults,
+    FitChoice,
     FitFailures,
     FitResults,
     Merge,
+    Merged,
+    Metrics,
     StreamingStrategy,
     dump,
-)  # fmt: skip
-from fedsplit.states.state_dict import StateDict, encode
+    to_payload,
+)
+from fedsplit.states.state_dict import StateDict
 from fedsplit.states.state_dict import decode as decode_state
-from fedsplit.wire.protocol import TENSOR_TYPE
 
 log = logging.getLogger("fedsplit")
 
-FlowerStrategy = flower_strategies.Strategy
-
 
 class ForeignStrategy(StreamingStrategy):
-    """Runs another strategy in this server.
-
-    Parameters
-    ----------
-    settings
-        The server's flags; ``strategy`` names the class.
-
-    Raises
-    ------
-    UsageError
-        If there is no such strategy, or it refuses its parameters.
-    """
+    """Runs the strategy that ``settings.strategy`` names; raises UsageError if it cannot be made."""
 
     memory_file = "strategy.pt"
     remembers_evaluations = True
+    # The strategy itself, and what of it is kept. One that wants the initial parameters is made by `begin_run`.
+    inner: FlowerStrategy
+    _attributes: Attributes
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._text = settings.strategy or ""
         call = parse_call(self._text)
-        self._class = load_strategy(call.name)
-        self._params = _params_of(call)
+        if nested := next((key for key, value in call.params.items() if isinstance(value, Call)), None):
+            raise UsageError(f"--strategy {call.name}: {nested} must be a number, a text, true or false")
+        self._class, self._params = load_strategy(call.name), call.params
         self._name = self._class.__name__
-        self._inner: FlowerStrategy | None = None
-        self._attributes: Attributes | None = None
         self._warned: set[str] = set()
         self._clients: dict[int, ClientProxy] = {}
         self._reference: StateDict = {}
         self._given: Parameters | None = None
         # A state as our payload and as Flower's arrays: converted once for all that a round does with it.
         self._state: tuple[Parameters, Parameters] | None = None
-        if self._wants_initial_parameters():
-            self._check_params()
+        if not self._wants_initial_parameters():
+            self._make()
         else:
-            self._make({})
-
-    @property
-    def inner(self) -> FlowerStrategy:
-        """The strategy itself."""
-        if self._inner is None:
-            raise RuntimeError("begin_run makes the strategy, from the state")
-        return self._inner
-
-    # -- the interface of this server ----------------------------------------------------------------------------------
+            with self._refusing():
+                inspect.signature(self._class).bind(initial_parameters=None, **self._params)
 
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
         """Make the strategy, if it wants the initial parameters, and say what of it cannot be kept."""
         self._reference = state
-        if self._inner is None:
+        if self._wants_initial_parameters():
             self._given = _to_arrays(state)
-            self._make({"initial_parameters": self._given})
+            self._make(initial_parameters=self._given)
         self._warn_of_what_is_lost()
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         return [PartRow(part="*", entries=len(state), bytes=size, rule=self._text)]
 
     def start_fit(self, server_round: int) -> Merge:
-        """Begin to collect updates: the strategy takes them as a list."""
         return _Collected()
 
-    def end_fit(
-        self, server_round: int, merge: Any, failures: FitFailures
-    ) -> tuple[StateDict | None, dict[str, FlowerScalar]]:
-        """Let the strategy merge."""
+    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
         results = [(self._clients[update.rank], _result(update, self._reference)) for update in merge.updates]
         parameters, metrics = self.aggregate_fit(server_round, results, failures)
         if parameters is None:
@@ -145,81 +111,52 @@ class ForeignStrategy(StreamingStrategy):
 
     def dump_memory(self) -> bytes | None:
         """Return the attributes that have changed since the strategy was made."""
-        if self._attributes is None:
-            return None
         self._warn_of_what_is_lost()
         changed = self._attributes.changed()
         return dump({"strategy": self._name, "attributes": changed}) if changed else None
 
     def load_memory(self, path: Path) -> None:
-        """Give the strategy its attributes back."""
         memory = torch.load(path, weights_only=True, map_location="cpu")
-        if memory["strategy"] != self._name:
-            log.warning("the run went on with the strategy %s; what that remembered is not given to %s",
-                        memory["strategy"], self._name)  # fmt: skip
+        before = memory["strategy"]
+        if before != self._name:
+            log.warning("the run went on with strategy %s; what it remembered is not given to %s", before, self._name)
             return
         for name, value in memory["attributes"].items():
             setattr(self.inner, name, decode(value))
 
-    # -- Flower's interface --------------------------------------------------------------------------------------------
-
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Return the strategy's initial values under the names and dtypes of a trainer's state; None if it has none."""
-        with self._naming("initialize_parameters"):
-            parameters = self.inner.initialize_parameters(client_manager=client_manager)
+        parameters = self._call("initialize_parameters", client_manager=client_manager)
         if parameters is None or parameters is self._given:
             return None
-        return _to_payload(self._named(parameters, "initialize_parameters"))
+        return to_payload(self._named(parameters, "initialize_parameters"))
 
-    def configure_fit(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, FitIns]]:
-        """Let the strategy choose who trains, with what configuration and from which parameters."""
-        arrays = self._arrays(parameters)
-        with self._naming("configure_fit"):
-            chosen = self.inner.configure_fit(
-                server_round=server_round, parameters=arrays, client_manager=client_manager
-            )
-        self._clients = {int(client.cid): client for client, _ in chosen}
-        return [(client, FitIns(*ins)) for client, ins in self._instructions(chosen, "configure_fit")]
+    def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> FitChoice:
+        chosen = self._chosen("configure_fit", server_round, parameters, client_manager)
+        self._clients = {int(client.cid): client for client, _, _ in chosen}
+        return [(client, flower.FitIns(given, config)) for client, given, config in chosen]
 
-    def aggregate_fit(
-        self, server_round: int, results: FitResults, failures: FitFailures
-    ) -> tuple[Parameters | None, dict[str, FlowerScalar]]:
-        """Let the strategy merge results of numpy arrays."""
-        with self._naming("aggregate_fit"):
-            parameters, metrics = self.inner.aggregate_fit(server_round, results, failures)
+    def aggregate_fit(self, server_round: int, results: FitResults, failures: FitFailures) -> Merged:
+        parameters, metrics = self._call("aggregate_fit", server_round, results, failures)
         return parameters, _numbers(metrics)
 
-    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, FlowerScalar]] | None:
-        """Let the strategy evaluate the state on the server."""
-        arrays = self._arrays(parameters)
-        with self._naming("evaluate"):
-            found = self.inner.evaluate(server_round, parameters=arrays)
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
+        found = self._call("evaluate", server_round, parameters=self._arrays(parameters))
         return None if found is None else (float(found[0]), _numbers(found[1]))
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        """Let the strategy choose who evaluates, in the rounds that are evaluated."""
+    ) -> EvaluateChoice:
         if not self._settings.is_evaluated(server_round):
             return []
-        arrays = self._arrays(parameters)
-        with self._naming("configure_evaluate"):
-            chosen = self.inner.configure_evaluate(
-                server_round=server_round, parameters=arrays, client_manager=client_manager
-            )
-        return [(client, EvaluateIns(*ins)) for client, ins in self._instructions(chosen, "configure_evaluate")]
+        chosen = self._chosen("configure_evaluate", server_round, parameters, client_manager)
+        return [(client, flower.EvaluateIns(given, config)) for client, given, config in chosen]
 
     def aggregate_evaluate(
         self, server_round: int, results: EvaluateResults, failures: EvaluateFailures
-    ) -> tuple[float | None, dict[str, FlowerScalar]]:
-        """Let the strategy put evaluations together."""
-        with self._naming("aggregate_evaluate"):
-            loss, metrics = self.inner.aggregate_evaluate(server_round, results, failures)
+    ) -> tuple[float | None, Metrics]:
+        loss, metrics = self._call("aggregate_evaluate", server_round, results, failures)
         return None if loss is None else float(loss), _numbers(metrics)
-
-    # -- making it -----------------------------------------------------------------------------------------------------
 
     def _wants_initial_parameters(self) -> bool:
         """Tell whether it is made with the first state: when it asks for it, and Flower's own always."""
@@ -228,29 +165,32 @@ class ForeignStrategy(StreamingStrategy):
             return False
         return parameter.default is parameter.empty or self._class.__module__.startswith("flwr.")
 
-    def _check_params(self) -> None:
-        try:
-            inspect.signature(self._class).bind(initial_parameters=None, **self._params)
-        except TypeError as exc:
-            raise UsageError(f"--strategy {self._text}: {self._name} refuses its parameters: {exc}") from exc
+    def _make(self, **extra: Any) -> None:
+        with self._refusing():
+            self.inner = self._class(**self._params, **extra)
+        self._attributes = Attributes(self.inner)
 
-    def _make(self, extra: Mapping[str, Any]) -> None:
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
         try:
-            self._inner = self._class(**self._params, **extra)
+            yield
         except Exception as exc:  # whatever the user's class raises is for them to read
             raise UsageError(
                 f"--strategy {self._text}: {self._name} refuses its parameters: {type(exc).__name__}: {exc}"
             ) from exc
-        self._attributes = Attributes(self._inner)
 
     def _warn_of_what_is_lost(self) -> None:
-        lost = self._attributes.not_keepable() if self._attributes else {}
-        if new := {name: kind for name, kind in lost.items() if name not in self._warned}:
+        lost = self._attributes.not_keepable().items()
+        if new := {name: kind for name, kind in lost if name not in self._warned}:
             self._warned |= set(new)
             log.warning(
                 "%s keeps what no checkpoint can hold: %s. After --resume these are as in a new strategy",
                 self._name, ", ".join(f"{name} ({kind})" for name, kind in new.items()),
             )  # fmt: skip
+
+    def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        with self._naming(method):
+            return getattr(self.inner, method)(*arguments, **named)
 
     @contextmanager
     def _naming(self, method: str) -> Iterator[None]:
@@ -265,8 +205,6 @@ class ForeignStrategy(StreamingStrategy):
                 f"the strategy {self._name} failed in {method}: {type(exc).__name__}: {exc}"
             ) from exc
 
-    # -- to arrays and back --------------------------------------------------------------------------------------------
-
     def _arrays(self, parameters: Parameters) -> Parameters:
         """Return the global state as Flower's arrays."""
         if self._state is None or self._state[0] is not parameters:
@@ -274,31 +212,30 @@ class ForeignStrategy(StreamingStrategy):
             self._state = parameters, _to_arrays(self._reference)
         return self._state[1]
 
-    def _instructions(
-        self, chosen: Sequence[tuple[ClientProxy, Any]], method: str
-    ) -> list[tuple[ClientProxy, tuple[Parameters, dict[str, FlowerScalar]]]]:
-        """Turn the parameters of the strategy's instructions back, each object once; most are the global state."""
-        if self._state is None:
-            return []
-        payload, arrays = self._state
+    def _chosen(
+        self, method: str, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, Parameters, Metrics]]:
+        """Let the strategy choose, and turn each parameters object back once; most are the global state."""
+        arrays = self._arrays(parameters)
+        chosen = self._call(method, server_round=server_round, parameters=arrays, client_manager=client_manager)
         cids = [client.cid for client, _ in chosen]
         if len(set(cids)) != len(cids) or not all(isinstance(client, RankProxy) for client, _ in chosen):
             raise AggregationError(
                 f"the strategy {self._name}: {method} must choose among the clients of its client_manager, each at "
                 f"most once; it chose {', '.join(cids)}"
             )
-        known = {id(arrays): payload}
+        known = {id(arrays): parameters}
         found = []
         for client, ins in chosen:
             if id(ins.parameters) not in known:
-                known[id(ins.parameters)] = _to_payload(self._named(ins.parameters, method))
-            found.append((client, (known[id(ins.parameters)], self._config(client, ins.config, method))))
+                known[id(ins.parameters)] = to_payload(self._named(ins.parameters, method))
+            found.append((client, known[id(ins.parameters)], self._config(client, ins.config, method)))
         return found
 
     def _named(self, parameters: Parameters, method: str) -> StateDict:
         """Return arrays of the strategy's under the names, shapes and dtypes of the state."""
         with self._naming(method):
-            arrays = parameters_to_ndarrays(parameters)
+            arrays = flower.parameters_to_ndarrays(parameters)
         who = f"the strategy {self._name}: {method} gave"
         if len(arrays) != len(self._reference):
             raise AggregationError(f"{who} {len(arrays)} arrays, expected {len(self._reference)}, one for each entry")
@@ -315,7 +252,7 @@ class ForeignStrategy(StreamingStrategy):
             raise AggregationError(f"the strategy {self._name} in {method}: {exc}") from exc
         return state
 
-    def _config(self, client: ClientProxy, config: Mapping[str, Any], method: str) -> dict[str, FlowerScalar]:
+    def _config(self, client: ClientProxy, config: Mapping[str, Any], method: str) -> Metrics:
         for key, value in config.items():
             if not isinstance(value, bool | int | float | str):
                 raise AggregationError(
@@ -332,20 +269,11 @@ class _Collected:
 
     def __init__(self) -> None:
         self.updates: list[Update] = []
-
-    def add(self, update: Update) -> None:
-        """Keep an update."""
-        self.updates.append(update)
+        self.add = self.updates.append
 
 
 def load_strategy(name: str) -> type[FlowerStrategy]:
-    """Find a class: one of ``flwr.server.strategy``, or ``package.module:Class``.
-
-    Raises
-    ------
-    UsageError
-        If it is not there or is no strategy.
-    """
+    """Find a class of ``flwr.server.strategy``, or ``package.module:Class``; raises UsageError if it is no strategy."""
     module_name, separator, path = name.partition(":")
     if not separator:
         module_name, path = "flwr.server.strategy", name
@@ -357,34 +285,17 @@ def load_strategy(name: str) -> type[FlowerStrategy]:
     return target
 
 
-def _params_of(call: Call) -> dict[str, Scalar]:
-    params: dict[str, Scalar] = {}
-    for key, value in call.params.items():
-        if isinstance(value, Call):
-            raise UsageError(f"--strategy {call.name}: {key} must be a number, a text, true or false")
-        params[key] = value
-    return params
-
-
 def _to_arrays(state: StateDict) -> Parameters:
-    return ndarrays_to_parameters([to_numpy(tensor) for tensor in state.values()])
+    return flower.ndarrays_to_parameters([to_numpy(tensor) for tensor in state.values()])
 
 
-def _to_payload(state: StateDict) -> Parameters:
-    return Parameters([b"".join(encode(state))], TENSOR_TYPE)
-
-
-def _result(update: Update, reference: StateDict) -> FitRes:
+def _result(update: Update, reference: StateDict) -> flower.FitRes:
     state = {key: update.state_dict[key] for key in reference}
     wide = {key: tensor if is_floating(tensor) else tensor.to(torch.float64) for key, tensor in state.items()}
-    return FitRes(Status(Code.OK, ""), _to_arrays(wide), update.num_examples, dict(update.metrics))
+    return flower.FitRes(flower.Status(flower.Code.OK, ""), _to_arrays(wide), update.num_examples, dict(update.metrics))
 
 
-def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, FlowerScalar]:
+def _numbers(metrics: Mapping[str, Any] | None) -> Metrics:
     """Return the metrics that a round's line can hold: numbers, numpy's among them."""
-    found: dict[str, FlowerScalar] = {}
-    for name, value in (metrics or {}).items():
-        plain = value.item() if hasattr(value, "item") else value
-        if isinstance(plain, int | float) and not isinstance(plain, bool):
-            found[str(name)] = plain
-    return found
+    plain = {str(name): value.item() if hasattr(value, "item") else value for name, value in (metrics or {}).items()}
+    return {name: value for name, value in plain.items() if is_number(value)}

@@ -1,17 +1,15 @@
 """What may watch a run: the server tells an `Observer` of each event; the live table and the trackers are observers.
 
-An observer never decides anything. Its methods are called from several of the server's threads and must return at once;
-what one of them raises is logged and that observer is told nothing more: a broken dashboard is no reason to end a run.
+An observer never decides anything. Its methods are called from several of the server's threads and must return at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from fedsplit.run.history import Line
-from fedsplit.run.parts import PartRow
+from fedsplit.run.history import Line, PartRow
 
 log = logging.getLogger("fedsplit")
 
@@ -39,7 +37,7 @@ class Observer:
 
 
 class Observers(Observer):
-    """Passes each event on to several observers, and lets go of one that fails."""
+    """Passes each event on to several observers. One that raises is logged and told nothing more: the run goes on."""
 
     def __init__(self) -> None:
         self._observers: list[Observer] = []
@@ -47,24 +45,6 @@ class Observers(Observer):
     def add(self, observer: Observer) -> None:
         """Tell one more."""
         self._observers.append(observer)
-
-    def split_resolved(self, rows: Sequence[PartRow]) -> None:
-        self._tell("split_resolved", rows)
-
-    def clients_awaited(self, ranks: Sequence[int], needed: int) -> None:
-        self._tell("clients_awaited", ranks, needed)
-
-    def asked(self, kind: str, server_round: int, total_rounds: int, ranks: Sequence[int]) -> None:
-        self._tell("asked", kind, server_round, total_rounds, ranks)
-
-    def waiting(self, rank: int, what: str | None) -> None:
-        self._tell("waiting", rank, what)
-
-    def answered(self, rank: int, refused: str | None) -> None:
-        self._tell("answered", rank, refused)
-
-    def round_ended(self, line: Line, total_rounds: int) -> None:
-        self._tell("round_ended", line, total_rounds)
 
     def _tell(self, event: str, *details: object) -> None:
         for observer in list(self._observers):
@@ -75,3 +55,11 @@ class Observers(Observer):
                     self._observers.remove(observer)
                 name = type(observer).__name__
                 log.warning("%s failed and is told nothing more: %s: %s", name, type(exc).__name__, exc)
+
+
+def _passing_on(event: str) -> Callable[..., None]:
+    return lambda observers, *details: observers._tell(event, *details)
+
+
+for _event in [name for name in vars(Observer) if not name.startswith("_")]:
+    setattr(Observers, _event, _passing_on(_event))

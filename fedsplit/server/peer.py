@@ -1,22 +1,30 @@
-"""A connected client that has said which rank it is, and the rank as Flower's strategies know it."""
+"""A connection to a client: every question that the server asks it, and the one place that decodes its answers.
+
+Nothing else on the server reads a client's record. A question that is not answered raises `PeerLostError`, an answer
+that cannot be read raises `RecordError`.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
-from flwr.common import Code, EvaluateIns, FitIns, GetParametersIns, GetPropertiesIns, Parameters
+import flwr.common as flower
 from flwr.server.client_proxy import ClientProxy
 
-from fedsplit.errors import AggregationError
+from fedsplit.disk.payload_store import PayloadStore
+from fedsplit.disk.remote_store import RemoteStore
+from fedsplit.errors import AggregationError, RecordError
+from fedsplit.wire.join import Transcript, is_nonce, new_nonce
 from fedsplit.wire.protocol import BYTES_PER_S, TENSOR_TYPE, pack, unpack
 
-GREETING_S = 30.0
+log = logging.getLogger("fedsplit")
+
+_GREETING_S = 30.0
 # What a relay may take to answer beyond what it was told to hold: it never waits for the trainer any longer.
 _GRACE_S = 30.0
 
@@ -25,16 +33,12 @@ class PeerLostError(Exception):
     """The connection broke in the middle of a question. Internal: the rank may come back."""
 
 
+class TurnedAwayError(Exception):
+    """A client may not take part; the message is what it is told. Internal."""
+
+
 class RankProxy(ClientProxy):
-    """A rank as a strategy knows it: the same object for the whole run, over every connection.
-
-    A strategy chooses ranks and gives them instructions; the server carries them out.
-
-    Parameters
-    ----------
-    rank
-        Its ``cid`` is the rank as text.
-    """
+    """A rank as a strategy knows it, the same object over every connection: it is chosen, and the server asks it."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(str(rank))
@@ -50,68 +54,149 @@ class RankProxy(ClientProxy):
     get_properties = get_parameters = fit = evaluate = reconnect = _refuse
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a client says when it is asked for a task, and in the end how the task ended."""
+
+    # ``need`` (send the state), ``working``, ``cancelled``, ``ok`` or ``error``.
+    status: str = "ok"
+    # What the client has to wait for: a ``trainer``.
+    waiting_for: str | None = None
+    failure: str | None = None
+    traceback: str = ""
+    # The result, if there was no failure.
+    num_examples: int = 0
+    loss: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    # What the trainer says it took.
+    seconds: float = 0.0
+    digest: str | None = None
+    payload_bytes: int = 0
+    # How the payload comes: ``store``, ``inline`` (the blob) or ``pull``.
+    via: str = ""
+    blob: bytes | None = None
+    # How the task asked for along with it ended, if it has, and for how many seconds the answer was held back for that.
+    ahead: Reply | None = None
+    ahead_s: float = 0.0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is a result or a failure."""
+        return self.status in ("ok", "error")
+
+    @property
+    def all_metrics(self) -> dict[str, Any]:
+        """The metrics, the loss among them."""
+        return ({} if self.loss is None else {"loss": self.loss}) | self.metrics
+
+
 class Peer:
-    """A connected client that has said who it is.
+    """A connection to a client."""
 
-    Attributes
-    ----------
-    held : str or None
-        Digest of the state that its exchange directory holds.
-    sees_store : bool
-        Whether payloads travel by reference.
-    """
-
-    def __init__(self, proxy: ClientProxy, hello: dict[str, Any], *, sees_store: bool) -> None:
+    def __init__(self, proxy: ClientProxy) -> None:
         self.proxy = proxy
-        self.rank = int(hello["rank"])
-        self.exchange_id = str(hello["exchange_id"])
-        self.held: str | None = hello.get("held")
-        self.sees_store = sees_store
-        self.last_heard = time.monotonic()
+        # Who it is: known once it was greeted.
+        self.rank = -1
+        self.exchange_id = ""
+        # Digest of the state that its exchange directory holds.
+        self.held: str | None = None
+        # Whether payloads travel by reference.
+        self.sees_store = False
+        # Whether the greeting is over, and when the client was refused, by `time.monotonic`.
+        self.is_greeted = False
+        self.refused_at: float | None = None
+        self._last_heard = time.monotonic()
         # Flower's bridge takes one question at a time.
         self._lock = threading.Lock()
 
+    def greet(self, run_id: str, store: PayloadStore | RemoteStore | None, join_key: bytes | None) -> None:
+        """Ask who it is, once it has proved that it may know who asks; raises TurnedAwayError if it takes no part."""
+        transcript = None if join_key is None else self._challenge(run_id, join_key)
+        nonce_name, nonce = store.put_nonce() if store else ("", "")
+        root = store.announced_root if store else None
+        record = {"op": "hello", "run_id": run_id, "nonce_name": nonce_name, "store_root": root}
+        if transcript is not None and join_key is not None:
+            record["proof"] = transcript.proof(join_key, "server")
+        try:
+            hello = self._question(record)
+        finally:
+            if store:
+                store.drop(nonce_name)
+        if hello.get("leaving"):
+            log.warning("rank %s: the client turned this server down: %s", hello.get("rank"), hello["leaving"])
+            raise TurnedAwayError(str(hello["leaving"]))
+        self.rank, self.exchange_id, self.held = int(hello["rank"]), str(hello["exchange_id"]), hello.get("held")
+        self.sees_store = bool(nonce) and hello.get("nonce") == nonce
+        if transcript and (self.rank, self.exchange_id) != (transcript.rank, transcript.exchange_id):
+            raise RecordError("its greeting names another rank or exchange directory than its proof of the join token")
+        self._last_heard = time.monotonic()
+
+    def _challenge(self, run_id: str, key: bytes) -> Transcript:
+        """Let the client prove that it knows the join token."""
+        server_nonce = new_nonce()
+        reply = self._question({"op": "join", "run_id": run_id, "nonce": server_nonce})
+        if not reply.get("proof"):
+            log.warning("rank %s: turned away: its client has no join token", reply.get("rank"))
+            raise TurnedAwayError("this server asks for a join token; start the client with its --join-token-file")
+        if not is_nonce(reply.get("nonce")):
+            raise RecordError("its answer has no challenge: expected 64 hexadecimal digits as nonce")
+        transcript = Transcript(
+            run_id=run_id, rank=int(reply["rank"]), exchange_id=str(reply["exchange_id"]), server_nonce=server_nonce,
+            client_nonce=reply["nonce"],
+        )  # fmt: skip
+        if not transcript.is_proof(key, "client", reply["proof"]):
+            log.warning("rank %d: turned away: its client has another join token", transcript.rank)
+            raise TurnedAwayError("wrong join token: the --join-token-file of server and client hold different tokens")
+        return transcript
+
+    def refuse(self, reason: str) -> None:
+        """Tell the client why it cannot take part, and end the connection; raises whatever Flower does."""
+        self.refused_at = time.monotonic()
+        self._send({"op": "refuse", "reason": reason})
+        self.proxy.reconnect(flower.ReconnectIns(seconds=None), _GREETING_S, None)
+
     def was_heard_within(self, seconds: float) -> bool:
-        """Tell whether the client answered anything lately; while it trains it does so every second."""
-        return time.monotonic() - self.last_heard < seconds
+        """Tell whether the client answered anything lately; while its trainer works it does so every second."""
+        return time.monotonic() - self._last_heard < seconds
 
-    def control(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Send ``hello``, ``finish`` or ``refuse``."""
-        reply = self._call(lambda: self.proxy.get_properties(GetPropertiesIns(pack(record)), GREETING_S, None))
-        return unpack(reply.properties, f"the client of rank {self.rank}")
+    def is_silent(self, for_s: float) -> bool:
+        """Tell whether no question is under way and none was answered in the last ``for_s`` seconds."""
+        return not (self._lock.locked() or self.was_heard_within(for_s))
 
-    def ask(self, record: dict[str, Any], blob: bytes | None) -> tuple[dict[str, Any], bytes | None]:
-        """Ask for a task; returns the reply's record and the result's bytes if they came along."""
-        parameters = Parameters([blob] if blob is not None else [], TENSOR_TYPE)
+    def tell(self, record: Mapping[str, Any]) -> None:
+        """Send ``finish`` or ``ping``."""
+        self._call(lambda: self._question(record))
+
+    def ask(self, record: Mapping[str, Any], blob: bytes | None) -> Reply:
+        """Ask for a task; ``blob`` is the state that goes along with the question."""
         timeout = record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S
-        # Flower's answer to an evaluation has no room for what may come along with it.
-        if record["kind"] == "evaluate" and "then" not in record:
-            evaluated = self._call(lambda: self.proxy.evaluate(EvaluateIns(parameters, pack(record)), timeout, None))
-            return unpack(evaluated.metrics, f"the client of rank {self.rank}"), None
-        fitted = self._call(lambda: self.proxy.fit(FitIns(parameters, pack(record)), timeout, None))
-        blobs = fitted.parameters.tensors
-        return unpack(fitted.metrics, f"the client of rank {self.rank}"), blobs[0] if blobs else None
+        if record["kind"] != "evaluate" or "then" in record:
+            return _reply(*self._fit(record, blob, timeout))
+        # Not for what may come along with the answer: Flower's answer to an evaluation has no room for that.
+        ins = flower.EvaluateIns(_parameters(blob), pack(record))
+        return _reply(self._unpacked(self._call(lambda: self.proxy.evaluate(ins, timeout, None)).metrics), None)
 
-    def push(self, digest: str, total_bytes: int, offset: int, piece: bytes) -> dict[str, Any]:
-        """Send a piece of a state; returns the reply's record, with how many bytes the client ``have``."""
-        record = pack({"op": "push", "digest": digest, "bytes": total_bytes, "offset": offset})
-        ins = FitIns(Parameters([piece], TENSOR_TYPE), record)
-        timeout = _GRACE_S + len(piece) / BYTES_PER_S
-        reply = self._call(lambda: self.proxy.fit(ins, timeout, None))
-        return unpack(reply.metrics, f"the client of rank {self.rank}")
+    def push(self, digest: str, total_bytes: int, offset: int, piece: bytes) -> int:
+        """Send a piece of a state; returns how many bytes of it the client has."""
+        record = {"op": "push", "digest": digest, "bytes": total_bytes, "offset": offset}
+        reply, _ = self._fit(record, piece, _GRACE_S + len(piece) / BYTES_PER_S)
+        if error := reply.get("error"):
+            raise RecordError(f"the state could not be sent: {error.get('message')}")
+        return int(reply.get("have", 0))
 
     def pull(self, digest: str, offset: int, piece_bytes: int) -> bytes | None:
         """Fetch a piece of the payload of a result; None if the client no longer has it."""
         timeout = _GRACE_S + piece_bytes / BYTES_PER_S
-        ins = GetParametersIns(pack({"op": "pull", "digest": digest, "offset": offset, "bytes": piece_bytes}))
+        ins = flower.GetParametersIns(pack({"op": "pull", "digest": digest, "offset": offset, "bytes": piece_bytes}))
         reply = self._call(lambda: self.proxy.get_parameters(ins, timeout, None))
-        return reply.parameters.tensors[0] if reply.status.code == Code.OK and reply.parameters.tensors else None
+        return reply.parameters.tensors[0] if reply.status.code == flower.Code.OK and reply.parameters.tensors else None
 
-    def ping_if_silent(self, for_s: float) -> None:
-        """Ask for a sign of life, unless a question is under way or one was answered in the last ``for_s`` seconds."""
-        if self._lock.locked() or time.monotonic() - self.last_heard < for_s:
-            return
-        self.control({"op": "ping"})
+    def _fit(
+        self, record: Mapping[str, Any], blob: bytes | None, timeout: float
+    ) -> tuple[dict[str, Any], bytes | None]:
+        ins = flower.FitIns(_parameters(blob), pack(record))
+        found = self._call(lambda: self.proxy.fit(ins, timeout, None))
+        return self._unpacked(found.metrics), next(iter(found.parameters.tensors), None)
 
     def _call(self, call: Callable[[], Any]) -> Any:
         with self._lock:
@@ -119,5 +204,38 @@ class Peer:
                 answer = call()
             except Exception as exc:
                 raise PeerLostError(f"{type(exc).__name__}: {exc}") from exc
-            self.last_heard = time.monotonic()
+            self._last_heard = time.monotonic()
             return answer
+
+    def _send(self, record: Mapping[str, Any]) -> flower.GetPropertiesRes:
+        return self.proxy.get_properties(flower.GetPropertiesIns(pack(record)), _GREETING_S, None)
+
+    def _question(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        return self._unpacked(self._send(record).properties)
+
+    def _unpacked(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return unpack(fields, "a client" if self.rank < 0 else f"the client of rank {self.rank}")
+
+
+def _parameters(blob: bytes | None) -> flower.Parameters:
+    return flower.Parameters([] if blob is None else [blob], TENSOR_TYPE)
+
+
+def _reply(record: Mapping[str, Any], blob: bytes | None) -> Reply:
+    status = record.get("status")
+    if status in ("need", "working", "cancelled"):
+        return Reply(status=status, waiting_for=record.get("waiting_for"))
+    if status != "ok":
+        error = record.get("error") or {}
+        failure = f"{error.get('type', 'an error')}: {error.get('message', '')}"
+        return Reply(status="error", failure=failure, traceback=str(error.get("traceback", "")))
+    payload, then = record.get("payload") or {}, record.get("then") or {}
+    # A blob that came along is the payload of the last of two tasks.
+    ahead = _reply({**then, "then": None}, blob) if then else None
+    return Reply(
+        num_examples=int(record.get("num_examples", 0)), loss=record.get("loss"),
+        metrics=dict(record.get("metrics") or {}), seconds=float(record.get("seconds", 0.0)),
+        digest=payload.get("digest"), payload_bytes=int(payload.get("bytes", 0)), via=str(payload.get("via", "")),
+        blob=blob if payload and not then else None, ahead=ahead if ahead and ahead.has_ended else None,
+        ahead_s=float(then.get("held_s", 0.0)),
+    )  # fmt: skip

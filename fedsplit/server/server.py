@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
 from flwr.common import ReconnectIns
 from flwr.server import History as FlowerHistory
 from flwr.server import Server as FlowerServer
@@ -22,15 +19,15 @@ from flwr.server.server import reconnect_clients
 from fedsplit.disk.checkpoints import BackgroundWriter
 from fedsplit.errors import FedSplitError, RunFailedError, RunStoppedError
 from fedsplit.run.directory import Run
-from fedsplit.server.conversation import StoppedError
 from fedsplit.server.observer import Observer, Observers
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
 from fedsplit.wire.protocol import EMBEDDED, Engine
 
 if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
-    from fedsplit.server.streaming import StreamingStrategy
+    from fedsplit.server.strategy import StreamingStrategy
+
+from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -46,38 +43,22 @@ class _SignalError(BaseException):
 
 
 class Server(FlowerServer):
-    """Runs a federation on the connected ranks.
+    """Runs a federation on the connected ranks; what ended it early is its ``failure``.
 
     Parameters
     ----------
     run
-        What is on the disk: run id, checkpoints, history, payload store.
-    settings
-        The server's flags.
+        What is on the disk, open: run id, checkpoints, history, payload store.
     remote
         The store at ``--payload-store URL``, for clients on other machines.
     join_key
         What a client must prove to know before it takes part; None lets everybody in who can connect.
-    engine
-        Which of Flower's engines this runs on.
-
-    Attributes
-    ----------
-    run : Run
-        As given.
-    failure : FedSplitError or None
-        What ended the run early.
     """
 
     def __init__(
-        self,
-        run: Run,
-        settings: ServerSettings,
-        *,
-        remote: RemoteStore | None = None,
-        join_key: bytes | None = None,
+        self, run: Run, settings: ServerSettings, *, remote: RemoteStore | None = None, join_key: bytes | None = None,
         engine: Engine = EMBEDDED,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.run = run
         self.failure: FedSplitError | None = None
         self._settings = settings
@@ -87,10 +68,8 @@ class Server(FlowerServer):
         self._writer = BackgroundWriter()
         self._stop = threading.Event()
         self._told = False
-        by_reference = run.payloads if settings.payload_store == "auto" else None
-        self._roster = Roster(
-            run.run_id, remote or by_reference, join_key=join_key, ping_s=engine.ping_s, observer=self._observer
-        )
+        store = remote or (run.payloads if settings.payload_store == "auto" else None)
+        self._roster = Roster(run.run_id, store, join_key=join_key, ping_s=engine.ping_s, observer=self._observer)
         super().__init__(client_manager=self._roster)
 
     def observe(self, observer: Observer) -> None:
@@ -98,10 +77,7 @@ class Server(FlowerServer):
         self._observer.add(observer)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[FlowerHistory, float]:
-        """Run all rounds; Flower calls this once the port is open.
-
-        Errors are kept in `failure` rather than raised, so that Flower goes on to disconnect the clients.
-        """
+        """Run all rounds; Flower calls this, and disconnects the clients after it. So errors are kept, not raised."""
         began = time.monotonic()
         try:
             with self._signals():
@@ -125,14 +101,17 @@ class Server(FlowerServer):
         reconnect_clients([(each, ReconnectIns(seconds=None)) for each in self._roster.connections()], None, 10.0)
 
     def _run_rounds(self) -> None:
-        # Here and not at the top: it imports torch, and the clients can connect meanwhile.
+        # Here and not at the top: these import torch, and the clients can connect meanwhile.
+        from fedsplit.server.foreign import ForeignStrategy
         from fedsplit.server.round import Rounds
+        from fedsplit.server.strategy import Strategy
 
-        strategy = _make_strategy(self._settings)
+        settings = self._settings
+        strategy: StreamingStrategy = ForeignStrategy(settings) if settings.strategy else Strategy.of(settings)
         self.set_strategy(strategy)
         Rounds(
-            self.run, self._settings, strategy, self._roster, self._engine, remote=self._remote,
-            observer=self._observer, writer=self._writer, stop=self._stop,
+            run=self.run, settings=settings, strategy=strategy, roster=self._roster, engine=self._engine,
+            remote=self._remote, observer=self._observer, writer=self._writer, stop=self._stop,
         ).run_all()  # fmt: skip
 
     def _end_early(self, failure: FedSplitError) -> None:
@@ -166,18 +145,6 @@ class Server(FlowerServer):
                 signal.signal(number, stop)
         try:
             yield
-        except StoppedError as exc:
-            raise _SignalError(signal.SIGTERM) from exc
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _make_strategy(settings: ServerSettings) -> StreamingStrategy:
-    if settings.strategy is not None:
-        from fedsplit.server.foreign import ForeignStrategy
-
-        return ForeignStrategy(settings)
-    from fedsplit.server.strategy import Strategy
-
-    return Strategy.of(settings)

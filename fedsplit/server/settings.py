@@ -1,4 +1,4 @@
-"""What a server is started with: the flags of ``server_main.py`` and the run config of ``flwr run``, one to one.
+"""What a server is started with: the server's flags and the run config of ``flwr run``, one to one.
 
 A run config holds only numbers, texts and truth values. So what may be absent is an empty text or 0 there, and what may
 be given several times is one text with semicolons: ``aggregate = "bn*=local; fedavg"``.
@@ -9,7 +9,7 @@ This module imports neither torch nor Flower, so that a wrong flag is told of at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from fedsplit.aggregation.spec import RuleSpec, parse_rules
 from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 
-_SEPARATOR = ";"
-_REPEATABLE = ("aggregate", "tracker")
+_REPEATABLE = ("aggregate", "tracker", "train_config")
 _ABSENT: dict[str, Scalar] = {"initial_checkpoint": "", "round_timeout": 0, "strategy": ""}
 # What a Flower strategy decides itself, so that a flag beside --strategy would say nothing.
 _OF_THE_RULES = ("aggregate", "fraction_train", "min_results")
@@ -28,13 +27,7 @@ _OF_THE_RULES = ("aggregate", "fraction_train", "min_results")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """A server's settings, checked; the fields are its flags, with their defaults.
-
-    Raises
-    ------
-    UsageError
-        For a value out of its range, a rule that cannot be read, or flags that exclude each other.
-    """
+    """A server's flags with their defaults, checked: raises UsageError for what cannot be."""
 
     rounds: int = 3
     min_clients: int = 2
@@ -68,16 +61,13 @@ class ServerSettings:
             raise UsageError(f"--initial-checkpoint {self.initial_checkpoint} does not exist")
         if self.strategy is not None:
             parse_call(self.strategy)
-            self._check_beside_strategy()
+            for name in _OF_THE_RULES:
+                if getattr(self, name) != getattr(ServerSettings, name):
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} cannot go with --strategy: the strategy itself decides who trains "
+                        "and how updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
+                    )
         _ = self.rules
-
-    def _check_beside_strategy(self) -> None:
-        for field in fields(self):
-            if field.name in _OF_THE_RULES and getattr(self, field.name) != field.default:
-                raise UsageError(
-                    f"--{field.name.replace('_', '-')} cannot go with --strategy: the strategy itself decides who "
-                    "trains and how updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
-                )
 
     @cached_property
     def rules(self) -> tuple[RuleSpec, ...]:
@@ -97,55 +87,39 @@ class ServerSettings:
         """Return the settings as a run config; paths become absolute, since the app runs elsewhere."""
         config: dict[str, Scalar] = {}
         for name, value in asdict(self).items():
-            key = name.replace("_", "-")
+            if name == "train_config":
+                value = [f"{key}={content}" for key, content in value]
             if name in _REPEATABLE:
-                config[key] = f"{_SEPARATOR} ".join(value)
-            elif name == "train_config":
-                config[key] = f"{_SEPARATOR} ".join(f"{each}={content}" for each, content in value)
+                value = "; ".join(value)
             elif isinstance(value, Path):
-                config[key] = str(value.absolute())
-            else:
-                config[key] = _ABSENT[name] if value is None else value
+                value = str(value.absolute())
+            config[name.replace("_", "-")] = _ABSENT[name] if value is None else value
         return config
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, Any]) -> ServerSettings:
-        """Read a run config; keys that are no setting are left alone, they may be another's.
-
-        Raises
-        ------
-        UsageError
-            If a value is of the wrong kind.
-        """
-        values = {}
-        for field in fields(cls):
-            key = field.name.replace("_", "-")
-            if key in config:
-                values[field.name] = _read(field.name, config[key], field.default)
-        return cls(**values)
+        """Read a run config; raises UsageError for a value of the wrong kind. Keys of others are left alone."""
+        keys = {field: field.name.replace("_", "-") for field in fields(cls)}
+        return cls(**{field.name: _read(field, key, config[key]) for field, key in keys.items() if key in config})
 
 
-def _read(name: str, value: Any, default: Any) -> Any:
+def _read(field: Field[Any], key: str, value: Any) -> Any:
+    name = field.name
     if name in _REPEATABLE:
-        return tuple(_split(name, value))
-    if name == "train_config":
-        return tuple(_pair(text) for text in _split(name, value))
+        if not isinstance(value, str):
+            raise UsageError(f"run config: {key}: expected a text with semicolons, not {value!r}")
+        texts = [text.strip() for text in value.split(";") if text.strip()]
+        return tuple(_pair(text) for text in texts) if name == "train_config" else tuple(texts)
     if name in _ABSENT and not value:
         return None
     if name in ("checkpoint_dir", "initial_checkpoint") and isinstance(value, str):
         return Path(value)
-    kind = {"round_timeout": float, "strategy": str}.get(name, type(default))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    kind = {"round_timeout": float, "strategy": str}.get(name, type(field.default))
+    if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UsageError(f"run config: {name.replace('_', '-')} must be of type {kind.__name__}, not {value!r}")
+        raise UsageError(f"run config: {key} must be of type {kind.__name__}, not {value!r}")
     return value
-
-
-def _split(name: str, value: Any) -> list[str]:
-    if not isinstance(value, str):
-        raise UsageError(f"run config: {name.replace('_', '-')}: expected a text with semicolons, not {value!r}")
-    return [text.strip() for text in value.split(_SEPARATOR) if text.strip()]
 
 
 def _pair(text: str) -> tuple[str, Scalar]:

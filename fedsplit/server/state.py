@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
 from flwr.common import Parameters
 
 from fedsplit.disk.files import Buffer
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.states.state_dict import StateDict, decode
 from fedsplit.wire.protocol import TENSOR_TYPE
 
-if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
-
 
 class GlobalState:
-    """The state of a run, in the payload store and wherever else clients fetch it from.
-
-    Parameters
-    ----------
-    store
-        Where payloads lie on this machine.
-    remote
-        The store at ``--payload-store URL``.
-
-    Attributes
-    ----------
-    payload : StoredPayload or None
-        The state as a file; None before there is one.
-    entries : dict of str to Tensor
-        The state as tensors over that file.
-    parameters : Parameters
-        The state as Flower's strategies are given it: one safetensors payload, mapped and not copied.
-    """
+    """The state of a run, in the payload store on this machine and in the one at ``--payload-store URL``."""
 
     def __init__(self, store: PayloadStore, remote: RemoteStore | None) -> None:
         self._store = store
         self._remote = remote
         self.payload: StoredPayload | None = None
+        # Tensors over that file, and one safetensors payload, mapped and not copied: what strategies are given.
         self.entries: StateDict = {}
         self.parameters = Parameters([], TENSOR_TYPE)
 

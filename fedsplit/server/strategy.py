@@ -1,53 +1,102 @@
-"""Our strategy: every part of the model is merged by a rule of its own.
+"""What decides a round: `StreamingStrategy`, which the server runs, and `Strategy`, a rule for every part of the model.
 
-`Strategy` is Flower's interface over `fedsplit.aggregation`. It runs in this project's server, and as well in Flower's
-own: ``start_server(strategy=fedsplit.Strategy(...))`` with any `NumPyClient`, or ``ServerApp(server_fn=...)``. There an
-entry has no name but its place among the arrays, unless ``keys`` gives it one.
+`Strategy` also runs in Flower's own server, ``start_server(strategy=fedsplit.Strategy(...))``, with any `NumPyClient`,
+and in a ``ServerApp``. There an entry has no name but its place among the arrays, unless ``keys`` gives it one.
 
 Importing this module imports torch. The server does so once it listens, while the clients are still on their way.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import random
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Protocol, Self
 
+import flwr.common as flower
 import torch
-
-import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
-
-# isort: split
-from flwr.common import EvaluateIns, FitIns, FitRes, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import Parameters
 from flwr.common.typing import Scalar as FlowerScalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import Strategy as FlowerStrategy
 
-from fedsplit.aggregation import Split, Update
+from fedsplit.aggregation import Split, Update, check_update
 from fedsplit.aggregation.loading import check_rules
-from fedsplit.errors import UsageError
+from fedsplit.errors import RecordError, UsageError
 from fedsplit.exchange.records import Scalar
-from fedsplit.run.history import weighted_mean
-from fedsplit.run.parts import PartRow
+from fedsplit.run.history import PartRow, weighted_mean
 from fedsplit.server.settings import ServerSettings
-from fedsplit.server.streaming import (
-    EvaluateFailures,
-    EvaluateResults,
-    FitFailures,
-    FitResults,
-    Merge,
-    StreamingStrategy,
-    checked,
-    dump,
-    read_update,
-)  # fmt: skip
 from fedsplit.states.state_dict import StateDict, decode, encode
 from fedsplit.wire.protocol import TENSOR_TYPE
 
 log = logging.getLogger("fedsplit")
+
+# What Flower's interface takes and gives back.
+Metrics = dict[str, FlowerScalar]
+FitChoice = list[tuple[ClientProxy, flower.FitIns]]
+EvaluateChoice = list[tuple[ClientProxy, flower.EvaluateIns]]
+Merged = tuple[Parameters | None, Metrics]
+FitResults = list[tuple[ClientProxy, flower.FitRes]]
+FitFailures = list[tuple[ClientProxy, flower.FitRes] | BaseException]
+EvaluateResults = list[tuple[ClientProxy, flower.EvaluateRes]]
+EvaluateFailures = list[tuple[ClientProxy, flower.EvaluateRes] | BaseException]
+
+
+class Merge(Protocol):
+    """A round's updates on their way into the next state."""
+
+    retains: bool
+    """Whether updates are kept until the end. If not, the server may drop each payload after `add`."""
+
+    def add(self, update: Update) -> None:
+        """Take an update that was checked; one at a time, in rank order."""
+
+
+class StreamingStrategy(FlowerStrategy):
+    """A Flower strategy that takes updates one by one: what the server runs.
+
+    A round is `configure_fit`, `start_fit`, the merge's ``add`` for each update, `end_fit`, `evaluate`,
+    `configure_evaluate` and `aggregate_evaluate`. The state is the same as that of `aggregate_fit` over all updates.
+    """
+
+    # What the file with the strategy's memory is called in a checkpoint.
+    memory_file: ClassVar[str]
+    # Whether every connected client trains in every round, with the configuration of the evaluation before it.
+    asks_everyone: bool = False
+    # Whether evaluations may change the memory, so that a checkpoint has to wait for them.
+    remembers_evaluations: bool = False
+
+    @abstractmethod
+    def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
+        """Get to know the state, and the entries that stay with the clients (without data); returns the resolved split.
+
+        Called before the first round of a run, and before the first after a resume.
+        """
+
+    @abstractmethod
+    def start_fit(self, server_round: int) -> Merge:
+        """Begin to merge the updates of the round that `configure_fit` configured."""
+
+    @abstractmethod
+    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
+        """Return the next state, or None if it stays as it was, and metrics for the round's line."""
+
+    @abstractmethod
+    def dump_memory(self) -> bytes | None:
+        """Return what the strategy remembers, for the checkpoint; None if there is nothing."""
+
+    @abstractmethod
+    def load_memory(self, path: Path) -> None:
+        """Take up what was remembered."""
+
+    def line_entries(self) -> dict[str, Any]:
+        """Return what else belongs into the round's line."""
+        return {}
 
 
 class Strategy(StreamingStrategy):
@@ -86,19 +135,11 @@ class Strategy(StreamingStrategy):
     memory_file = "rules.pt"
 
     def __init__(
-        self,
-        aggregate: str | Sequence[str] = (),
-        *,
-        min_clients: int = 2,
-        min_results: int = 1,
-        fraction_train: float = 1.0,
-        evaluate_every: int = 1,
-        train_config: Mapping[str, Scalar] | Iterable[tuple[str, Scalar]] = (),
-        seed: int = 0,
-        rounds: int = 3,
-        keys: Sequence[str] | None = None,
-        initial_parameters: Parameters | None = None,
-    ) -> None:
+        self, aggregate: str | Sequence[str] = (), *, min_clients: int = 2, min_results: int = 1,
+        fraction_train: float = 1.0, evaluate_every: int = 1,
+        train_config: Mapping[str, Scalar] | Iterable[tuple[str, Scalar]] = (), seed: int = 0, rounds: int = 3,
+        keys: Sequence[str] | None = None, initial_parameters: Parameters | None = None,
+    ) -> None:  # fmt: skip
         self.settings = ServerSettings(
             aggregate=(aggregate,) if isinstance(aggregate, str) else tuple(aggregate), min_clients=min_clients,
             min_results=min_results, fraction_train=fraction_train, evaluate_every=evaluate_every,
@@ -108,6 +149,7 @@ class Strategy(StreamingStrategy):
         self.asks_everyone = fraction_train == 1.0
         self.split = Split(parts=(), rows=())
         self.memory: dict[str, dict[str, Any]] = {}
+        self._config: Metrics = {**dict(self.settings.train_config)}
         self._keys = keys
         self._initial_parameters = initial_parameters
         self._reference: StateDict = {}
@@ -120,10 +162,7 @@ class Strategy(StreamingStrategy):
                  "seed", "rounds")  # fmt: skip
         return cls(**{name: getattr(settings, name) for name in names})
 
-    # -- training ----------------------------------------------------------------------------------------------------
-
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
-        """Return the parameters to start from; None lets the server ask a client."""
         return self._initial_parameters
 
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
@@ -138,40 +177,28 @@ class Strategy(StreamingStrategy):
             )
         return list(self.split.rows)
 
-    def configure_fit(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, FitIns]]:
+    def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> FitChoice:
         """Draw the clients that train: the same ones whenever the same clients are there.
 
-        Raises
-        ------
-        UsageError
-            In Flower's own server: for a ``local`` rule, or ``keys`` that do not name each array.
+        In Flower's own server, raises UsageError for a ``local`` rule and for ``keys`` that do not name each array.
         """
         self._take_up(parameters)
-        client_manager.wait_for(self.settings.min_clients, 86400)
+        settings = self.settings
+        client_manager.wait_for(settings.min_clients, 86400)
         clients = client_manager.all()
         self._order = sorted(clients, key=_order)
-        config: dict[str, FlowerScalar] = {**dict(self.settings.train_config)}
-        return [(clients[cid], FitIns(parameters, config)) for cid in self.sample(server_round, self._order)]
-
-    def sample(self, server_round: int, clients: Sequence[str]) -> list[str]:
-        """Draw from client ids that are in order; returns them in that order."""
-        number = max(1, math.ceil(self.settings.fraction_train * len(clients)), self.settings.min_results)
-        draw = random.Random(f"{self.settings.seed}/{server_round}")
-        return sorted(draw.sample(list(clients), min(number, len(clients))), key=_order)
+        number = max(1, math.ceil(settings.fraction_train * len(clients)), settings.min_results)
+        draw = random.Random(f"{settings.seed}/{server_round}")
+        chosen = draw.sample(self._order, min(number, len(clients)))
+        return [(clients[cid], flower.FitIns(parameters, dict(self._config))) for cid in sorted(chosen, key=_order)]
 
     def start_fit(self, server_round: int) -> Merge:
-        """Begin to merge the updates of a round."""
         return self.split.start_round(
             server_round=server_round, total_rounds=self.settings.rounds, previous=self._reference,
             seed=self.settings.seed, memory=self.memory,
         )  # fmt: skip
 
-    def end_fit(
-        self, server_round: int, merge: Any, failures: FitFailures
-    ) -> tuple[StateDict | None, dict[str, FlowerScalar]]:
-        """Return the next state; None if there were too few updates."""
+    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
         needed = max(self.settings.min_results, self.split.min_updates)
         if merge.count < needed:
             log.warning(
@@ -180,13 +207,9 @@ class Strategy(StreamingStrategy):
             return None, {}
         return merge.finish(), {}
 
-    def aggregate_fit(
-        self, server_round: int, results: FitResults, failures: FitFailures
-    ) -> tuple[Parameters | None, dict[str, FlowerScalar]]:
+    def aggregate_fit(self, server_round: int, results: FitResults, failures: FitFailures) -> Merged:
         """Merge a list of results, in the order of their clients' ids; what must not be merged is refused."""
-        merge = self.start_fit(server_round)
-        accepted = []
-        tensor_type = TENSOR_TYPE
+        merge, accepted, tensor_type = self.start_fit(server_round), [], TENSOR_TYPE
         for client, result in sorted(results, key=lambda each: _order(each[0].cid)):
             rank = int(client.cid) if client.cid.isdecimal() else self._order.index(client.cid) + 1
             tensor_type = result.parameters.tensor_type
@@ -197,40 +220,39 @@ class Strategy(StreamingStrategy):
             merge.add(update)
             accepted.append((result.num_examples, result.metrics))
         state, _ = self.end_fit(server_round, merge, failures)
-        parameters = None if state is None else _to_parameters(state, tensor_type)
+        if state is None:
+            parameters = None
+        elif tensor_type == TENSOR_TYPE:
+            parameters = to_payload(state)
+        else:
+            parameters = flower.ndarrays_to_parameters([tensor.numpy() for tensor in state.values()])
         return parameters, dict(weighted_mean(accepted))
 
-    # -- evaluation --------------------------------------------------------------------------------------------------
-
-    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, FlowerScalar]] | None:
-        """The server has no data."""
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
         return None
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+    ) -> EvaluateChoice:
         """Every connected client evaluates, in the rounds that are evaluated."""
         if not self.settings.is_evaluated(server_round):
             return []
         clients = client_manager.all()
-        config: dict[str, FlowerScalar] = {**dict(self.settings.train_config)}
-        return [(clients[cid], EvaluateIns(parameters, config)) for cid in sorted(clients, key=_order)]
+        return [
+            (clients[cid], flower.EvaluateIns(parameters, dict(self._config))) for cid in sorted(clients, key=_order)
+        ]
 
     def aggregate_evaluate(
         self, server_round: int, results: EvaluateResults, failures: EvaluateFailures
-    ) -> tuple[float | None, dict[str, FlowerScalar]]:
+    ) -> tuple[float | None, Metrics]:
         """Average losses and metrics by the number of examples."""
         means = weighted_mean((result.num_examples, {**result.metrics, "loss": result.loss}) for _, result in results)
         return means.pop("loss", None), dict(means)
 
-    # -- what outlives the process -------------------------------------------------------------------------------------
-
     def dump_memory(self) -> bytes | None:
-        """Return what the rules remember."""
         return dump(self.memory) if any(self.memory.values()) else None
 
     def load_memory(self, path: Path) -> None:
-        """Give the rules back what they remembered."""
         self.memory = torch.load(path, weights_only=True, map_location="cpu")
 
     def line_entries(self) -> dict[str, Any]:
@@ -241,45 +263,70 @@ class Strategy(StreamingStrategy):
 
         return {"privacy": spent} if (spent := privacy_spent(self.memory)) else {}
 
-    # -- Flower's own clients ------------------------------------------------------------------------------------------
-
     def _take_up(self, parameters: Parameters) -> None:
         """Remember the state that the round starts from; in Flower's own server, find out about it first."""
-        if parameters.tensor_type == TENSOR_TYPE:
-            self._reference = decode(parameters.tensors[0], "the global state")
-        else:
-            self._reference = self._named(parameters)
+        self._reference = self._decoded(parameters, "the global state")
         if not self.split.parts:
             if local := [str(spec) for spec in self.settings.rules if spec.name == "local"]:
                 raise UsageError(
                     f"{local[0]}: a client of Flower's own sends all its arrays, so nothing can stay with it; leave "
-                    "those arrays out of its get_parameters, or run client_main.py and a fedsplit.Trainer"
+                    "those arrays out of its get_parameters, or run fedsplit's client and a fedsplit.Trainer"
                 )
             self.begin_run(self._reference, {})
 
-    def _named(self, parameters: Parameters) -> StateDict:
-        arrays = parameters_to_ndarrays(parameters)
+    def _decoded(self, parameters: Parameters, where: str) -> StateDict:
+        if parameters.tensor_type == TENSOR_TYPE:
+            return decode(parameters.tensors[0], where)
+        arrays = flower.parameters_to_ndarrays(parameters)
         keys = [str(index) for index in range(len(arrays))] if self._keys is None else self._keys
         if len(keys) != len(arrays):
             raise UsageError(f"keys names {len(keys)} arrays, the parameters have {len(arrays)}")
         return {key: torch.from_numpy(array) for key, array in zip(keys, arrays, strict=True)}
 
-    def _read(self, rank: int, result: FitRes) -> Update | str:
+    def _read(self, rank: int, result: flower.FitRes) -> Update | str:
         try:
-            if result.parameters.tensor_type == TENSOR_TYPE:
-                return read_update(
-                    rank, result.parameters.tensors[0], result.num_examples, result.metrics, self._reference
-                )
-            state = self._named(result.parameters)
-        except (UsageError, TypeError, ValueError) as exc:
+            state = self._decoded(result.parameters, f"the update of rank {rank}")
+        except (RecordError, UsageError, TypeError, ValueError) as exc:
             return str(exc)
-        return checked(rank, state, result.num_examples, result.metrics, self._reference)
+        return _checked(rank, state, result.num_examples, result.metrics, self._reference)
 
 
-def _to_parameters(state: StateDict, tensor_type: str) -> Parameters:
-    if tensor_type == TENSOR_TYPE:
-        return Parameters([b"".join(encode(state))], TENSOR_TYPE)
-    return ndarrays_to_parameters([tensor.numpy() for tensor in state.values()])
+def read_update(
+    rank: int, content: Any, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
+) -> Update | str:
+    """Read an update of the state ``reference`` and look at every number in it; returns why it is refused if it is.
+
+    The buffer ``content`` must not change or go while the update is used.
+    """
+    try:
+        state = decode(content, f"the update of rank {rank}")
+    except RecordError as exc:
+        return str(exc)
+    return _checked(rank, state, num_examples, metrics, reference)
+
+
+def _checked(
+    rank: int, state: StateDict, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
+) -> Update | str:
+    update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics)
+    return check_update(update, reference) or update
+
+
+def refusal(reason: str) -> flower.FitRes:
+    """Return what a strategy finds among the failures for an update that does not count."""
+    return flower.FitRes(flower.Status(flower.Code.FIT_NOT_IMPLEMENTED, reason), Parameters([], TENSOR_TYPE), 0, {})
+
+
+def dump(memory: object) -> bytes:
+    """Return a memory as the bytes of its file in a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(memory, buffer)
+    return buffer.getvalue()
+
+
+def to_payload(state: StateDict) -> Parameters:
+    """Return a state as one safetensors payload."""
+    return Parameters([b"".join(encode(state))], TENSOR_TYPE)
 
 
 def _order(cid: str) -> tuple[int, str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 class Turns:
@@ -36,25 +39,21 @@ class Turns:
                     self._waiting.pop(other)[1].set()
 
 
-def in_parallel(job: Callable[[int], None], ranks: Sequence[int], stop: threading.Event) -> None:
-    """Run a job for every rank at the same time, however few cores there are.
-
-    Raises what the first failing one did, and sets ``stop`` for the others.
-    """
+def in_parallel(job: Callable[[Item], None], items: Sequence[Item]) -> None:
+    """Run a job for every item at the same time, however few cores there are; raises what the first failing one did."""
     outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def run(rank: int) -> None:
+    def run(item: Item) -> None:
         try:
-            job(rank)
+            job(item)
         except BaseException as exc:  # noqa: BLE001  (raised again in the main thread)
             outcomes.put(exc)
         else:
             outcomes.put(None)
 
-    for rank in ranks:
+    for item in items:
         # Daemons: a client that is silent in the middle of a question must not keep the process from ending.
-        threading.Thread(target=run, args=(rank,), name=f"rank-{rank}", daemon=True).start()
-    for _ in ranks:
+        threading.Thread(target=run, args=(item,), daemon=True).start()
+    for _ in items:
         if exc := outcomes.get():
-            stop.set()
             raise exc

@@ -20,8 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsplit.run.events import format_bytes
-from fedsplit.run.history import Line
-from fedsplit.run.parts import PartRow
+from fedsplit.run.history import Line, PartRow
 from fedsplit.run.time_account import describe_privacy
 from fedsplit.server.observer import Observer
 from fedsplit.watch.rounds import cells, columns, headings
