@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.aggregation.base import REGISTRY
 from fedsplit.aggregation.grammar import parse_call
-from fedsplit.aggregation.loading import check_rules
+from fedsplit.aggregation.loading import BUILTIN, check_rules
 from fedsplit.aggregation.privacy import private_rule
 from fedsplit.aggregation.spec import BUILTIN_RULES, RuleSpec, first_match, parse_rule, parse_rules
 from fedsplit.errors import UsageError
@@ -217,7 +216,7 @@ def test_the_table_of_parameters_is_that_of_the_functions():
     assert known.pop("dp") == set(inspect.signature(private_rule).parameters) - {"name", "inner", "averages"}
     actual = {
         name: {p.name for p in inspect.signature(r.function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-        for name, r in REGISTRY.items()
+        for name, r in BUILTIN.items()
     }
     assert known == actual
 

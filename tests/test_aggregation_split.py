@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedsplit.aggregation import Split, Update, parse_rules
-from fedsplit.aggregation.base import check_memory, seeded_generator
+from fedsplit.aggregation.base import seeded_generator
+from fedsplit.aggregation.validation import check_memory
 from fedsplit.errors import AggregationError, UsageError
 
 

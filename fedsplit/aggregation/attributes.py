@@ -8,11 +8,11 @@ that differ from those of a strategy made anew are saved, so that parameters cha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 
 
 class NotKeepableError(TypeError):
@@ -20,13 +20,7 @@ class NotKeepableError(TypeError):
 
 
 class Attributes:
-    """Watches the attributes of one strategy from the moment it was made.
-
-    Parameters
-    ----------
-    strategy
-        Just made.
-    """
+    """Watches the attributes of a strategy that was just made."""
 
     def __init__(self, strategy: object) -> None:
         self._strategy = strategy
@@ -35,7 +29,7 @@ class Attributes:
         self._encoded = {
             name: encoded
             for name, value in self._made.items()
-            if not _is_parameters(value) and (encoded := _encoded_or_none(value))
+            if not isinstance(value, Parameters) and (encoded := _encoded_or_none(value))
         }
 
     def changed(self) -> dict[str, Any]:
@@ -54,9 +48,8 @@ class Attributes:
         return {
             name: type(value).__name__
             for name, value in vars(self._strategy).items()
-            if not (
-                _encoded_or_none(value) or inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value)
-            )
+            if not (inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value))
+            and not _encoded_or_none(value)
         }
 
 
@@ -68,9 +61,7 @@ def encode(value: Any) -> Any:
     NotKeepableError
         If it is, or holds, what cannot be kept.
     """
-    from flwr.common import Parameters, parameters_to_ndarrays
-
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic):  # before float, which numpy's float64 is too
         return {"scalar": _tensor(value)}
     if isinstance(value, None | bool | int | float | str):
         return value
@@ -91,26 +82,23 @@ def encode(value: Any) -> Any:
 
 def decode(value: Any) -> Any:
     """Return what `encode` was given."""
-    from flwr.common import ndarrays_to_parameters
-
-    if isinstance(value, torch.Tensor):
-        return value.numpy()
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    match kind:
-        case "scalar":
-            return content.numpy()[()]
-        case "tensor":
-            return content
-        case "parameters":
-            return ndarrays_to_parameters([tensor.numpy() for tensor in content])
-        case "tuple":
-            return tuple(decode(item) for item in content)
+    match value:
+        case torch.Tensor():
+            return value.numpy()
+        case list():
+            return [decode(item) for item in value]
+        case {"scalar": tensor}:
+            return tensor.numpy()[()]
+        case {"tensor": tensor}:
+            return tensor
+        case {"parameters": tensors}:
+            return ndarrays_to_parameters([tensor.numpy() for tensor in tensors])
+        case {"tuple": items}:
+            return tuple(decode(item) for item in items)
+        case {"items": items}:
+            return {decode(key): decode(item) for key, item in items}
         case _:
-            return {decode(key): decode(item) for key, item in content}
+            return value
 
 
 def _tensor(array: Any) -> torch.Tensor:
@@ -121,27 +109,20 @@ def _tensor(array: Any) -> torch.Tensor:
 
 
 def _encoded_or_none(value: object) -> tuple[Any] | None:
+    """Return a value encoded, in a tuple since None is a value, or None if it cannot be."""
     try:
         return (encode(value),)
     except (NotKeepableError, RecursionError):
         return None
 
 
-def _is_parameters(value: object) -> bool:
-    from flwr.common import Parameters
-
-    return isinstance(value, Parameters)
-
-
 def _is_same(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-        return len(left) == len(right) and _all_same(zip(left, right, strict=True))
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and _all_same((left[key], right[key]) for key in left)
-    return type(left) is type(right) and bool(left == right)
-
-
-def _all_same(pairs: Iterable[tuple[Any, Any]]) -> bool:
-    return all(_is_same(left, right) for left, right in pairs)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(_is_same, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_is_same(left[key], right[key]) for key in left)
+    return bool(left == right)

@@ -1,10 +1,10 @@
-"""The rules that need one pass: `fedavg`, `max`, `frozen`."""
+"""The rules that need one pass: `fedavg`, `max`, `frozen`. Each function is its accumulator over all updates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsplit.aggregation.base import AggregationContext, StateDict, Update, merge, rule
+from fedsplit.aggregation.base import AggregationContext, StateDict, Update, merge
 from fedsplit.aggregation.numeric import RunningMean, is_floating, maximum
 from fedsplit.errors import AggregationError
 
@@ -17,25 +17,22 @@ class MeanAccumulator:
         self._largest = MaxAccumulator(context)
 
     def add(self, update: Update) -> None:
-        """Merge one update into the running mean."""
         self._largest.add(update, floating=False)
         for key, tensor in update.state_dict.items():
             if is_floating(tensor):
                 self._means.setdefault(key, RunningMean()).add(tensor, update.num_examples)
 
     def result(self) -> StateDict:
-        """The mean so far."""
         return {key: mean.result() for key, mean in self._means.items()} | self._largest.result()
 
 
 class MaxAccumulator:
-    """Elementwise maximum."""
+    """Elementwise maximum; of the floating entries only if `add` is told so."""
 
     def __init__(self, context: AggregationContext) -> None:
         self._largest: StateDict = {}
 
     def add(self, update: Update, *, floating: bool = True) -> None:
-        """Merge one update into the running maximum, without its floating entries if `floating` is False."""
         for key, tensor in update.state_dict.items():
             if tensor.is_complex() and floating:
                 raise AggregationError(f"max: complex numbers have no order, but {key!r} is {tensor.dtype}")
@@ -45,30 +42,27 @@ class MaxAccumulator:
                 self._largest[key] = tensor.clone() if known is None else maximum(known, tensor)
 
     def result(self) -> StateDict:
-        """The maximum so far."""
         return self._largest
 
 
 class FrozenAccumulator:
-    """The global state as it was."""
+    """The tensors that the round started from."""
 
     def __init__(self, context: AggregationContext) -> None:
         self._previous = context.previous
 
     def add(self, update: Update) -> None:
-        """Ignore the update."""
+        pass
 
     def result(self) -> StateDict:
-        """The state the round started from, the very same tensors."""
         return dict(self._previous)
 
 
-@rule("fedavg", accumulator=MeanAccumulator)
 def fedavg(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     """Mean of the clients' states weighted by their number of examples.
 
-    Floating entries are added up in at least float32 and come back in their own type; integer and boolean
-    entries take the maximum. Tolerates no bad client: one of them moves the mean anywhere.
+    Floating entries are added up in at least float32 and come back in their own type; integer and boolean entries take
+    the maximum. Tolerates no bad client: one of them moves the mean anywhere.
 
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
     https://arxiv.org/abs/1602.05629.
@@ -76,7 +70,6 @@ def fedavg(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     return merge(MeanAccumulator(context), updates)
 
 
-@rule("max", accumulator=MaxAccumulator)
 def maximum_of_all(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     """Elementwise maximum of all entries, floating ones too: for counters, masks and vocabularies that only grow.
 
@@ -85,7 +78,6 @@ def maximum_of_all(updates: Sequence[Update], context: AggregationContext) -> St
     return merge(MaxAccumulator(context), updates)
 
 
-@rule("frozen", accumulator=FrozenAccumulator)
 def frozen(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     """The global state as it was; what the clients send for this part is ignored.
 

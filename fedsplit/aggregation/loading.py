@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
-# Imported for their entries in the registry.
-from fedsplit.aggregation import averaging as _averaging  # noqa: F401
-from fedsplit.aggregation import robust as _robust  # noqa: F401
-from fedsplit.aggregation.base import REGISTRY, FunctionRule, Rule
+from fedsplit.aggregation import averaging, robust
+from fedsplit.aggregation.base import Accumulator, AggregationContext, Rule, RuleFunction
 from fedsplit.aggregation.spec import RuleSpec
 from fedsplit.errors import UsageError
+
+
+class Builtin(NamedTuple):
+    """A rule of ours: its function, its accumulator if one pass is enough, and how many updates it needs."""
+
+    function: RuleFunction
+    accumulator: Callable[[AggregationContext], Accumulator] | None = None
+    min_updates: Callable[..., int] = lambda **_: 1
+
+    def bind(self, name: str, **params: Any) -> Rule:
+        """Return the rule with these parameters; `name` is how messages call it."""
+        if self.accumulator is not None:
+            return Rule(name=name, accumulator=self.accumulator, one_pass=True)
+        return Rule.of_function(name, partial(self.function, **params), min_updates=self.min_updates(**params))
+
+
+# Their parameters are in `fedsplit.aggregation.spec.BUILTIN_RULES`; `dp` and `local` are handled apart.
+BUILTIN: dict[str, Builtin] = {
+    "fedavg": Builtin(averaging.fedavg, averaging.MeanAccumulator),
+    "max": Builtin(averaging.maximum_of_all, averaging.MaxAccumulator),
+    "frozen": Builtin(averaging.frozen, averaging.FrozenAccumulator),
+    "median": Builtin(robust.median),
+    "trimmed-mean": Builtin(robust.trimmed_mean),
+    "krum": Builtin(robust.krum, min_updates=robust.krum_needs),
+    "multi-krum": Builtin(robust.multi_krum, min_updates=robust.multi_krum_needs),
+    "geometric-median": Builtin(robust.geometric_median),
+}
 
 
 def check_rules(specs: Sequence[RuleSpec]) -> None:
@@ -24,22 +49,19 @@ def check_rules(specs: Sequence[RuleSpec]) -> None:
 
 
 def load_rule(spec: RuleSpec) -> Rule:
-    """Bind a rule to its parameters.
+    """Bind a rule other than `local` to its parameters.
 
     Raises
     ------
     UsageError
-        If a module, function, Flower class, parameter or extra is not there; and for `local`, which merges nothing.
+        If a module, function, Flower class, parameter or extra is not there.
     """
-    if spec.name == "local":
-        raise UsageError("local is not a rule that merges: these entries stay with the clients")
     if spec.inner is not None:
         from fedsplit.aggregation.privacy import private_rule
 
-        inner = load_rule(spec.inner)
-        return private_rule(spec.rule, inner, averages=spec.inner.name == "fedavg", **spec.options)
-    if spec.name in REGISTRY:
-        return REGISTRY[spec.name].bind(spec.rule, **spec.options)
+        return private_rule(spec.rule, load_rule(spec.inner), averages=spec.inner.name == "fedavg", **spec.options)
+    if spec.name in BUILTIN:
+        return BUILTIN[spec.name].bind(spec.rule, **spec.options)
     if ":" in spec.name:
         return _user_rule(spec)
     from fedsplit.aggregation.flower import flower_rule
@@ -48,8 +70,11 @@ def load_rule(spec: RuleSpec) -> Rule:
 
 
 def _user_rule(spec: RuleSpec) -> Rule:
-    """A function of the user's, or a class of theirs that makes a `Rule`."""
-    target = _find(spec)
+    """Load a function of the user's, or a class of theirs that makes a rule."""
+    target = find_object(spec.name, f"the rule {spec.name}")
+    if not callable(target):
+        module_name, _, path = spec.name.partition(":")
+        raise UsageError(f"{spec.name}: the module {module_name!r} has no function {path!r}")
     try:
         inspect.signature(target).bind(*([] if inspect.isclass(target) else ["updates", "context"]), **spec.params)
     except (TypeError, ValueError) as exc:
@@ -58,7 +83,7 @@ def _user_rule(spec: RuleSpec) -> Rule:
         ) from exc
     if inspect.isclass(target):
         return cast(Rule, target(**spec.params))
-    return FunctionRule(name=spec.rule, function=functools.partial(target, **spec.params))
+    return Rule.of_function(spec.rule, partial(target, **spec.params))
 
 
 def find_object(name: str, what: str) -> Any:
@@ -72,20 +97,11 @@ def find_object(name: str, what: str) -> Any:
     module_name, _, path = name.partition(":")
     try:
         target: Any = importlib.import_module(module_name)
-    except Exception as exc:
-        # The module is the user's: whatever goes wrong while it runs is for them to read, in one line.
+    except Exception as exc:  # the module is the user's: whatever it raises is for them to read, in one line
         raise UsageError(
             f"cannot import {module_name!r} for {what}: {type(exc).__name__}: {exc}; "
-            "it is looked for beside the script and on PYTHONPATH"
+            "it is looked for in the current directory and on PYTHONPATH"
         ) from exc
     for each in path.split("."):
         target = getattr(target, each, None)
-    return target
-
-
-def _find(spec: RuleSpec) -> Any:
-    target = find_object(spec.name, f"the rule {spec.name}")
-    if not callable(target):
-        module_name, _, path = spec.name.partition(":")
-        raise UsageError(f"{spec.name}: the module {module_name!r} has no function {path!r}")
     return target

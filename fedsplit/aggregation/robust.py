@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from fedsplit.aggregation.base import AggregationContext, StateDict, Update, rule
+from fedsplit.aggregation.base import AggregationContext, StateDict, Update
 from fedsplit.aggregation.numeric import (
     by_coordinate,
     floating_keys,
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 _SETTLED = 1e-6
 
 
-@rule("median")
 def median(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     """Median of each coordinate; of an even number of clients, the mean of the two in the middle.
 
@@ -43,7 +42,6 @@ def median(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     return _by_entry(updates, lambda tensors: by_coordinate(tensors, _middle))
 
 
-@rule("trimmed-mean")
 def trimmed_mean(updates: Sequence[Update], context: AggregationContext, *, fraction: float = 0.1) -> StateDict:
     """Mean of each coordinate without its smallest and largest values.
 
@@ -70,15 +68,6 @@ def trimmed_mean(updates: Sequence[Update], context: AggregationContext, *, frac
     return _by_entry(updates, lambda tensors: by_coordinate(tensors, lambda rows: mean_of(rows[cut : count - cut])))
 
 
-def _krum_needs(*, byzantine: int = 1) -> int:
-    return 2 * byzantine + 3 if byzantine else 1
-
-
-def _multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int:
-    return max(_krum_needs(byzantine=byzantine), (selected or 1) + (byzantine + 2 if byzantine else 0))
-
-
-@rule("krum", min_updates=_krum_needs)
 def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: int = 1) -> StateDict:
     """The state of the one client that is closest to its n - byzantine - 2 nearest neighbours.
 
@@ -96,7 +85,11 @@ def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: i
     return dict(_closest(updates, byzantine)[0].state_dict)
 
 
-@rule("multi-krum", min_updates=_multi_krum_needs)
+def krum_needs(*, byzantine: int = 1) -> int:
+    """Return the smallest number of updates with which `krum` works."""
+    return 2 * byzantine + 3 if byzantine else 1
+
+
 def multi_krum(
     updates: Sequence[Update], context: AggregationContext, *, byzantine: int = 1, selected: int | None = None
 ) -> StateDict:
@@ -123,7 +116,11 @@ def multi_krum(
     return _by_entry(chosen, mean_of)
 
 
-@rule("geometric-median")
+def multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int:
+    """Return the smallest number of updates with which `multi_krum` works."""
+    return max(krum_needs(byzantine=byzantine), (selected or 1) + (byzantine + 2 if byzantine else 0))
+
+
 def geometric_median(
     updates: Sequence[Update], context: AggregationContext, *, iterations: int = 32, smoothing: float = 1e-6
 ) -> StateDict:
@@ -143,20 +140,25 @@ def geometric_median(
     https://arxiv.org/abs/1912.13445.
     """
     keys = floating_keys(updates[0].state_dict)
+
+    def distances(state: StateDict) -> list[float]:
+        return [squared_distance(update.state_dict, state, keys) for update in updates]
+
+    def mean(chosen: Sequence[int], weights: Sequence[float] | None = None) -> StateDict:
+        return {key: mean_of([widened(updates[i].state_dict[key]) for i in chosen], weights) for key in keys}
+
     start = median(updates, context)
     # Not from the median itself: it may be one of the clients, and the algorithm leaves those only slowly.
-    distances = [squared_distance(update.state_dict, start, keys) for update in updates]
-    nearest = sorted(range(len(updates)), key=lambda i: (distances[i], updates[i].rank))[: len(updates) // 2 + 1]
-    centre = {key: mean_of([widened(updates[i].state_dict[key]) for i in nearest]) for key in keys}
+    apart = distances(start)
+    nearest = sorted(range(len(updates)), key=lambda i: (apart[i], updates[i].rank))
+    centre = mean(nearest[: len(updates) // 2 + 1])
     weights = [0.0] * len(updates)
     for _ in range(iterations):
-        distances = [math.sqrt(squared_distance(u.state_dict, centre, keys)) for u in updates]
-        inverse = [1 / max(distance, smoothing) for distance in distances]
+        inverse = [1 / max(math.sqrt(distance), smoothing) for distance in distances(centre)]
         before, weights = weights, [value / sum(inverse) for value in inverse]
         # The heaviest first: a mean that began at a far outlier would overflow or lose the others' bits.
         order = sorted(range(len(updates)), key=lambda i: -weights[i])
-        heavy = [weights[i] for i in order]
-        centre = {key: mean_of([widened(updates[i].state_dict[key]) for i in order], heavy) for key in keys}
+        centre = mean(order, [weights[i] for i in order])
         if max(abs(new - old) for new, old in zip(weights, before, strict=True)) < _SETTLED:
             break
     return start | {key: centre[key].to(start[key].dtype) for key in keys}
@@ -178,8 +180,8 @@ def _middle(rows: list[Tensor]) -> Tensor:
 
 
 def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
-    """The updates by Krum score, best first, then by rank."""
-    count, needed = len(updates), _krum_needs(byzantine=byzantine)
+    """Return the updates by Krum score, best first, then by rank."""
+    count, needed = len(updates), krum_needs(byzantine=byzantine)
     if count < needed:
         raise AggregationError(
             f"byzantine={byzantine} takes at least {needed} updates (2 * byzantine + 3), found {count}; "
@@ -191,6 +193,5 @@ def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
         distance = squared_distance(updates[i].state_dict, updates[j].state_dict, keys)
         distances[i].append(distance)
         distances[j].append(distance)
-    neighbours = max(1, count - byzantine - 2)
-    scores = [sum(sorted(row)[:neighbours]) for row in distances]
+    scores = [sum(sorted(row)[: max(1, count - byzantine - 2)]) for row in distances]
     return [updates[i] for i in sorted(range(count), key=lambda i: (scores[i], updates[i].rank))]

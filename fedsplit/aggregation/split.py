@@ -6,47 +6,35 @@ The server resolves the split once, against the first global state, and then for
     merger.add(update)          # in rank order, each after `check_update` let it pass
     state = merger.finish()
 
-`memory` is the server's: one dict a part, changed in place by the rules, saved with the checkpoint of the
-round. After an `AggregationError` it may hold half a round; the last checkpoint does not.
+`memory` is the server's: one dict a part, changed in place by the rules, saved with the checkpoint of the round. After
+an `AggregationError` it may hold half a round; the last checkpoint does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from fedsplit.aggregation.base import (
-    AggregationContext,
-    Rule,
-    StateDict,
-    Update,
-    check_memory,
-    seeded_generator,
-)
-from fedsplit.aggregation.guard import InputGuard, check_output
+from fedsplit.aggregation.base import AggregationContext, Rule, StateDict, Update, seeded_generator
 from fedsplit.aggregation.loading import load_rule
 from fedsplit.aggregation.spec import RuleSpec, first_match
-from fedsplit.aggregation.validation import named
+from fedsplit.aggregation.validation import Watched, check_memory, check_output
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.parts import PartRow
+from fedsplit.states.state_dict import named
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The keys that one rule takes; `rule` is None for a part that stays with the clients."""
+    """The keys that one rule takes; `name` is its pattern or ``"*"``, `rule` is None if it stays with the clients."""
 
-    spec: RuleSpec
+    name: str
     keys: tuple[str, ...]
     rule: Rule | None
-
-    @property
-    def name(self) -> str:
-        """The pattern, or ``"*"``."""
-        return self.spec.part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,31 +57,35 @@ class Split:
         reference : mapping of str to Tensor
             The global state, or tensors of its shapes and dtypes (`device="meta"` will do).
         local_withheld : bool
-            Whether the entries of `local` parts were taken out of `reference` before; then a `local` pattern
-            that matches nothing is no error, as it can match nothing.
+            Whether the entries of `local` parts were taken out of `reference` before; then a `local` pattern that
+            matches nothing is no error.
 
         Raises
         ------
         UsageError
-            For a pattern that matches nothing, keys without a rule, nothing left to merge, or a rule that
-            cannot be loaded.
+            For a pattern that matches nothing, keys without a rule, nothing left to merge, or a rule that cannot be
+            loaded.
         """
-        keys: dict[RuleSpec, list[str]] = {spec: [] for spec in specs}
-        without: list[str] = []
+        keys: dict[RuleSpec | None, list[str]] = {spec: [] for spec in specs}
         for key in reference:
-            spec = first_match(specs, key)
-            (without if spec is None else keys[spec]).append(key)
-        if without:
+            keys.setdefault(first_match(specs, key), []).append(key)
+        if without := keys.get(None):
             raise UsageError(
                 f"no rule for {named(without)}: no pattern matches; add one without a pattern, such as fedavg"
             )
-        for spec, taken in keys.items():
-            if not taken and spec.pattern is not None and not (local_withheld and spec.name == "local"):
+        parts, rows = [], []
+        for spec in dict.fromkeys(specs):
+            local, taken = spec.name == "local", keys[spec]
+            if not taken and spec.pattern is None:
+                continue
+            if not taken and not (local and local_withheld):
                 raise UsageError(_matches_nothing(spec, reference))
-        parts = tuple(_part(spec, taken) for spec, taken in keys.items() if taken or spec.pattern is not None)
+            size = sum(reference[key].nbytes for key in taken)
+            parts.append(Part(name=spec.part, keys=tuple(taken), rule=None if local else load_rule(spec)))
+            rows.append(PartRow(part=spec.part, entries=len(taken), bytes=size, rule=spec.rule))
         if reference and all(part.rule is None for part in parts):
             raise UsageError("every entry is local: nothing is left for the server to merge")
-        return cls(parts=parts, rows=tuple(_row(part, reference) for part in parts))
+        return cls(parts=tuple(parts), rows=tuple(rows))
 
     @property
     def local_keys(self) -> frozenset[str]:
@@ -106,14 +98,9 @@ class Split:
         return max((part.rule.min_updates for part in self.parts if part.rule is not None), default=1)
 
     def start_round(
-        self,
-        *,
-        server_round: int,
-        total_rounds: int,
-        previous: Mapping[str, Tensor],
-        seed: int,
+        self, *, server_round: int, total_rounds: int, previous: Mapping[str, Tensor], seed: int,
         memory: dict[str, dict[str, Any]],
-    ) -> RoundMerger:
+    ) -> RoundMerger:  # fmt: skip
         """Begin the merging of one round.
 
         Parameters
@@ -127,19 +114,16 @@ class Split:
         memory : dict
             What the rules remember, by part. Missing parts are added, others changed in place.
         """
-        mergers = []
+        mergers, local_keys = [], self.local_keys
         for part in self.parts:
             if part.rule is not None:
                 context = AggregationContext(
-                    server_round=server_round,
-                    total_rounds=total_rounds,
-                    part=part.name,
-                    previous={key: previous[key] for key in part.keys},
+                    server_round=server_round, total_rounds=total_rounds, part=part.name,
+                    previous={key: previous[key] for key in part.keys}, memory=memory.setdefault(part.name, {}),
                     generator=seeded_generator(seed, server_round, part.name),
-                    memory=memory.setdefault(part.name, {}),
-                )
+                )  # fmt: skip
                 mergers.append(_PartMerger(part.rule, context))
-        return RoundMerger(mergers, previous, local_keys=self.local_keys)
+        return RoundMerger(mergers, {key: tensor for key, tensor in previous.items() if key not in local_keys})
 
 
 class RoundMerger:
@@ -153,12 +137,9 @@ class RoundMerger:
         Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
     """
 
-    def __init__(
-        self, parts: Sequence[_PartMerger], previous: Mapping[str, Tensor], *, local_keys: frozenset[str]
-    ) -> None:
+    def __init__(self, parts: Sequence[_PartMerger], previous: StateDict) -> None:
         self._parts = parts
         self._previous = previous
-        self._local_keys = local_keys
         self.count = 0
         self.retains = not all(part.rule.one_pass for part in parts)
 
@@ -175,7 +156,7 @@ class RoundMerger:
             part.add(update)
 
     def finish(self) -> StateDict:
-        """The new global state, without the parts that stay with the clients.
+        """Return the new global state, without the parts that stay with the clients.
 
         Returns
         -------
@@ -185,14 +166,14 @@ class RoundMerger:
         Raises
         ------
         AggregationError
-            If a rule fails, returns wrong keys, shapes, dtypes or values, changes what it was given, or
-            remembers what no checkpoint can hold; naming the rule, the part, and what it did.
+            If a rule fails, returns wrong keys, shapes, dtypes or values, changes what it was given, or remembers what
+            no checkpoint can hold; naming the rule, the part, and what it did.
         """
         merged = dict(self._previous)
         if self.count:
             for part in self._parts:
                 merged |= part.finish()
-        return {key: tensor for key, tensor in merged.items() if key not in self._local_keys}
+        return merged
 
 
 class _PartMerger:
@@ -201,25 +182,25 @@ class _PartMerger:
     def __init__(self, rule: Rule, context: AggregationContext) -> None:
         self.rule = rule
         self._context = context
-        self._guard = InputGuard()
-        self._guard.watch("the previous global state", context.previous)
+        self._watched = [Watched("the previous global state", context.previous)]
         with self._naming():
             self._accumulator = rule.accumulator(context)
 
     def add(self, update: Update) -> None:
         state = {key: update.state_dict[key] for key in self._context.previous}
-        view = Update(rank=update.rank, state_dict=state, num_examples=update.num_examples, metrics=update.metrics)
         with self._naming():
-            guard = InputGuard() if self.rule.one_pass else self._guard
-            guard.watch(f"the update of rank {update.rank}", state)
-            self._accumulator.add(view)
+            watched = Watched(f"the update of rank {update.rank}", state)
+            self._accumulator.add(replace(update, state_dict=state))
             if self.rule.one_pass:
-                guard.check()
+                watched.check()
+            else:
+                self._watched.append(watched)
 
     def finish(self) -> StateDict:
         with self._naming():
             result = self._accumulator.result()
-            self._guard.check()
+            for watched in self._watched:
+                watched.check()
             check_output(result, self._context.previous)
             check_memory(self._context.memory)
         return result
@@ -236,17 +217,7 @@ class _PartMerger:
             raise AggregationError(f"{who} failed: {type(exc).__name__}: {exc}") from exc
 
 
-def _part(spec: RuleSpec, keys: Sequence[str]) -> Part:
-    return Part(spec=spec, keys=tuple(keys), rule=None if spec.name == "local" else load_rule(spec))
-
-
-def _row(part: Part, reference: Mapping[str, Tensor]) -> PartRow:
-    size = sum(reference[key].numel() * reference[key].element_size() for key in part.keys)
-    return PartRow(part=part.name, entries=len(part.keys), bytes=size, rule=part.spec.rule)
-
-
 def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor]) -> str:
-    taken = [key for key in reference if spec.matches(key)]
-    if taken:
+    if taken := [key for key in reference if spec.matches(key)]:
         return f"the pattern of {spec} comes too late: earlier patterns take {named(taken)}; put it first"
     return f"the pattern of {spec} matches no entry; there are {named(reference)}"

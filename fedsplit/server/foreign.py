@@ -46,9 +46,9 @@ from fedsplit.aggregation import Update
 from fedsplit.aggregation.attributes import Attributes, decode
 from fedsplit.aggregation.flower import from_numpy, to_numpy
 from fedsplit.aggregation.grammar import Call, parse_call
-from fedsplit.aggregation.guard import check_output
 from fedsplit.aggregation.loading import find_object
 from fedsplit.aggregation.numeric import is_floating
+from fedsplit.aggregation.validation import check_output
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.exchange.records import Scalar
 from fedsplit.run.parts import PartRow

@@ -127,7 +127,7 @@ def travel_names(names: Iterable[str]) -> dict[str, str]:
         cleaned = {name: clean.removeprefix("module.") for name, clean in cleaned.items()}
     if len(set(cleaned.values())) != len(cleaned):
         twice = [name for name, count in Counter(cleaned.values()).items() if count > 1]
-        raise UsageError(f"without the names of wrappers, several entries of the state_dict are called {_first(twice)}")
+        raise UsageError(f"without the names of wrappers, several entries of the state_dict are called {named(twice)}")
     return cleaned
 
 
@@ -153,9 +153,9 @@ def describe_difference(
     """Say in one line how two state_dicts differ in keys, shapes or dtypes, or return None."""
     parts = []
     if missing := [name for name in expected_state if name not in found_state]:
-        parts.append(f"{found} lacks {_first(missing)} of {expected}")
+        parts.append(f"{found} lacks {named(missing)} of {expected}")
     if extra := [name for name in found_state if name not in expected_state]:
-        parts.append(f"{found} has {_first(extra)}, which {expected} does not have")
+        parts.append(f"{found} has {named(extra)}, which {expected} does not have")
     if parts:
         return "; ".join(parts)
     for name, tensor in expected_state.items():
@@ -167,9 +167,11 @@ def describe_difference(
     return None
 
 
-def _first(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN_KEYS])
-    return shown + (f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else "")
+def named(names: Iterable[str]) -> str:
+    """Return the first few names for a message, and how many more there are; empty if there are none."""
+    known = list(names)
+    more = f" and {len(known) - _SHOWN_KEYS} more" if len(known) > _SHOWN_KEYS else ""
+    return ", ".join(map(repr, known[:_SHOWN_KEYS])) + more
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
