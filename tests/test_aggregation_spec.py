@@ -50,22 +50,16 @@ def test_nothing_asked_for_is_fedavg():
             RuleSpec(
                 pattern="h.*",
                 name="dp",
-                params={
-                    "rule": RuleSpec(name="trimmed-mean", params={"fraction": 0.2}),
-                    "clip": 1.0,
-                    "noise": 0.5,
-                },
+                inner=RuleSpec(name="trimmed-mean", params={"fraction": 0.2}),
+                params={"clip": 1.0, "noise": 0.5},
             ),
         ),
         (
             "dp(my.rules:mean(text='a-b: c', kind=per-layer), clip=1, noise=0)",
             RuleSpec(
                 name="dp",
-                params={
-                    "rule": RuleSpec(name="my.rules:mean", params={"text": "a-b: c", "kind": "per-layer"}),
-                    "clip": 1,
-                    "noise": 0,
-                },
+                inner=RuleSpec(name="my.rules:mean", params={"text": "a-b: c", "kind": "per-layer"}),
+                params={"clip": 1, "noise": 0},
             ),
         ),
         ("layer[0-9].*=max", RuleSpec(pattern="layer[0-9].*", name="max")),

@@ -31,7 +31,7 @@ class Update:
     rank : int
         The client.
     state_dict : mapping of str to Tensor
-        The entries of the part (for a rule) or all that the client shares (for the server). Not to be changed.
+        The entries of the part that the rule merges. Not to be changed.
     num_examples : int
         How many examples the client says it trained on, at least 1.
     metrics : mapping
@@ -92,17 +92,17 @@ RuleFunction = Callable[..., StateDict]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A rule with its parameters bound. A class of the user's is a rule if its objects have these attributes.
+    """A rule with its parameters bound. A class of the user's makes a rule if its objects have these attributes.
 
     Parameters
     ----------
-    name : str
+    name
         The rule as the user wrote it, for messages.
-    accumulator : callable
-        ``accumulator(context) -> Accumulator`` begins the merge of a round.
-    one_pass : bool
+    accumulator
+        Begins the merge of a round.
+    one_pass
         Whether its accumulator lets go of each update, so that the server may drop the payload.
-    min_updates : int
+    min_updates
         With fewer updates than this, the rule refuses.
     """
 

@@ -61,21 +61,9 @@ NOT_WORKING: Mapping[str, str] = {
 
 
 def flower_rule(text: str, name: str, params: Mapping[str, Any]) -> Rule:
-    """Load a strategy as a rule.
+    """Load a class of `flwr.server.strategy` as a rule that messages call `text`.
 
-    Parameters
-    ----------
-    text : str
-        How messages call the rule.
-    name : str
-        A class of `flwr.server.strategy`.
-    params : mapping
-        Keyword arguments of the class that shape how it merges.
-
-    Raises
-    ------
-    UsageError
-        For a class that is not there or cannot work as a rule, and for parameters it does not take.
+    Raises UsageError for a class that is not there or cannot work as a rule, and for parameters it does not take.
     """
     if name in NOT_WORKING:
         raise UsageError(f"flower.{name} cannot be the rule of a part: {NOT_WORKING[name]}")

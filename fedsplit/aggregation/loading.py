@@ -49,24 +49,18 @@ def check_rules(specs: Sequence[RuleSpec]) -> None:
 
 
 def load_rule(spec: RuleSpec) -> Rule:
-    """Bind a rule other than `local` to its parameters.
-
-    Raises
-    ------
-    UsageError
-        If a module, function, Flower class, parameter or extra is not there.
-    """
+    """Bind a rule other than `local`; raises UsageError if a function, class, parameter or package is not there."""
     if spec.inner is not None:
         from fedsplit.aggregation.privacy import private_rule
 
-        return private_rule(spec.rule, load_rule(spec.inner), averages=spec.inner.name == "fedavg", **spec.options)
+        return private_rule(spec.rule, load_rule(spec.inner), averages=spec.inner.name == "fedavg", **spec.params)
     if spec.name in BUILTIN:
-        return BUILTIN[spec.name].bind(spec.rule, **spec.options)
+        return BUILTIN[spec.name].bind(spec.rule, **spec.params)
     if ":" in spec.name:
         return _user_rule(spec)
     from fedsplit.aggregation.flower import flower_rule
 
-    return flower_rule(spec.rule, spec.name.removeprefix("flower."), spec.options)
+    return flower_rule(spec.rule, spec.name.removeprefix("flower."), spec.params)
 
 
 def _user_rule(spec: RuleSpec) -> Rule:
@@ -87,12 +81,9 @@ def _user_rule(spec: RuleSpec) -> Rule:
 
 
 def find_object(name: str, what: str) -> Any:
-    """Return the object of a user's module that ``package.module:name`` means; None if the module has no such name.
+    """Return the object that ``package.module:name`` means, or None if the module has no such name.
 
-    Raises
-    ------
-    UsageError
-        If the module cannot be imported; ``what`` says in the message what it was imported for.
+    Raises UsageError if the module cannot be imported; `what` is what the message says it was imported for.
     """
     module_name, _, path = name.partition(":")
     try:
@@ -100,7 +91,7 @@ def find_object(name: str, what: str) -> Any:
     except Exception as exc:  # the module is the user's: whatever it raises is for them to read, in one line
         raise UsageError(
             f"cannot import {module_name!r} for {what}: {type(exc).__name__}: {exc}; "
-            "it is looked for in the current directory and on PYTHONPATH"
+            "it is looked for in the directory that the program was started from and on PYTHONPATH"
         ) from exc
     for each in path.split("."):
         target = getattr(target, each, None)

@@ -28,27 +28,22 @@ from fedsplit.errors import MissingPackageError
 
 
 def private_rule(name: str, inner: Rule, *, averages: bool, clip: float, noise: float, delta: float = 1e-5) -> Rule:
-    """Return a rule with differential privacy around it.
+    """Return a rule with differential privacy around it; raises UsageError if it needs an accountant and has none.
 
     Parameters
     ----------
-    name : str
+    name
         How messages call it.
-    inner : Rule
+    inner
         The rule that merges the clipped updates.
-    averages : bool
-        Whether `inner` is `fedavg`, the result of which differs by at most ``clip / n`` between neighbouring runs.
-    clip : float
+    averages
+        Whether `inner` is `fedavg`, the result of which moves by at most ``clip / n`` with one client.
+    clip
         Largest L2 norm of an update, over all floating entries of the part.
-    noise : float
+    noise
         Standard deviation of the noise as a multiple of ``clip / n``; 0 only clips, which protects nothing.
-    delta : float
+    delta
         The delta at which epsilon is reported.
-
-    Raises
-    ------
-    UsageError
-        If there is noise to account for and `dp_accounting` is not installed.
     """
     if noise:
         _accountant()
@@ -101,7 +96,7 @@ class _PrivateAccumulator:
 
 
 def privacy_spent(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float | int | None] | None:
-    """Return what all parts together have spent, composed over parts and rounds.
+    """Return what all private parts together have spent, composed over parts and rounds; None if there is none.
 
     Parameters
     ----------
@@ -112,8 +107,7 @@ def privacy_spent(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float | 
     -------
     dict or None
         ``epsilon`` (None if a part has no noise, as there is no bound then), ``delta`` (the smallest of the parts')
-        and ``steps`` (the number of merges with `dp`, over all parts); None if no part is private. A part without
-        `dp` is not covered: what it releases has no guarantee.
+        and ``steps`` (the number of merges with `dp`, over all parts).
     """
     # A rule of the user's may remember something of its own under the same name.
     found = [part.get("privacy") for part in memory.values()]

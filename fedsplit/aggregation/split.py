@@ -6,8 +6,7 @@ The server resolves the split once, against the first global state, and then for
     merger.add(update)          # in rank order, each after `check_update` let it pass
     state = merger.finish()
 
-`memory` is the server's: one dict a part, changed in place by the rules, saved with the checkpoint of the round. After
-an `AggregationError` it may hold half a round; the last checkpoint does not.
+After an `AggregationError`, `memory` may hold half a round; the last checkpoint does not.
 """
 
 from __future__ import annotations
@@ -48,23 +47,21 @@ class Split:
     def resolve(
         cls, specs: Sequence[RuleSpec], reference: Mapping[str, Tensor], *, local_withheld: bool = False
     ) -> Split:
-        """Give every key its rule.
+        """Give every key of a state its rule.
 
         Parameters
         ----------
-        specs : sequence of RuleSpec
+        specs
             As from `parse_rules`.
-        reference : mapping of str to Tensor
-            The global state, or tensors of its shapes and dtypes (`device="meta"` will do).
-        local_withheld : bool
-            Whether the entries of `local` parts were taken out of `reference` before; then a `local` pattern that
-            matches nothing is no error.
+        reference
+            The global state, or tensors of its shapes and dtypes without data.
+        local_withheld
+            Whether `reference` lacks the entries that stay with the clients: then a `local` pattern may match nothing.
 
         Raises
         ------
         UsageError
-            For a pattern that matches nothing, keys without a rule, nothing left to merge, or a rule that cannot be
-            loaded.
+            For a pattern that matches nothing, a key without a rule, or nothing left to merge.
         """
         keys: dict[RuleSpec | None, list[str]] = {spec: [] for spec in specs}
         for key in reference:
@@ -105,14 +102,14 @@ class Split:
 
         Parameters
         ----------
-        server_round, total_rounds : int
+        server_round, total_rounds
             Counting from 1.
-        previous : mapping of str to Tensor
-            The global state the clients started from. Its order of keys is that of the result.
-        seed : int
+        previous
+            The global state the clients started from.
+        seed
             The run's seed.
-        memory : dict
-            What the rules remember, by part. Missing parts are added, others changed in place.
+        memory
+            What the rules remember, by part; changed in place, and saved with the checkpoint of the round.
         """
         mergers, local_keys = [], self.local_keys
         for part in self.parts:
@@ -144,24 +141,13 @@ class RoundMerger:
         self.retains = not all(part.rule.one_pass for part in parts)
 
     def add(self, update: Update) -> None:
-        """Merge, or keep, one update. To be called in rank order.
-
-        Raises
-        ------
-        AggregationError
-            If a rule fails on it, naming the rule and the part.
-        """
+        """Merge, or keep, one update; raises AggregationError, naming rule and part, if a rule fails on it."""
         self.count += 1
         for part in self._parts:
             part.add(update)
 
     def finish(self) -> StateDict:
-        """Return the new global state, without the parts that stay with the clients.
-
-        Returns
-        -------
-        dict of str to Tensor
-            In the key order of the previous state. Without a single update, the previous tensors themselves.
+        """Return the new global state without the local parts; without a single update, the previous tensors.
 
         Raises
         ------
@@ -218,6 +204,6 @@ class _PartMerger:
 
 
 def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor]) -> str:
-    if taken := [key for key in reference if spec.matches(key)]:
+    if taken := [key for key in reference if first_match([spec], key)]:
         return f"the pattern of {spec} comes too late: earlier patterns take {named(taken)}; put it first"
     return f"the pattern of {spec} matches no entry; there are {named(reference)}"

@@ -16,20 +16,16 @@ from fedsplit.states.state_dict import named
 
 
 def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
-    """Return why an update must be refused, or None if it may be merged.
+    """Return in one line why an update must be refused, or None if it may be merged.
+
+    A NaN or infinity is a reason unless the reference has the same in the same place, as an attention mask of -inf.
 
     Parameters
     ----------
-    update : Update
+    update
         As it came from a client.
-    reference : mapping of str to Tensor
+    reference
         The global state the round started from, without the parts that stay with the clients.
-
-    Returns
-    -------
-    str or None
-        The reason in one line. A NaN or infinity is one unless the reference has the same in the same place, as an
-        attention mask of -inf does.
     """
     state, examples = update.state_dict, update.num_examples
     if not isinstance(examples, int) or isinstance(examples, bool):
@@ -49,13 +45,9 @@ def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
 
 
 def check_output(result: object, previous: Mapping[str, Tensor]) -> None:
-    """Refuse a result that cannot be the next global state of its part.
+    """Refuse a result that cannot be the next global state of its part: raises AggregationError, naming the key.
 
-    Raises
-    ------
-    AggregationError
-        Naming the first key that is missing, unexpected, or has the wrong type, shape, dtype or device; or that holds a
-        NaN or infinity that the previous state does not have there.
+    Its keys, shapes, dtypes and devices must be those of the previous state, and so any NaN or infinity in it.
     """
     if not isinstance(result, Mapping):
         raise AggregationError(f"it returned a {type(result).__name__}, expected a dict of tensors")
@@ -77,13 +69,7 @@ def check_output(result: object, previous: Mapping[str, Tensor]) -> None:
 
 
 def check_memory(memory: object, where: str = "memory") -> None:
-    """Refuse what a checkpoint cannot hold.
-
-    Raises
-    ------
-    AggregationError
-        Naming the place inside the memory and the type found there.
-    """
+    """Refuse what a checkpoint cannot hold: raises AggregationError, naming the place in the memory and the type."""
     if isinstance(memory, dict):
         for key, value in memory.items():
             if not isinstance(key, str):
@@ -100,10 +86,10 @@ def check_memory(memory: object, where: str = "memory") -> None:
 
 
 class Watched:
-    """A mapping of tensors as a rule was given it, to see whether the rule changed it.
+    """Tells whether a rule changed a mapping of tensors that it was given.
 
-    Writes that go around torch, such as through `tensor.numpy()` or `tensor.data`, are not seen. That would take a
-    checksum of every input, as slow as the merge itself.
+    Writes that go around torch, as through `tensor.numpy()` or `tensor.data`, are not seen: that would take a checksum
+    of every input, as slow as the merge itself.
     """
 
     def __init__(self, what: str, state: Mapping[str, Tensor]) -> None:
