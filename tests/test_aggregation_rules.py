@@ -25,8 +25,9 @@ from fedsplit.aggregation import (
     multi_krum,
     trimmed_mean,
 )
-from fedsplit.aggregation.base import merge, seeded_generator
+from fedsplit.aggregation.base import seeded_generator
 from fedsplit.aggregation.loading import BUILTIN
+from fedsplit.aggregation.rules import merge
 from fedsplit.errors import AggregationError
 from tests.depth import scaled
 

@@ -217,7 +217,7 @@ def test_the_table_of_parameters_is_that_of_the_functions():
 
 def test_reading_the_flags_imports_neither_torch_nor_flower():
     code = (
-        "import sys; from fedsplit.aggregation import RuleSpec, parse_rules;"
+        "import sys; from fedsplit.aggregation import parse_rules;"
         "parse_rules(['a=flower.FedAdam(eta=1)', 'b.c:d']);"
         "sys.exit(bool({'torch', 'flwr', 'numpy'} & set(sys.modules)))"
     )

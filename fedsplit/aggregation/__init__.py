@@ -12,27 +12,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsplit.aggregation.averaging import fedavg, frozen, maximum_of_all
     from fedsplit.aggregation.base import AggregationContext, Update
     from fedsplit.aggregation.privacy import privacy_spent
-    from fedsplit.aggregation.robust import geometric_median, krum, median, multi_krum, trimmed_mean
-    from fedsplit.aggregation.spec import RuleSpec, parse_rules
+    from fedsplit.aggregation.rules import (
+        fedavg,
+        frozen,
+        geometric_median,
+        krum,
+        maximum_of_all,
+        median,
+        multi_krum,
+        trimmed_mean,
+    )
+    from fedsplit.aggregation.spec import parse_rules
     from fedsplit.aggregation.split import Split
     from fedsplit.aggregation.validation import check_update
     from fedsplit.states.state_dict import StateDict
 
 __all__ = [
-    "AggregationContext", "RuleSpec", "Split", "StateDict", "Update", "check_update", "fedavg", "frozen",
-    "geometric_median", "krum", "maximum_of_all", "median", "multi_krum", "parse_rules", "privacy_spent",
-    "trimmed_mean",
+    "AggregationContext", "Split", "StateDict", "Update", "check_update", "fedavg", "frozen", "geometric_median",
+    "krum", "maximum_of_all", "median", "multi_krum", "parse_rules", "privacy_spent", "trimmed_mean",
 ]  # fmt: skip
 
 _HOMES = {
-    **dict.fromkeys(("fedavg", "frozen", "maximum_of_all"), "averaging"),
+    **dict.fromkeys(__all__, "rules"),
     **dict.fromkeys(("AggregationContext", "StateDict", "Update"), "base"),
-    **dict.fromkeys(("geometric_median", "krum", "median", "multi_krum", "trimmed_mean"), "robust"),
-    **dict.fromkeys(("RuleSpec", "parse_rules"), "spec"),
-    "Split": "split", "check_update": "validation", "privacy_spent": "privacy",
+    "parse_rules": "spec", "Split": "split", "check_update": "validation", "privacy_spent": "privacy",
 }  # fmt: skip
 
 

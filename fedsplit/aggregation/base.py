@@ -9,7 +9,7 @@ Rules are given only updates that passed `fedsplit.aggregation.validation.check_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -130,10 +130,3 @@ class _Collector:
 
     def result(self) -> StateDict:
         return self._function(self._updates, self._context)
-
-
-def merge(accumulator: Accumulator, updates: Sequence[Update]) -> StateDict:
-    """Return what an accumulator makes of all updates."""
-    for update in updates:
-        accumulator.add(update)
-    return accumulator.result()

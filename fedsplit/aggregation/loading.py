@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-from fedsplit.aggregation import averaging, robust
+from fedsplit.aggregation import rules
 from fedsplit.aggregation.base import Accumulator, AggregationContext, Rule, RuleFunction
 from fedsplit.aggregation.spec import RuleSpec
 from fedsplit.errors import UsageError
@@ -30,14 +30,14 @@ class Builtin(NamedTuple):
 
 # Their parameters are in `fedsplit.aggregation.spec.BUILTIN_RULES`; `dp` and `local` are handled apart.
 BUILTIN: dict[str, Builtin] = {
-    "fedavg": Builtin(averaging.fedavg, averaging.MeanAccumulator),
-    "max": Builtin(averaging.maximum_of_all, averaging.MaxAccumulator),
-    "frozen": Builtin(averaging.frozen, averaging.FrozenAccumulator),
-    "median": Builtin(robust.median),
-    "trimmed-mean": Builtin(robust.trimmed_mean),
-    "krum": Builtin(robust.krum, min_updates=robust.krum_needs),
-    "multi-krum": Builtin(robust.multi_krum, min_updates=robust.multi_krum_needs),
-    "geometric-median": Builtin(robust.geometric_median),
+    "fedavg": Builtin(rules.fedavg, rules.MeanAccumulator),
+    "max": Builtin(rules.maximum_of_all, rules.MaxAccumulator),
+    "frozen": Builtin(rules.frozen, rules.FrozenAccumulator),
+    "median": Builtin(rules.median),
+    "trimmed-mean": Builtin(rules.trimmed_mean),
+    "krum": Builtin(rules.krum, min_updates=rules.krum_needs),
+    "multi-krum": Builtin(rules.multi_krum, min_updates=rules.multi_krum_needs),
+    "geometric-median": Builtin(rules.geometric_median),
 }
 
 

@@ -1,8 +1,9 @@
-"""Rules that tolerate bad clients: `median`, `trimmed-mean`, `krum`, `multi-krum`, `geometric-median`.
+"""The built-in rules. Each function says how it merges, and how many bad clients it tolerates.
 
-None of them looks at `num_examples`, as a bad client may claim any number. What they tolerate holds for the floating
-entries. Integer and boolean entries take the maximum, except under the two Krums, which choose whole clients. The
-guarantees are those of the papers, and assume that honest clients hold similar data.
+`fedavg`, `max` and `frozen` need one pass: each is its accumulator over all updates. The robust rules do not look at
+`num_examples`, as a bad client may claim any number. What they tolerate holds for the floating entries; integer and
+boolean ones take the maximum, except under the two Krums, which choose whole clients. The guarantees are those of the
+papers, and assume that honest clients hold similar data.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from fedsplit.aggregation.base import AggregationContext, StateDict, Update
+from fedsplit.aggregation.base import Accumulator, AggregationContext, StateDict, Update
 from fedsplit.aggregation.numeric import (
+    RunningMean,
     by_coordinate,
     floating_keys,
     is_floating,
     max_of,
+    maximum,
     mean_of,
     squared_distance,
     widened,
@@ -29,6 +32,95 @@ from fedsplit.errors import AggregationError
 
 log = logging.getLogger(__name__)
 _SETTLED = 1e-6
+
+
+class MeanAccumulator:
+    """Mean of the floating entries weighted by `num_examples`, maximum of the others."""
+
+    def __init__(self, context: AggregationContext) -> None:
+        self._means: dict[str, RunningMean] = {}
+        self._largest: StateDict = {}
+
+    def add(self, update: Update) -> None:
+        for key, tensor in update.state_dict.items():
+            if not is_floating(tensor):
+                _take_largest(self._largest, key, tensor)
+            elif key in self._means:
+                self._means[key].add(tensor, update.num_examples)
+            else:
+                self._means[key] = RunningMean(tensor, update.num_examples)
+
+    def result(self) -> StateDict:
+        return {key: mean.result() for key, mean in self._means.items()} | self._largest
+
+
+class MaxAccumulator:
+    """Elementwise maximum of all entries."""
+
+    def __init__(self, context: AggregationContext) -> None:
+        self._largest: StateDict = {}
+
+    def add(self, update: Update) -> None:
+        for key, tensor in update.state_dict.items():
+            if tensor.is_complex():
+                raise AggregationError(f"max: complex numbers have no order, but {key!r} is {tensor.dtype}")
+            _take_largest(self._largest, key, tensor)
+
+    def result(self) -> StateDict:
+        return self._largest
+
+
+def _take_largest(largest: StateDict, key: str, tensor: Tensor) -> None:
+    # The first is copied, as a view would keep the whole payload of that client alive.
+    largest[key] = maximum(largest[key], tensor) if key in largest else tensor.clone()
+
+
+class FrozenAccumulator:
+    """The tensors that the round started from."""
+
+    def __init__(self, context: AggregationContext) -> None:
+        self._previous = context.previous
+
+    def add(self, update: Update) -> None:
+        pass
+
+    def result(self) -> StateDict:
+        return dict(self._previous)
+
+
+def merge(accumulator: Accumulator, updates: Sequence[Update]) -> StateDict:
+    """Return what an accumulator makes of all updates."""
+    for update in updates:
+        accumulator.add(update)
+    return accumulator.result()
+
+
+def fedavg(updates: Sequence[Update], context: AggregationContext) -> StateDict:
+    """Mean of the clients' states weighted by their number of examples.
+
+    Floating entries are added up in at least float32 and come back in their own type; integer and boolean entries take
+    the maximum. Tolerates no bad client: one of them moves the mean anywhere.
+
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+    https://arxiv.org/abs/1602.05629.
+    """
+    return merge(MeanAccumulator(context), updates)
+
+
+def maximum_of_all(updates: Sequence[Update], context: AggregationContext) -> StateDict:
+    """Elementwise maximum of all entries, floating ones too: for counters, masks and vocabularies that only grow.
+
+    Tolerates no bad client. Complex entries are refused, as they have no order.
+    """
+    return merge(MaxAccumulator(context), updates)
+
+
+def frozen(updates: Sequence[Update], context: AggregationContext) -> StateDict:
+    """The global state as it was; what the clients send for this part is ignored.
+
+    Tolerates any number of bad clients, as no update is used.
+    """
+    return merge(FrozenAccumulator(context), updates)
 
 
 def median(updates: Sequence[Update], context: AggregationContext) -> StateDict:
