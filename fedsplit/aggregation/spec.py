@@ -26,17 +26,11 @@ class Param(NamedTuple):
 
     says: str
     allows: Callable[[Any], bool]
-    whole: bool = False
     required: bool = False
 
-    def accepts(self, value: object) -> bool:
-        """Return whether this is such a number."""
-        kinds = int if self.whole else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool) and self.allows(value)
 
-
-_BYZANTINE = Param("a whole number, 0 or more", lambda n: n >= 0, whole=True)
-_COUNT = Param("a whole number, 1 or more", lambda n: n >= 1, whole=True)
+_BYZANTINE = Param("a whole number, 0 or more", lambda n: isinstance(n, int) and n >= 0)
+_COUNT = Param("a whole number, 1 or more", lambda n: isinstance(n, int) and n >= 1)
 _POSITIVE = Param("a number above 0", lambda x: x > 0)
 
 # Not read from the functions, as importing those would import torch; a test compares the two.
@@ -53,9 +47,8 @@ BUILTIN_RULES: Mapping[str, Mapping[str, Param]] = {
         "delta": Param("a number between 0 and 1", lambda x: 0 < x < 1),
     },
 }  # fmt: skip
-_WRAPPER = "dp"
 # The entries of `local` never reach the server, `frozen` releases nothing, and a second `dp` would count noise twice.
-_NOT_WRAPPABLE = frozenset({"local", "frozen", "dp"})
+_NOT_INSIDE_DP = frozenset({"local", "frozen", "dp"})
 
 _FLOWER_NAME = re.compile(r"flower\.[A-Za-z_]\w*")
 _USER_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -83,7 +76,8 @@ class RuleSpec:
     inner: RuleSpec | None = None
 
     def __post_init__(self) -> None:
-        _check_pattern(self.pattern)
+        if self.pattern is not None:
+            _check_pattern(self.pattern)
         if not (self.name in BUILTIN_RULES or _FLOWER_NAME.fullmatch(self.name) or _USER_NAME.fullmatch(self.name)):
             raise UsageError(
                 f"unknown rule {self.name!r}{_suggestion(self.name, BUILTIN_RULES)}: known are "
@@ -111,10 +105,8 @@ class RuleSpec:
         return hash(str(self))
 
 
-def _check_pattern(pattern: str | None) -> None:
-    if pattern is not None and (
-        not pattern or pattern != pattern.strip() or pattern.startswith("@") or any(c in pattern for c in "=()")
-    ):
+def _check_pattern(pattern: str) -> None:
+    if not pattern or pattern != pattern.strip() or pattern.startswith("@") or any(c in pattern for c in "=()"):
         raise UsageError(
             f"{pattern!r} is not a pattern: expected a glob over state_dict keys such as 'body.*', "
             "without spaces around it, '=', brackets '()' or a leading '@'"
@@ -122,12 +114,12 @@ def _check_pattern(pattern: str | None) -> None:
 
 
 def _check_inner(name: str, inner: RuleSpec | None) -> None:
-    if name != _WRAPPER and inner is not None:
-        raise UsageError(f"{name} takes no rule inside; only {_WRAPPER} does")
-    if name == _WRAPPER and inner is None:
-        raise UsageError(f"{name} needs a rule as its first argument: {name}(fedavg, …)")
-    if inner is not None and inner.name in _NOT_WRAPPABLE:
-        raise UsageError(f"{name} cannot wrap {inner.name}")
+    if name != "dp" and inner is not None:
+        raise UsageError(f"{name} takes no rule inside; only dp does")
+    if name == "dp" and inner is None:
+        raise UsageError("dp needs a rule as its first argument: dp(fedavg, …)")
+    if inner is not None and inner.name in _NOT_INSIDE_DP:
+        raise UsageError(f"dp cannot wrap {inner.name}")
 
 
 def _check_params(name: str, params: Mapping[str, Literal]) -> None:
@@ -142,7 +134,7 @@ def _check_params(name: str, params: Mapping[str, Literal]) -> None:
         if key not in known:
             takes = ", ".join(known) or "none"
             raise UsageError(f"{name} has no parameter {key!r}{_suggestion(key, known)}: it takes {takes}")
-        if not known[key].accepts(value):
+        if isinstance(value, bool | str) or not known[key].allows(value):
             raise UsageError(f"{name}({key}={literal_text(value)}): {key} is {known[key].says}")
     if missing := [key for key, param in (known or {}).items() if param.required and key not in params]:
         raise UsageError(f"{name} needs {' and '.join(missing)}, for example {name}(…, {missing[0]}=1.0)")
@@ -159,31 +151,25 @@ def parse_rules(texts: Sequence[str]) -> tuple[RuleSpec, ...]:
     They come back in the order given, but the one without a pattern is the last, as it takes what the others leave.
     Raises UsageError for anything malformed, naming the value, and for two rules without a pattern.
     """
-    specs = [spec for text in texts for spec in _parse_value(text)]
+    specs: list[RuleSpec] = []
+    for text in texts:
+        try:
+            file = text.strip().removeprefix("@")
+            specs += [parse_rule(text)] if file == text.strip() else _parse_toml(Path(file))
+        except UsageError as exc:
+            raise UsageError(f"--aggregate {text}: {exc}") from exc
     bare = [spec for spec in specs if spec.pattern is None]
     if len(bare) > 1:
         raise UsageError(
             f"--aggregate: two rules without a pattern, {bare[0]} and {bare[1]}: only one can take what the "
             f"patterns leave; give one a pattern, such as 'body.*={bare[0]}'"
         )
-    if not specs:
-        bare = [RuleSpec(name="fedavg")]
-    return (*(spec for spec in specs if spec.pattern is not None), *bare)
+    return tuple(sorted(specs or [RuleSpec(name="fedavg")], key=lambda spec: spec.pattern is None))
 
 
 def first_match(specs: Sequence[RuleSpec], key: str) -> RuleSpec | None:
     """Return the first of the rules that takes a key, or None; they come in the order of `parse_rules`."""
     return local_keys.first_match(key, ((spec.part, spec) for spec in specs))
-
-
-def _parse_value(text: str) -> Iterator[RuleSpec]:
-    try:
-        if text.strip().startswith("@"):
-            yield from _parse_toml(Path(text.strip()[1:]))
-        else:
-            yield parse_rule(text)
-    except UsageError as exc:
-        raise UsageError(f"--aggregate {text}: {exc}") from exc
 
 
 def parse_rule(text: str) -> RuleSpec:
