@@ -26,8 +26,7 @@ from fedsplit.aggregation import (
     trimmed_mean,
 )
 from fedsplit.aggregation.base import seeded_generator
-from fedsplit.aggregation.loading import BUILTIN
-from fedsplit.aggregation.rules import merge
+from fedsplit.aggregation.rules import BUILTIN, merge
 from fedsplit.errors import AggregationError
 from tests.depth import scaled
 

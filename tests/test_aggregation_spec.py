@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.aggregation.grammar import parse_call
-from fedsplit.aggregation.loading import BUILTIN, check_rules
 from fedsplit.aggregation.privacy import private_rule
+from fedsplit.aggregation.rules import BUILTIN
 from fedsplit.aggregation.spec import BUILTIN_RULES, RuleSpec, first_match, parse_rule, parse_rules
+from fedsplit.aggregation.split import check_rules
 from fedsplit.errors import UsageError
 from tests.depth import scaled
 

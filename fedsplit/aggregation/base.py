@@ -92,28 +92,16 @@ RuleFunction = Callable[..., StateDict]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A rule with its parameters bound. A class of the user's makes a rule if its objects have these attributes.
+    """A rule with its parameters bound. A class of the user's makes a rule if its objects have these attributes."""
 
-    Parameters
-    ----------
-    name
-        The rule as the user wrote it, for messages.
-    accumulator
-        Begins the merge of a round.
-    one_pass
-        Whether its accumulator lets go of each update, so that the server may drop the payload.
-    min_updates
-        With fewer updates than this, the rule refuses.
-    """
-
-    name: str
-    accumulator: Callable[[AggregationContext], Accumulator]
-    one_pass: bool = False
-    min_updates: int = 1
+    name: str  # as the user wrote it, for messages
+    accumulator: Callable[[AggregationContext], Accumulator]  # begins the merge of a round
+    one_pass: bool = False  # whether that keeps no tensor of an update, so that the server may drop the payload
+    min_updates: int = 1  # with fewer, the rule refuses
 
     @classmethod
     def of_function(cls, name: str, function: RuleFunction, *, min_updates: int = 1) -> Rule:
-        """Make a rule of a function that sees all updates at once, called as ``function(updates, context)``."""
+        """Make a rule of ``function(updates, context)``, which sees all updates at once."""
         return cls(name=name, accumulator=partial(_Collector, function), min_updates=min_updates)
 
 

@@ -32,10 +32,6 @@ def private_rule(name: str, inner: Rule, *, averages: bool, clip: float, noise: 
 
     Parameters
     ----------
-    name
-        How messages call it.
-    inner
-        The rule that merges the clipped updates.
     averages
         Whether `inner` is `fedavg`, the result of which moves by at most ``clip / n`` with one client.
     clip

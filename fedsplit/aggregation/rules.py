@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedsplit.aggregation.base import Accumulator, AggregationContext, StateDict, Update
+from fedsplit.aggregation.base import Accumulator, AggregationContext, Rule, RuleFunction, StateDict, Update
 from fedsplit.aggregation.numeric import (
     RunningMean,
     by_coordinate,
@@ -177,8 +179,7 @@ def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: i
     return dict(_closest(updates, byzantine)[0].state_dict)
 
 
-def krum_needs(*, byzantine: int = 1) -> int:
-    """Return the smallest number of updates with which `krum` works."""
+def _krum_needs(*, byzantine: int = 1) -> int:
     return 2 * byzantine + 3 if byzantine else 1
 
 
@@ -208,9 +209,8 @@ def multi_krum(
     return _by_entry(chosen, mean_of)
 
 
-def multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int:
-    """Return the smallest number of updates with which `multi_krum` works."""
-    return max(krum_needs(byzantine=byzantine), (selected or 1) + (byzantine + 2 if byzantine else 0))
+def _multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int:
+    return max(_krum_needs(byzantine=byzantine), (selected or 1) + (byzantine + 2 if byzantine else 0))
 
 
 def geometric_median(
@@ -273,7 +273,7 @@ def _middle(rows: list[Tensor]) -> Tensor:
 
 def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
     """Return the updates by Krum score, best first, then by rank."""
-    count, needed = len(updates), krum_needs(byzantine=byzantine)
+    count, needed = len(updates), _krum_needs(byzantine=byzantine)
     if count < needed:
         raise AggregationError(
             f"byzantine={byzantine} takes at least {needed} updates (2 * byzantine + 3), found {count}; "
@@ -287,3 +287,30 @@ def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
         distances[j].append(distance)
     scores = [sum(sorted(row)[: max(1, count - byzantine - 2)]) for row in distances]
     return [updates[i] for i in sorted(range(count), key=lambda i: (scores[i], updates[i].rank))]
+
+
+class Builtin(NamedTuple):
+    """A rule of ours: its function, its accumulator if one pass is enough, and how many updates it needs."""
+
+    function: RuleFunction
+    accumulator: Callable[[AggregationContext], Accumulator] | None = None
+    min_updates: Callable[..., int] = lambda **_: 1
+
+    def bind(self, name: str, **params: Any) -> Rule:
+        """Return the rule with these parameters; `name` is how messages call it."""
+        if self.accumulator is not None:
+            return Rule(name=name, accumulator=self.accumulator, one_pass=True)
+        return Rule.of_function(name, partial(self.function, **params), min_updates=self.min_updates(**params))
+
+
+# Their parameters are in `fedsplit.aggregation.spec.BUILTIN_RULES`; `dp` and `local` are handled apart.
+BUILTIN: dict[str, Builtin] = {
+    "fedavg": Builtin(fedavg, MeanAccumulator),
+    "max": Builtin(maximum_of_all, MaxAccumulator),
+    "frozen": Builtin(frozen, FrozenAccumulator),
+    "median": Builtin(median),
+    "trimmed-mean": Builtin(trimmed_mean),
+    "krum": Builtin(krum, min_updates=_krum_needs),
+    "multi-krum": Builtin(multi_krum, min_updates=_multi_krum_needs),
+    "geometric-median": Builtin(geometric_median),
+}

@@ -56,24 +56,12 @@ _USER_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]
 
 @dataclass(frozen=True, kw_only=True)
 class RuleSpec:
-    """One rule of the split, as asked for; raises UsageError for a name or parameter that cannot be.
+    """One rule of the split, as asked for; raises UsageError for a name or parameter that cannot be."""
 
-    Parameters
-    ----------
-    pattern
-        Glob over state_dict keys; None is the rule for all keys that no pattern matches.
-    name
-        A name in `BUILTIN_RULES`, ``flower.<Strategy>``, or ``package.module:function``.
-    params
-        Keyword arguments.
-    inner
-        The rule inside `dp`.
-    """
-
-    pattern: str | None = None
-    name: str
+    pattern: str | None = None  # glob over state_dict keys; None takes all keys that no pattern matches
+    name: str  # in BUILTIN_RULES, flower.<Strategy>, or package.module:function
     params: Mapping[str, Any] = field(default_factory=dict)
-    inner: RuleSpec | None = None
+    inner: RuleSpec | None = None  # the rule inside dp
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
@@ -95,7 +83,7 @@ class RuleSpec:
 
     @property
     def part(self) -> str:
-        """The name of the part of the model that this rule merges: its pattern, or ``"*"``."""
+        """The name of the part that this rule merges: its pattern, or ``"*"``."""
         return "*" if self.pattern is None else self.pattern
 
     def __str__(self) -> str:

@@ -11,15 +11,18 @@ After an `AggregationError`, `memory` may hold half a round; the last checkpoint
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from torch import Tensor
 
 from fedsplit.aggregation.base import AggregationContext, Rule, StateDict, Update, seeded_generator
-from fedsplit.aggregation.loading import load_rule
+from fedsplit.aggregation.rules import BUILTIN
 from fedsplit.aggregation.spec import RuleSpec, first_match
 from fedsplit.aggregation.validation import Watched, check_memory, check_output
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
@@ -47,21 +50,10 @@ class Split:
     def resolve(
         cls, specs: Sequence[RuleSpec], reference: Mapping[str, Tensor], *, local_withheld: bool = False
     ) -> Split:
-        """Give every key of a state its rule.
+        """Give every key of a state its rule, of those from `parse_rules`. The state may be tensors without data.
 
-        Parameters
-        ----------
-        specs
-            As from `parse_rules`.
-        reference
-            The global state, or tensors of its shapes and dtypes without data.
-        local_withheld
-            Whether `reference` lacks the entries that stay with the clients: then a `local` pattern may match nothing.
-
-        Raises
-        ------
-        UsageError
-            For a pattern that matches nothing, a key without a rule, or nothing left to merge.
+        With `local_withheld` it lacks the entries that stay with the clients, so a `local` pattern may match nothing.
+        Raises UsageError for any other pattern that matches nothing, a key without a rule, or nothing left to merge.
         """
         keys: dict[RuleSpec | None, list[str]] = {spec: [] for spec in specs}
         for key in reference:
@@ -98,18 +90,10 @@ class Split:
         self, *, server_round: int, total_rounds: int, previous: Mapping[str, Tensor], seed: int,
         memory: dict[str, dict[str, Any]],
     ) -> RoundMerger:  # fmt: skip
-        """Begin the merging of one round.
+        """Begin the merging of one round; rounds count from 1.
 
-        Parameters
-        ----------
-        server_round, total_rounds
-            Counting from 1.
-        previous
-            The global state the clients started from.
-        seed
-            The run's seed.
-        memory
-            What the rules remember, by part; changed in place, and saved with the checkpoint of the round.
+        `previous` is the global state that the clients started from, `seed` the run's, and `memory` what the rules
+        remember, by part: it is changed in place, and saved with the checkpoint of the round.
         """
         mergers, local_keys = [], self.local_keys
         for part in self.parts:
@@ -124,20 +108,13 @@ class Split:
 
 
 class RoundMerger:
-    """The merging of one round, part by part.
-
-    Attributes
-    ----------
-    count : int
-        How many updates were added.
-    retains : bool
-        Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
-    """
+    """The merging of one round, part by part; `count` is how many updates were added."""
 
     def __init__(self, parts: Sequence[_PartMerger], previous: StateDict) -> None:
         self._parts = parts
         self._previous = previous
         self.count = 0
+        # Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
         self.retains = not all(part.rule.one_pass for part in parts)
 
     def add(self, update: Update) -> None:
@@ -149,16 +126,12 @@ class RoundMerger:
     def finish(self) -> StateDict:
         """Return the new global state without the local parts; without a single update, the previous tensors.
 
-        Raises
-        ------
-        AggregationError
-            If a rule fails, returns wrong keys, shapes, dtypes or values, changes what it was given, or remembers what
-            no checkpoint can hold; naming the rule, the part, and what it did.
+        Raises AggregationError, naming rule and part, if a rule fails, returns wrong keys, shapes, dtypes or values,
+        changes what it was given, or remembers what no checkpoint can hold.
         """
         merged = dict(self._previous)
-        if self.count:
-            for part in self._parts:
-                merged |= part.finish()
+        for part in self._parts if self.count else ():
+            merged |= part.finish()
         return merged
 
 
@@ -207,3 +180,60 @@ def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor]) -> str:
     if taken := [key for key in reference if first_match([spec], key)]:
         return f"the pattern of {spec} comes too late: earlier patterns take {named(taken)}; put it first"
     return f"the pattern of {spec} matches no entry; there are {named(reference)}"
+
+
+def check_rules(specs: Sequence[RuleSpec]) -> None:
+    """Load every rule once, before the server waits for anybody; raises UsageError as `load_rule` does."""
+    for spec in specs:
+        if spec.name != "local":
+            load_rule(spec)
+
+
+def load_rule(spec: RuleSpec) -> Rule:
+    """Bind a rule other than `local`; raises UsageError if a function, class, parameter or package is not there."""
+    if spec.inner is not None:
+        from fedsplit.aggregation.privacy import private_rule
+
+        return private_rule(spec.rule, load_rule(spec.inner), averages=spec.inner.name == "fedavg", **spec.params)
+    if spec.name in BUILTIN:
+        return BUILTIN[spec.name].bind(spec.rule, **spec.params)
+    if ":" in spec.name:
+        return _user_rule(spec)
+    from fedsplit.aggregation.flower import flower_rule
+
+    return flower_rule(spec.rule, spec.name.removeprefix("flower."), spec.params)
+
+
+def _user_rule(spec: RuleSpec) -> Rule:
+    """Load a function of the user's, or a class of theirs that makes a rule."""
+    target = find_object(spec.name, f"the rule {spec.name}")
+    if not callable(target):
+        module_name, _, path = spec.name.partition(":")
+        raise UsageError(f"{spec.name}: the module {module_name!r} has no function {path!r}")
+    try:
+        inspect.signature(target).bind(*([] if inspect.isclass(target) else ["updates", "context"]), **spec.params)
+    except (TypeError, ValueError) as exc:
+        raise UsageError(
+            f"{spec.name} cannot be called as rule({', '.join(['updates', 'context', *spec.params])}): {exc}"
+        ) from exc
+    if inspect.isclass(target):
+        return cast(Rule, target(**spec.params))
+    return Rule.of_function(spec.rule, partial(target, **spec.params))
+
+
+def find_object(name: str, what: str) -> Any:
+    """Return what ``package.module:name`` means, or None if the module has no such name.
+
+    Raises UsageError, which says that `what` wanted the module, if it cannot be imported.
+    """
+    module_name, _, path = name.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as exc:  # the module is the user's: whatever it raises is for them to read, in one line
+        raise UsageError(
+            f"cannot import {module_name!r} for {what}: {type(exc).__name__}: {exc}; "
+            "it is looked for in the directory that the program was started from and on PYTHONPATH"
+        ) from exc
+    for each in path.split("."):
+        target = getattr(target, each, None)
+    return target

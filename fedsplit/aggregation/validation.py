@@ -18,14 +18,8 @@ from fedsplit.states.state_dict import named
 def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
     """Return in one line why an update must be refused, or None if it may be merged.
 
-    A NaN or infinity is a reason unless the reference has the same in the same place, as an attention mask of -inf.
-
-    Parameters
-    ----------
-    update
-        As it came from a client.
-    reference
-        The global state the round started from, without the parts that stay with the clients.
+    `reference` is the global state the round started from, without the parts that stay with the clients. A NaN or
+    infinity is a reason unless the reference has the same in the same place, as an attention mask of -inf.
     """
     state, examples = update.state_dict, update.num_examples
     if not isinstance(examples, int) or isinstance(examples, bool):

@@ -27,7 +27,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
 from fedsplit.aggregation import Split, Update
-from fedsplit.aggregation.loading import check_rules
+from fedsplit.aggregation.split import check_rules
 from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 from fedsplit.run.history import weighted_mean
