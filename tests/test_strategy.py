@@ -17,8 +17,7 @@ from fedsplit.errors import UsageError
 from fedsplit.server.settings import ServerSettings
 from fedsplit.server.strategy import Strategy
 from fedsplit.server.streaming import read_update
-from fedsplit.states.portable import export_state, read_initial_checkpoint
-from fedsplit.states.state_dict import StateDict, decode, encode
+from fedsplit.states.state_dict import StateDict, decode, encode, export_state, read_initial_checkpoint
 
 OK = Status(Code.OK, "")
 

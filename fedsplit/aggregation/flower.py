@@ -166,7 +166,7 @@ def _is_state(value: Any, previous: StateDict) -> bool:
 
 
 class NotKeepableError(TypeError):
-    """A value that no checkpoint can hold; internal."""
+    """A value that no checkpoint can hold, or that has such a value in it; it never leaves this module."""
 
 
 class Attributes:
@@ -209,13 +209,7 @@ class Attributes:
 
 
 def encode(value: Any) -> Any:
-    """Return a value as `torch.save` writes and ``weights_only`` reads it; arrays are copied.
-
-    Raises
-    ------
-    NotKeepableError
-        If it is, or holds, what cannot be kept.
-    """
+    """Return a value as `torch.save` writes and ``weights_only`` reads it, arrays as copies, or refuse it."""
     if isinstance(value, np.generic):  # before float, which numpy's float64 is too
         return {"scalar": _tensor(value)}
     if isinstance(value, None | bool | int | float | str):
