@@ -20,13 +20,12 @@ from fedsplit.aggregation import (
     frozen,
     geometric_median,
     krum,
-    maximum_of_all,
     median,
     multi_krum,
     trimmed_mean,
 )
 from fedsplit.aggregation.base import seeded_generator
-from fedsplit.aggregation.rules import BUILTIN, merge
+from fedsplit.aggregation.rules import BUILTIN, maximum_of_all, merge
 from fedsplit.errors import AggregationError
 from tests.depth import scaled
 

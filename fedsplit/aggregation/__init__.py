@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsplit.aggregation.base import AggregationContext, Update
     from fedsplit.aggregation.privacy import privacy_spent
-    from fedsplit.aggregation.rules import (
-        fedavg,
-        frozen,
-        geometric_median,
-        krum,
-        maximum_of_all,
-        median,
-        multi_krum,
-        trimmed_mean,
-    )
+    from fedsplit.aggregation.rules import fedavg, frozen, geometric_median, krum, median, multi_krum, trimmed_mean
     from fedsplit.aggregation.spec import parse_rules
     from fedsplit.aggregation.split import Split
     from fedsplit.aggregation.validation import check_update
@@ -31,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AggregationContext", "Split", "StateDict", "Update", "check_update", "fedavg", "frozen", "geometric_median",
-    "krum", "maximum_of_all", "median", "multi_krum", "parse_rules", "privacy_spent", "trimmed_mean",
+    "krum", "median", "multi_krum", "parse_rules", "privacy_spent", "trimmed_mean",
 ]  # fmt: skip
 
 _HOMES = {

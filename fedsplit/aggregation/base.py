@@ -19,8 +19,6 @@ from torch import Tensor
 
 from fedsplit.states.state_dict import StateDict as StateDict
 
-Metric = float | int | str | bool
-
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
@@ -41,7 +39,7 @@ class Update:
     rank: int
     state_dict: Mapping[str, Tensor]
     num_examples: int
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, float | int | str | bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

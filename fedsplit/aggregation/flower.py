@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import flwr.server.strategy as strategies
@@ -23,7 +23,7 @@ from flwr.common import Code, FitRes, Parameters, Status, ndarrays_to_parameters
 from torch import Tensor
 
 from fedsplit.aggregation.base import AggregationContext, Rule, StateDict, Update
-from fedsplit.aggregation.numeric import floating_keys, is_floating, max_of, widened
+from fedsplit.aggregation.numeric import floating_keys, is_floating, maximum, widened
 from fedsplit.errors import AggregationError, UsageError
 
 StrategyMaker = Callable[..., strategies.Strategy]
@@ -87,20 +87,16 @@ def _check_params(name: str, kind: type, params: Mapping[str, Any]) -> None:
 
 def _aggregate(make: StrategyMaker, updates: Sequence[Update], context: AggregationContext) -> StateDict:
     first = updates[0].state_dict
-    result = {
-        key: max_of(update.state_dict[key] for update in updates)
-        for key, tensor in first.items()
-        if not is_floating(tensor)
-    }
     # Sorted, as the memory holds lists: a state read from a file may have its keys in another order.
-    if previous := {key: context.previous[key] for key in sorted(floating_keys(first))}:
-        merged = _merge(make, previous, updates, context.memory)
-        for (key, tensor), array in zip(previous.items(), merged, strict=True):
-            result[key] = from_numpy(array, tensor)
-    return {key: result[key] for key in first}
+    previous = {key: context.previous[key] for key in sorted(floating_keys(first))}
+    merged = _merge(make, previous, updates, context.memory) if previous else {}
+    return {
+        key: merged[key] if key in merged else reduce(maximum, [update.state_dict[key] for update in updates])
+        for key in first
+    }
 
 
-def _merge(make: StrategyMaker, previous: StateDict, updates: Sequence[Update], memory: dict[str, Any]) -> list[Any]:
+def _merge(make: StrategyMaker, previous: StateDict, updates: Sequence[Update], memory: dict[str, Any]) -> StateDict:
     """Let a strategy that remembers what the one of the round before did merge the floating entries."""
     strategy = make(initial_parameters=to_parameters(previous))
     attributes = Attributes(strategy)
@@ -113,7 +109,8 @@ def _merge(make: StrategyMaker, previous: StateDict, updates: Sequence[Update], 
         raise AggregationError(f"{type(strategy).__name__} returned nothing")
     memory["attributes"] = attributes.changed()
     memory["merges"] = merges
-    return parameters_to_ndarrays(parameters)
+    pairs = zip(previous.items(), parameters_to_ndarrays(parameters), strict=True)
+    return {key: from_numpy(array, tensor) for (key, tensor), array in pairs}
 
 
 def fit_result(update: Update, state: Mapping[str, Tensor]) -> FitRes:

@@ -9,9 +9,8 @@ do not count it.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -98,11 +97,6 @@ def maximum(left: Tensor, right: Tensor) -> Tensor:
         return torch.maximum(left.view(torch.int64) ^ top, right.view(torch.int64) ^ top).bitwise_xor_(top).view(dtype)
     comparable = _SIGNED.get(dtype, _wide_dtype(dtype) if dtype.is_floating_point else dtype)
     return torch.maximum(left.to(comparable), right.to(comparable)).to(dtype)
-
-
-def max_of(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the elementwise maximum of all tensors."""
-    return functools.reduce(maximum, tensors)
 
 
 def squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor], keys: Sequence[str]) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ from fedsplit.aggregation.numeric import (
     by_coordinate,
     floating_keys,
     is_floating,
-    max_of,
     maximum,
     mean_of,
     squared_distance,
@@ -261,7 +260,7 @@ def _by_entry(updates: Sequence[Update], merge: Callable[[list[Tensor]], Tensor]
     result = {}
     for key, first in updates[0].state_dict.items():
         tensors = [update.state_dict[key] for update in updates]
-        result[key] = merge(tensors) if is_floating(first) else max_of(tensors)
+        result[key] = merge(tensors) if is_floating(first) else reduce(maximum, tensors)
     return result
 
 

@@ -50,8 +50,8 @@ BUILTIN_RULES: Mapping[str, Mapping[str, Param]] = {
 # The entries of `local` never reach the server, `frozen` releases nothing, and a second `dp` would count noise twice.
 _NOT_INSIDE_DP = frozenset({"local", "frozen", "dp"})
 
-_FLOWER_NAME = re.compile(r"flower\.[A-Za-z_]\w*")
-_USER_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+# flower.<Strategy>, or package.module:function
+_OTHER_RULE = re.compile(r"flower\.[A-Za-z_]\w*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class RuleSpec:
     def __post_init__(self) -> None:
         if self.pattern is not None:
             _check_pattern(self.pattern)
-        if not (self.name in BUILTIN_RULES or _FLOWER_NAME.fullmatch(self.name) or _USER_NAME.fullmatch(self.name)):
+        if self.name not in BUILTIN_RULES and not _OTHER_RULE.fullmatch(self.name):
             raise UsageError(
                 f"unknown rule {self.name!r}{_suggestion(self.name, BUILTIN_RULES)}: known are "
                 f"{', '.join(BUILTIN_RULES)}, flower.<Strategy> and package.module:function"

@@ -26,11 +26,8 @@ def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
         return f"num_examples is {examples!r}, expected a whole number"
     if examples < 1:
         return f"num_examples is {examples}, expected at least 1"
-    missing, unexpected = _key_difference(state, reference)
-    if missing or unexpected:
-        reasons = [f"missing {missing}"] if missing else []
-        reasons += [f"unexpected {unexpected}"] if unexpected else []
-        return "; ".join(reasons)
+    if keys := _key_difference(state, reference):
+        return keys
     for key, expected in reference.items():
         if reason := _form_difference(state[key], expected):
             return f"{key!r} {reason}"
@@ -45,11 +42,8 @@ def check_output(result: object, previous: Mapping[str, Tensor]) -> None:
     """
     if not isinstance(result, Mapping):
         raise AggregationError(f"it returned a {type(result).__name__}, expected a dict of tensors")
-    missing, unexpected = _key_difference(result, previous)
-    if missing or unexpected:
-        found = [f"without {missing}"] if missing else []
-        found += [f"with unexpected {unexpected}"] if unexpected else []
-        raise AggregationError(f"it returned a state {' and '.join(found)}")
+    if keys := _key_difference(result, previous):
+        raise AggregationError(f"it returned a state with wrong keys: {keys}")
     for key, expected in previous.items():
         tensor = result[key]
         if not isinstance(tensor, Tensor):
@@ -103,9 +97,11 @@ class Watched:
             raise AggregationError(f"it {did[0]} {self._what}; a rule must not change what it is given")
 
 
-def _key_difference(found: Mapping[str, object], expected: Mapping[str, object]) -> tuple[str, str]:
-    """Return the missing and the unexpected keys in words; each is empty if there are none."""
-    return named(key for key in expected if key not in found), named(key for key in found if key not in expected)
+def _key_difference(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
+    """Return in words which keys are missing and unexpected, or nothing."""
+    missing = named(key for key in expected if key not in found)
+    unexpected = named(key for key in found if key not in expected)
+    return "; ".join(f"{what} {keys}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys)
 
 
 def _form_difference(found: Tensor, expected: Tensor) -> str | None:

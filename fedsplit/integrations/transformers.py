@@ -7,15 +7,7 @@
 
 One Hugging Face Trainer serves the whole run. Its optimizer lives on, and one schedule of the learning rate covers all
 rounds, also in a restarted process. Logs get ``round`` and ``total_step``, since Transformers' own step starts from 0
-in every ``train()``.
-
-The server's split says which part of a PEFT model travels, as for any model::
-
-    --aggregate "*lora_*=fedavg" --aggregate "*modules_to_save*=fedavg" --aggregate local
-
-Then the frozen base stays with each trainer, and is kept with its local state. If it is too large to be written each
-round, give `adapter_state` as the trainer's model and ``adapter_only=True`` here. The base is then no part of the
-federation at all, and you must see to it that it is the same everywhere.
+in every ``train()``. Of a PEFT model, the server's split says what travels; docs/integrations.md shows the flags.
 
 Not covered: DeepSpeed and FSDP, which wrap the optimizer in their own ways.
 """
@@ -40,7 +32,7 @@ _NOT_METRICS = {"round", "total_step", "epoch", "runtime", "samples_per_second",
 def federate(
     trainer: Trainer, hf_trainer: HuggingFaceTrainer, *, epochs_per_round: float = 1.0, adapter_only: bool = False
 ) -> None:
-    """Answer every task of a run with ``hf_trainer.train()`` and ``hf_trainer.evaluate()``.
+    """Answer every task with ``hf_trainer.train()`` or ``evaluate()``; raises TrainingError if a round trains no step.
 
     Parameters
     ----------
@@ -53,12 +45,8 @@ def federate(
     epochs_per_round
         How many epochs a round trains.
     adapter_only
-        Load and send only the adapters of a PEFT model.
-
-    Raises
-    ------
-    TrainingError
-        If a round trained not a single step.
+        Load and send only the adapters of a PEFT model, with `adapter_state` as the trainer's model. Its base is then
+        no part of the federation, and must be the same everywhere.
     """
     hf_trainer.args.num_train_epochs = epochs_per_round
     rounds = _Rounds(hf_trainer)
