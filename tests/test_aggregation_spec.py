@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.aggregation.base import REGISTRY
 from fedsplit.aggregation.grammar import parse_call
-from fedsplit.aggregation.loading import check_rules
 from fedsplit.aggregation.privacy import private_rule
+from fedsplit.aggregation.rules import BUILTIN
 from fedsplit.aggregation.spec import BUILTIN_RULES, RuleSpec, first_match, parse_rule, parse_rules
+from fedsplit.aggregation.split import check_rules
 from fedsplit.errors import UsageError
 from tests.depth import scaled
 
@@ -51,22 +51,16 @@ def test_nothing_asked_for_is_fedavg():
             RuleSpec(
                 pattern="h.*",
                 name="dp",
-                params={
-                    "rule": RuleSpec(name="trimmed-mean", params={"fraction": 0.2}),
-                    "clip": 1.0,
-                    "noise": 0.5,
-                },
+                inner=RuleSpec(name="trimmed-mean", params={"fraction": 0.2}),
+                params={"clip": 1.0, "noise": 0.5},
             ),
         ),
         (
             "dp(my.rules:mean(text='a-b: c', kind=per-layer), clip=1, noise=0)",
             RuleSpec(
                 name="dp",
-                params={
-                    "rule": RuleSpec(name="my.rules:mean", params={"text": "a-b: c", "kind": "per-layer"}),
-                    "clip": 1,
-                    "noise": 0,
-                },
+                inner=RuleSpec(name="my.rules:mean", params={"text": "a-b: c", "kind": "per-layer"}),
+                params={"clip": 1, "noise": 0},
             ),
         ),
         ("layer[0-9].*=max", RuleSpec(pattern="layer[0-9].*", name="max")),
@@ -217,14 +211,14 @@ def test_the_table_of_parameters_is_that_of_the_functions():
     assert known.pop("dp") == set(inspect.signature(private_rule).parameters) - {"name", "inner", "averages"}
     actual = {
         name: {p.name for p in inspect.signature(r.function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-        for name, r in REGISTRY.items()
+        for name, r in BUILTIN.items()
     }
     assert known == actual
 
 
 def test_reading_the_flags_imports_neither_torch_nor_flower():
     code = (
-        "import sys; from fedsplit.aggregation import RuleSpec, parse_rules;"
+        "import sys; from fedsplit.aggregation import parse_rules;"
         "parse_rules(['a=flower.FedAdam(eta=1)', 'b.c:d']);"
         "sys.exit(bool({'torch', 'flwr', 'numpy'} & set(sys.modules)))"
     )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedsplit.aggregation import Split, Update, parse_rules
-from fedsplit.aggregation.base import check_memory, seeded_generator
+from fedsplit.aggregation.base import seeded_generator
+from fedsplit.aggregation.validation import check_memory
 from fedsplit.errors import AggregationError, UsageError
 
 
@@ -243,8 +244,11 @@ class rule:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("return {}", "it returned a state without 'body.weight', 'body.count', 'head.weight' and 1 more"),
-        ("return {**out, 'extra': torch.zeros(1)}", "it returned a state with unexpected 'extra'"),
+        (
+            "return {}",
+            "it returned a state with wrong keys: missing 'body.weight', 'body.count', 'head.weight' and 1 more",
+        ),
+        ("return {**out, 'extra': torch.zeros(1)}", "it returned a state with wrong keys: unexpected 'extra'"),
         ("return {**out, 'head.bias': torch.zeros(1)}", "'head.bias', which has shape (1,), expected ()"),
         (
             "return {**out, 'head.weight': torch.zeros(3)}",

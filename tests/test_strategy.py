@@ -16,8 +16,7 @@ from fedsplit.aggregation import Update
 from fedsplit.errors import UsageError
 from fedsplit.server.settings import ServerSettings
 from fedsplit.server.strategy import Strategy, read_update
-from fedsplit.states.portable import export_state, read_initial_checkpoint
-from fedsplit.states.state_dict import StateDict, decode, encode
+from fedsplit.states.state_dict import StateDict, decode, encode, export_state, read_initial_checkpoint
 
 OK = Status(Code.OK, "")
 

@@ -15,7 +15,7 @@ from flwr.common import EvaluateIns, FitIns, Parameters, ndarrays_to_parameters,
 from flwr.server.strategy import FedAvg
 
 from fedsplit.aggregation import Update
-from fedsplit.aggregation.attributes import Attributes, NotKeepableError, decode, encode
+from fedsplit.aggregation.flower import Attributes, NotKeepableError, decode, encode
 from fedsplit.errors import AggregationError, UsageError
 from fedsplit.run.history import PartRow
 from fedsplit.server.foreign import ForeignStrategy

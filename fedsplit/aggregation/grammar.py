@@ -39,14 +39,8 @@ def literal_text(value: Literal) -> str:
 
 
 def parse_call(text: str) -> Call:
-    """Read ``name`` or ``name(key=value, …)``.
-
-    Raises
-    ------
-    UsageError
-        Naming what was expected, what was found and where.
-    """
-    source = _STRING_OR_NAME.sub(_as_identifier, text.strip())
+    """Read one rule or class; raises UsageError that says what was expected, what was found and where."""
+    source = _STRING_OR_NAME.sub(lambda m: m[0] if m[0][0] in "'\"" else m[0].translate(_TO_LETTERS), text.strip())
     try:
         return _Reader(text, source).call(ast.parse(source, mode="eval").body)
     except UsageError:
@@ -60,10 +54,6 @@ def parse_call(text: str) -> Call:
         raise UsageError(f"cannot read {text!r}: {str(exc) or 'it is nested too deeply'}; {_SHAPE}") from exc
 
 
-def _as_identifier(match: re.Match[str]) -> str:
-    return match[0] if match[0][0] in "'\"" else match[0].translate(_TO_LETTERS)
-
-
 class _Reader:
     """Turns the tree of one text into a `Call`."""
 
@@ -72,14 +62,14 @@ class _Reader:
         self._source = source
 
     def call(self, node: ast.expr) -> Call:
-        name = _word(node.func if isinstance(node, ast.Call) else node)
+        name = _name(node)
         if name is None:
             self._refuse(node, "name or name(key=value, …)")
-        if not isinstance(node, ast.Call):
-            return Call(name, {})
         params: dict[str, Literal | Call] = {}
+        if not isinstance(node, ast.Call):
+            return Call(name, params)
         for argument in node.args:
-            if params or _word(argument.func if isinstance(argument, ast.Call) else argument) is None:
+            if params or _name(argument) is None:
                 self._refuse(argument, "key=value")
             params["rule"] = self.call(argument)
         for keyword in node.keywords:
@@ -106,6 +96,10 @@ class _Reader:
     def _refuse(self, node: ast.expr, expected: str) -> NoReturn:
         found = (ast.get_source_segment(self._source, node) or "").translate(_FROM_LETTERS)
         raise UsageError(f"cannot read {self._text!r}: expected {expected}, found {found!r}")
+
+
+def _name(node: ast.expr) -> str | None:
+    return _word(node.func if isinstance(node, ast.Call) else node)
 
 
 def _word(node: ast.expr) -> str | None:

@@ -26,103 +26,65 @@ class Param(NamedTuple):
 
     says: str
     allows: Callable[[Any], bool]
-    whole: bool = False
     required: bool = False
 
-    def accepts(self, value: object) -> bool:
-        """Return whether this is such a number."""
-        kinds = int if self.whole else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool) and self.allows(value)
 
-
-_BYZANTINE = Param("a whole number, 0 or more", lambda n: n >= 0, whole=True)
-_COUNT = Param("a whole number, 1 or more", lambda n: n >= 1, whole=True)
+_BYZANTINE = Param("a whole number, 0 or more", lambda n: isinstance(n, int) and n >= 0)
+_COUNT = Param("a whole number, 1 or more", lambda n: isinstance(n, int) and n >= 1)
 _POSITIVE = Param("a number above 0", lambda x: x > 0)
 
 # Not read from the functions, as importing those would import torch; a test compares the two.
 BUILTIN_RULES: Mapping[str, Mapping[str, Param]] = {
-    "fedavg": {},
-    "median": {},
+    "fedavg": {}, "median": {},
     "trimmed-mean": {"fraction": Param("a number from 0 to below 0.5", lambda x: 0 <= x < 0.5)},
     "krum": {"byzantine": _BYZANTINE},
     "multi-krum": {"byzantine": _BYZANTINE, "selected": _COUNT},
     "geometric-median": {"iterations": _COUNT, "smoothing": _POSITIVE},
-    "max": {},
-    "frozen": {},
-    "local": {},
+    "max": {}, "frozen": {}, "local": {},
     "dp": {
         "clip": _POSITIVE._replace(required=True),
         "noise": Param("a number, 0 or more", lambda x: x >= 0, required=True),
         "delta": Param("a number between 0 and 1", lambda x: 0 < x < 1),
     },
-}
-_WRAPPER = "dp"
+}  # fmt: skip
 # The entries of `local` never reach the server, `frozen` releases nothing, and a second `dp` would count noise twice.
-_NOT_WRAPPABLE = frozenset({"local", "frozen", "dp"})
+_NOT_INSIDE_DP = frozenset({"local", "frozen", "dp"})
 
-_FLOWER_NAME = re.compile(r"flower\.[A-Za-z_]\w*")
-_USER_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+# flower.<Strategy>, or package.module:function
+_OTHER_RULE = re.compile(r"flower\.[A-Za-z_]\w*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuleSpec:
-    """One rule of the split, as asked for.
+    """One rule of the split, as asked for; raises UsageError for a name or parameter that cannot be."""
 
-    Parameters
-    ----------
-    pattern : str or None
-        Glob over state_dict keys; None is the rule for all keys that no pattern matches.
-    name : str
-        A name in `BUILTIN_RULES`, `flower.<Strategy>`, or `package.module:function`.
-    params : mapping
-        Keyword arguments. The rule inside `dp` is the `RuleSpec` under ``"rule"``.
-
-    Raises
-    ------
-    UsageError
-        For an unknown name, or a parameter that a built-in rule does not take or that is out of its range.
-    """
-
-    pattern: str | None = None
-    name: str
-    params: Mapping[str, Literal | RuleSpec] = field(default_factory=dict)
+    pattern: str | None = None  # glob over state_dict keys; None takes all keys that no pattern matches
+    name: str  # in BUILTIN_RULES, flower.<Strategy>, or package.module:function
+    params: Mapping[str, Any] = field(default_factory=dict)
+    inner: RuleSpec | None = None  # the rule inside dp
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "params", dict(self.params))
-        _check_pattern(self.pattern)
-        _check_name(self.name)
-        _check_values(self)
-        if self.name == _WRAPPER:
-            _check_wrapper(self)
-        if self.name in BUILTIN_RULES:
-            _check_parameters(self, BUILTIN_RULES[self.name])
+        if self.pattern is not None:
+            _check_pattern(self.pattern)
+        if self.name not in BUILTIN_RULES and not _OTHER_RULE.fullmatch(self.name):
+            raise UsageError(
+                f"unknown rule {self.name!r}{_suggestion(self.name, BUILTIN_RULES)}: known are "
+                f"{', '.join(BUILTIN_RULES)}, flower.<Strategy> and package.module:function"
+            )
+        _check_inner(self.name, self.inner)
+        _check_params(self.name, self.params)
 
     @property
     def rule(self) -> str:
         """The rule as text, without its pattern."""
         arguments = [self.inner.rule] if self.inner is not None else []
-        arguments += [f"{key}={literal_text(value)}" for key, value in self.options.items()]
+        arguments += [f"{key}={literal_text(value)}" for key, value in self.params.items()]
         return f"{self.name}({', '.join(arguments)})" if arguments else self.name
 
     @property
-    def inner(self) -> RuleSpec | None:
-        """The rule inside `dp`."""
-        inner = self.params.get("rule")
-        return inner if isinstance(inner, RuleSpec) else None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The parameters without the rule inside."""
-        return {key: value for key, value in self.params.items() if not isinstance(value, RuleSpec)}
-
-    @property
     def part(self) -> str:
-        """The name of the part of the model that this rule merges: its pattern, or ``"*"``."""
+        """The name of the part that this rule merges: its pattern, or ``"*"``."""
         return "*" if self.pattern is None else self.pattern
-
-    def matches(self, key: str) -> bool:
-        """Return whether this rule would take `key` if no earlier one did."""
-        return local_keys.first_match(key, [self.part]) is not None
 
     def __str__(self) -> str:
         return self.rule if self.pattern is None else f"{self.pattern}={self.rule}"
@@ -131,56 +93,39 @@ class RuleSpec:
         return hash(str(self))
 
 
-def _check_pattern(pattern: str | None) -> None:
-    if pattern is not None and (
-        not pattern or pattern != pattern.strip() or pattern.startswith("@") or any(c in pattern for c in "=()")
-    ):
+def _check_pattern(pattern: str) -> None:
+    if not pattern or pattern != pattern.strip() or pattern.startswith("@") or any(c in pattern for c in "=()"):
         raise UsageError(
             f"{pattern!r} is not a pattern: expected a glob over state_dict keys such as 'body.*', "
             "without spaces around it, '=', brackets '()' or a leading '@'"
         )
 
 
-def _check_name(name: str) -> None:
-    if name in BUILTIN_RULES or _FLOWER_NAME.fullmatch(name) or _USER_NAME.fullmatch(name):
-        return
-    raise UsageError(
-        f"unknown rule {name!r}{_suggestion(name, BUILTIN_RULES)}: known are {', '.join(BUILTIN_RULES)}, "
-        "flower.<Strategy> and package.module:function"
-    )
+def _check_inner(name: str, inner: RuleSpec | None) -> None:
+    if name != "dp" and inner is not None:
+        raise UsageError(f"{name} takes no rule inside; only dp does")
+    if name == "dp" and inner is None:
+        raise UsageError("dp needs a rule as its first argument: dp(fedavg, …)")
+    if inner is not None and inner.name in _NOT_INSIDE_DP:
+        raise UsageError(f"dp cannot wrap {inner.name}")
 
 
-def _check_values(spec: RuleSpec) -> None:
-    for key, value in spec.params.items():
+def _check_params(name: str, params: Mapping[str, Literal]) -> None:
+    known = BUILTIN_RULES.get(name)
+    for key, value in params.items():
         if not key.isidentifier():
-            raise UsageError(f"{spec.name}: {key!r} is not a parameter name")
-        if isinstance(value, RuleSpec):
-            if key != "rule" or spec.name != _WRAPPER:
-                raise UsageError(f"{spec.name} takes no rule inside; only {_WRAPPER} does")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{spec.name}({key}={value}): expected a finite number")
-
-
-def _check_parameters(spec: RuleSpec, known: Mapping[str, Param]) -> None:
-    for key, value in spec.options.items():
+            raise UsageError(f"{name}: {key!r} is not a parameter name")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name}({key}={value}): expected a finite number")
+        if known is None:
+            continue
         if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise UsageError(f"{spec.name} has no parameter {key!r}{_suggestion(key, known)}: {takes}")
-        if not known[key].accepts(value):
-            raise UsageError(f"{spec.name}({key}={literal_text(value)}): {key} is {known[key].says}")
-    missing = [key for key, param in known.items() if param.required and key not in spec.params]
-    if missing:
-        raise UsageError(f"{spec.name} needs {' and '.join(missing)}, for example {spec.name}(…, {missing[0]}=1.0)")
-
-
-def _check_wrapper(spec: RuleSpec) -> None:
-    inner = spec.inner
-    if inner is None:
-        raise UsageError(f"{spec.name} needs a rule as its first argument: {spec.name}(fedavg, …)")
-    if inner.pattern is not None:
-        raise UsageError(f"{spec.name}: the rule inside has the pattern {inner.pattern!r}; put it before {spec.name}")
-    if inner.name in _NOT_WRAPPABLE:
-        raise UsageError(f"{spec.name} cannot wrap {inner.name}")
+            takes = ", ".join(known) or "none"
+            raise UsageError(f"{name} has no parameter {key!r}{_suggestion(key, known)}: it takes {takes}")
+        if isinstance(value, bool | str) or not known[key].allows(value):
+            raise UsageError(f"{name}({key}={literal_text(value)}): {key} is {known[key].says}")
+    if missing := [key for key, param in (known or {}).items() if param.required and key not in params]:
+        raise UsageError(f"{name} needs {' and '.join(missing)}, for example {name}(…, {missing[0]}=1.0)")
 
 
 def _suggestion(found: str, known: Iterable[str]) -> str:
@@ -191,43 +136,28 @@ def _suggestion(found: str, known: Iterable[str]) -> str:
 def parse_rules(texts: Sequence[str]) -> tuple[RuleSpec, ...]:
     """Read the values of the repeated `--aggregate` flag; none at all means `fedavg`.
 
-    Returns
-    -------
-    tuple of RuleSpec
-        In the order given; the one without a pattern, if any, comes last as it takes what the others leave.
-
-    Raises
-    ------
-    UsageError
-        For anything malformed, naming the value; for two rules without a pattern.
+    They come back in the order given, but the one without a pattern is the last, as it takes what the others leave.
+    Raises UsageError for anything malformed, naming the value, and for two rules without a pattern.
     """
-    specs = [spec for text in texts for spec in _parse_value(text)]
+    specs: list[RuleSpec] = []
+    for text in texts:
+        try:
+            file = text.strip().removeprefix("@")
+            specs += [parse_rule(text)] if file == text.strip() else _parse_toml(Path(file))
+        except UsageError as exc:
+            raise UsageError(f"--aggregate {text}: {exc}") from exc
     bare = [spec for spec in specs if spec.pattern is None]
     if len(bare) > 1:
         raise UsageError(
             f"--aggregate: two rules without a pattern, {bare[0]} and {bare[1]}: only one can take what the "
             f"patterns leave; give one a pattern, such as 'body.*={bare[0]}'"
         )
-    if not specs:
-        bare = [RuleSpec(name="fedavg")]
-    return (*(spec for spec in specs if spec.pattern is not None), *bare)
+    return tuple(sorted(specs or [RuleSpec(name="fedavg")], key=lambda spec: spec.pattern is None))
 
 
 def first_match(specs: Sequence[RuleSpec], key: str) -> RuleSpec | None:
-    """Return the rule that takes `key`: the first whose pattern matches, else the one without a pattern, else None."""
-    ordered = sorted(specs, key=lambda spec: spec.pattern is None)
-    index = local_keys.first_match(key, [spec.part for spec in ordered])
-    return None if index is None else ordered[index]
-
-
-def _parse_value(text: str) -> Iterator[RuleSpec]:
-    try:
-        if text.strip().startswith("@"):
-            yield from _parse_toml(Path(text.strip()[1:]))
-        else:
-            yield parse_rule(text)
-    except UsageError as exc:
-        raise UsageError(f"--aggregate {text}: {exc}") from exc
+    """Return the first of the rules that takes a key, or None; they come in the order of `parse_rules`."""
+    return local_keys.first_match(key, ((spec.part, spec) for spec in specs))
 
 
 def parse_rule(text: str) -> RuleSpec:
@@ -239,8 +169,11 @@ def parse_rule(text: str) -> RuleSpec:
 
 
 def _build(call: Call, pattern: str | None = None) -> RuleSpec:
-    params = {key: _build(value) if isinstance(value, Call) else value for key, value in call.params.items()}
-    return RuleSpec(pattern=pattern, name=call.name, params=params)
+    params = {key: value for key, value in call.params.items() if not isinstance(value, Call)}
+    inner = call.params.get("rule")
+    return RuleSpec(
+        pattern=pattern, name=call.name, params=params, inner=_build(inner) if isinstance(inner, Call) else None
+    )
 
 
 def _parse_toml(path: Path) -> Iterator[RuleSpec]:
@@ -254,14 +187,10 @@ def _parse_toml(path: Path) -> Iterator[RuleSpec]:
     if set(tables) != {"part"} or not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
         raise UsageError(f"{path}: expected [[part]] tables and nothing else, found {', '.join(tables) or 'none'}")
     for number, part in enumerate(parts, start=1):
-        yield _parse_toml_part(f"{path}, part {number}", part)
-
-
-def _parse_toml_part(where: str, part: Mapping[str, object]) -> RuleSpec:
-    rule, pattern = part.get("rule"), part.get("pattern")
-    if not set(part) <= {"rule", "pattern"} or not isinstance(rule, str) or not isinstance(pattern, str | None):
-        raise UsageError(f'{where}: expected rule = "…" and perhaps pattern = "…", found {", ".join(part)}')
-    try:
-        return _build(parse_call(rule), pattern)
-    except UsageError as exc:
-        raise UsageError(f"{where}: {exc}") from exc
+        rule, pattern = part.get("rule"), part.get("pattern")
+        try:
+            if not set(part) <= {"rule", "pattern"} or not isinstance(rule, str) or not isinstance(pattern, str | None):
+                raise UsageError(f'expected rule = "…" and perhaps pattern = "…", found {", ".join(part)}')
+            yield _build(parse_call(rule), pattern)
+        except UsageError as exc:
+            raise UsageError(f"{path}, part {number}: {exc}") from exc

@@ -6,47 +6,37 @@ The server resolves the split once, against the first global state, and then for
     merger.add(update)          # in rank order, each after `check_update` let it pass
     state = merger.finish()
 
-`memory` is the server's: one dict a part, changed in place by the rules, saved with the checkpoint of the
-round. After an `AggregationError` it may hold half a round; the last checkpoint does not.
+After an `AggregationError`, `memory` may hold half a round; the last checkpoint does not.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 from torch import Tensor
 
-from fedsplit.aggregation.base import (
-    AggregationContext,
-    Rule,
-    StateDict,
-    Update,
-    check_memory,
-    seeded_generator,
-)
-from fedsplit.aggregation.guard import InputGuard, check_output
-from fedsplit.aggregation.loading import load_rule
+from fedsplit.aggregation.base import AggregationContext, Rule, StateDict, Update, seeded_generator
+from fedsplit.aggregation.rules import BUILTIN
 from fedsplit.aggregation.spec import RuleSpec, first_match
-from fedsplit.aggregation.validation import named
+from fedsplit.aggregation.validation import Watched, check_memory, check_output
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.history import PartRow
+from fedsplit.states.state_dict import named
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The keys that one rule takes; `rule` is None for a part that stays with the clients."""
+    """The keys that one rule takes; `name` is its pattern or ``"*"``, `rule` is None if it stays with the clients."""
 
-    spec: RuleSpec
+    name: str
     keys: tuple[str, ...]
     rule: Rule | None
-
-    @property
-    def name(self) -> str:
-        """The pattern, or ``"*"``."""
-        return self.spec.part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,40 +50,31 @@ class Split:
     def resolve(
         cls, specs: Sequence[RuleSpec], reference: Mapping[str, Tensor], *, local_withheld: bool = False
     ) -> Split:
-        """Give every key its rule.
+        """Give every key of a state its rule, of those from `parse_rules`. The state may be tensors without data.
 
-        Parameters
-        ----------
-        specs : sequence of RuleSpec
-            As from `parse_rules`.
-        reference : mapping of str to Tensor
-            The global state, or tensors of its shapes and dtypes (`device="meta"` will do).
-        local_withheld : bool
-            Whether the entries of `local` parts were taken out of `reference` before; then a `local` pattern
-            that matches nothing is no error, as it can match nothing.
-
-        Raises
-        ------
-        UsageError
-            For a pattern that matches nothing, keys without a rule, nothing left to merge, or a rule that
-            cannot be loaded.
+        With `local_withheld` it lacks the entries that stay with the clients, so a `local` pattern may match nothing.
+        Raises UsageError for any other pattern that matches nothing, a key without a rule, or nothing left to merge.
         """
-        keys: dict[RuleSpec, list[str]] = {spec: [] for spec in specs}
-        without: list[str] = []
+        keys: dict[RuleSpec | None, list[str]] = {spec: [] for spec in specs}
         for key in reference:
-            spec = first_match(specs, key)
-            (without if spec is None else keys[spec]).append(key)
-        if without:
+            keys.setdefault(first_match(specs, key), []).append(key)
+        if without := keys.get(None):
             raise UsageError(
                 f"no rule for {named(without)}: no pattern matches; add one without a pattern, such as fedavg"
             )
-        for spec, taken in keys.items():
-            if not taken and spec.pattern is not None and not (local_withheld and spec.name == "local"):
+        parts, rows = [], []
+        for spec in dict.fromkeys(specs):
+            local, taken = spec.name == "local", keys[spec]
+            if not taken and spec.pattern is None:
+                continue
+            if not taken and not (local and local_withheld):
                 raise UsageError(_matches_nothing(spec, reference))
-        parts = tuple(_part(spec, taken) for spec, taken in keys.items() if taken or spec.pattern is not None)
+            size = sum(reference[key].nbytes for key in taken)
+            parts.append(Part(name=spec.part, keys=tuple(taken), rule=None if local else load_rule(spec)))
+            rows.append(PartRow(part=spec.part, entries=len(taken), bytes=size, rule=spec.rule))
         if reference and all(part.rule is None for part in parts):
             raise UsageError("every entry is local: nothing is left for the server to merge")
-        return cls(parts=parts, rows=tuple(_row(part, reference) for part in parts))
+        return cls(parts=tuple(parts), rows=tuple(rows))
 
     @property
     def local_keys(self) -> frozenset[str]:
@@ -106,93 +87,52 @@ class Split:
         return max((part.rule.min_updates for part in self.parts if part.rule is not None), default=1)
 
     def start_round(
-        self,
-        *,
-        server_round: int,
-        total_rounds: int,
-        previous: Mapping[str, Tensor],
-        seed: int,
+        self, *, server_round: int, total_rounds: int, previous: Mapping[str, Tensor], seed: int,
         memory: dict[str, dict[str, Any]],
-    ) -> RoundMerger:
-        """Begin the merging of one round.
+    ) -> RoundMerger:  # fmt: skip
+        """Begin the merging of one round; rounds count from 1.
 
-        Parameters
-        ----------
-        server_round, total_rounds : int
-            Counting from 1.
-        previous : mapping of str to Tensor
-            The global state the clients started from. Its order of keys is that of the result.
-        seed : int
-            The run's seed.
-        memory : dict
-            What the rules remember, by part. Missing parts are added, others changed in place.
+        `previous` is the global state that the clients started from, `seed` the run's, and `memory` what the rules
+        remember, by part: it is changed in place, and saved with the checkpoint of the round.
         """
-        mergers = []
+        mergers, local_keys = [], self.local_keys
         for part in self.parts:
             if part.rule is not None:
                 context = AggregationContext(
-                    server_round=server_round,
-                    total_rounds=total_rounds,
-                    part=part.name,
-                    previous={key: previous[key] for key in part.keys},
+                    server_round=server_round, total_rounds=total_rounds, part=part.name,
+                    previous={key: previous[key] for key in part.keys}, memory=memory.setdefault(part.name, {}),
                     generator=seeded_generator(seed, server_round, part.name),
-                    memory=memory.setdefault(part.name, {}),
-                )
+                )  # fmt: skip
                 mergers.append(_PartMerger(part.rule, context))
-        return RoundMerger(mergers, previous, local_keys=self.local_keys)
+        return RoundMerger(mergers, {key: tensor for key, tensor in previous.items() if key not in local_keys})
 
 
 class RoundMerger:
-    """The merging of one round, part by part.
+    """The merging of one round, part by part; `count` is how many updates were added."""
 
-    Attributes
-    ----------
-    count : int
-        How many updates were added.
-    retains : bool
-        Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
-    """
-
-    def __init__(
-        self, parts: Sequence[_PartMerger], previous: Mapping[str, Tensor], *, local_keys: frozenset[str]
-    ) -> None:
+    def __init__(self, parts: Sequence[_PartMerger], previous: StateDict) -> None:
         self._parts = parts
         self._previous = previous
-        self._local_keys = local_keys
         self.count = 0
+        # Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
         self.retains = not all(part.rule.one_pass for part in parts)
 
     def add(self, update: Update) -> None:
-        """Merge, or keep, one update. To be called in rank order.
-
-        Raises
-        ------
-        AggregationError
-            If a rule fails on it, naming the rule and the part.
-        """
+        """Merge, or keep, one update; raises AggregationError, naming rule and part, if a rule fails on it."""
         self.count += 1
         for part in self._parts:
             part.add(update)
 
     def finish(self) -> StateDict:
-        """The new global state, without the parts that stay with the clients.
+        """Return the new global state without the local parts; without a single update, the previous tensors.
 
-        Returns
-        -------
-        dict of str to Tensor
-            In the key order of the previous state. Without a single update, the previous tensors themselves.
-
-        Raises
-        ------
-        AggregationError
-            If a rule fails, returns wrong keys, shapes, dtypes or values, changes what it was given, or
-            remembers what no checkpoint can hold; naming the rule, the part, and what it did.
+        Raises AggregationError, naming rule and part, if a rule fails, returns wrong keys, shapes, dtypes or values,
+        changes what it was given, or remembers what no checkpoint can hold.
         """
         merged = dict(self._previous)
-        if self.count:
-            for part in self._parts:
-                merged |= part.finish()
-        return {key: tensor for key, tensor in merged.items() if key not in self._local_keys}
+        for part in self._parts if self.count else ():
+            merged |= part.finish()
+        return merged
 
 
 class _PartMerger:
@@ -201,25 +141,25 @@ class _PartMerger:
     def __init__(self, rule: Rule, context: AggregationContext) -> None:
         self.rule = rule
         self._context = context
-        self._guard = InputGuard()
-        self._guard.watch("the previous global state", context.previous)
+        self._watched = [Watched("the previous global state", context.previous)]
         with self._naming():
             self._accumulator = rule.accumulator(context)
 
     def add(self, update: Update) -> None:
         state = {key: update.state_dict[key] for key in self._context.previous}
-        view = Update(rank=update.rank, state_dict=state, num_examples=update.num_examples, metrics=update.metrics)
         with self._naming():
-            guard = InputGuard() if self.rule.one_pass else self._guard
-            guard.watch(f"the update of rank {update.rank}", state)
-            self._accumulator.add(view)
+            watched = Watched(f"the update of rank {update.rank}", state)
+            self._accumulator.add(replace(update, state_dict=state))
             if self.rule.one_pass:
-                guard.check()
+                watched.check()
+            else:
+                self._watched.append(watched)
 
     def finish(self) -> StateDict:
         with self._naming():
             result = self._accumulator.result()
-            self._guard.check()
+            for watched in self._watched:
+                watched.check()
             check_output(result, self._context.previous)
             check_memory(self._context.memory)
         return result
@@ -236,17 +176,64 @@ class _PartMerger:
             raise AggregationError(f"{who} failed: {type(exc).__name__}: {exc}") from exc
 
 
-def _part(spec: RuleSpec, keys: Sequence[str]) -> Part:
-    return Part(spec=spec, keys=tuple(keys), rule=None if spec.name == "local" else load_rule(spec))
-
-
-def _row(part: Part, reference: Mapping[str, Tensor]) -> PartRow:
-    size = sum(reference[key].numel() * reference[key].element_size() for key in part.keys)
-    return PartRow(part=part.name, entries=len(part.keys), bytes=size, rule=part.spec.rule)
-
-
 def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor]) -> str:
-    taken = [key for key in reference if spec.matches(key)]
-    if taken:
+    if taken := [key for key in reference if first_match([spec], key)]:
         return f"the pattern of {spec} comes too late: earlier patterns take {named(taken)}; put it first"
     return f"the pattern of {spec} matches no entry; there are {named(reference)}"
+
+
+def check_rules(specs: Sequence[RuleSpec]) -> None:
+    """Load every rule once, before the server waits for anybody; raises UsageError as `load_rule` does."""
+    for spec in specs:
+        if spec.name != "local":
+            load_rule(spec)
+
+
+def load_rule(spec: RuleSpec) -> Rule:
+    """Bind a rule other than `local`; raises UsageError if a function, class, parameter or package is not there."""
+    if spec.inner is not None:
+        from fedsplit.aggregation.privacy import private_rule
+
+        return private_rule(spec.rule, load_rule(spec.inner), averages=spec.inner.name == "fedavg", **spec.params)
+    if spec.name in BUILTIN:
+        return BUILTIN[spec.name].bind(spec.rule, **spec.params)
+    if ":" in spec.name:
+        return _user_rule(spec)
+    from fedsplit.aggregation.flower import flower_rule
+
+    return flower_rule(spec.rule, spec.name.removeprefix("flower."), spec.params)
+
+
+def _user_rule(spec: RuleSpec) -> Rule:
+    """Load a function of the user's, or a class of theirs that makes a rule."""
+    target = find_object(spec.name, f"the rule {spec.name}")
+    if not callable(target):
+        module_name, _, path = spec.name.partition(":")
+        raise UsageError(f"{spec.name}: the module {module_name!r} has no function {path!r}")
+    try:
+        inspect.signature(target).bind(*([] if inspect.isclass(target) else ["updates", "context"]), **spec.params)
+    except (TypeError, ValueError) as exc:
+        raise UsageError(
+            f"{spec.name} cannot be called as rule({', '.join(['updates', 'context', *spec.params])}): {exc}"
+        ) from exc
+    if inspect.isclass(target):
+        return cast(Rule, target(**spec.params))
+    return Rule.of_function(spec.rule, partial(target, **spec.params))
+
+
+def find_object(name: str, what: str) -> Any:
+    """Return what ``package.module:name`` means, or None if the module has no such name.
+
+    Raises UsageError, which says that `what` wanted the module, if it cannot be imported.
+    """
+    module_name, _, path = name.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as exc:  # the module is the user's: whatever it raises is for them to read, in one line
+        raise UsageError(
+            f"cannot import {module_name!r} for {what}: {type(exc).__name__}: {exc}; "
+            "it is looked for in the directory that the program was started from and on PYTHONPATH"
+        ) from exc
+    for each in path.split("."):
+        target = getattr(target, each, None)
+    return target

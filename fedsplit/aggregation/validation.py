@@ -1,52 +1,110 @@
-"""The check of each update before any rule sees it: keys, shapes, dtypes, number of examples, NaN and infinities.
+"""The checks before and after a rule: each update, what the rule was given, what it returned, and what it remembers.
 
 Not checked: values that are finite and wrong. Against those there are the robust rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from fedsplit.aggregation.base import Update
-from fedsplit.aggregation.numeric import is_floating, real_view, same, surely_finite, widened
-
-_NAMED = 3
+from fedsplit.aggregation.numeric import real_view, same, surely_finite, widened
+from fedsplit.errors import AggregationError
+from fedsplit.states.state_dict import named
 
 
 def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
-    """Return why an update must be refused, or None if it may be merged.
+    """Return in one line why an update must be refused, or None if it may be merged.
 
-    Parameters
-    ----------
-    update : Update
-        As it came from a client.
-    reference : mapping of str to Tensor
-        The global state the round started from, without the parts that stay with the clients.
-
-    Returns
-    -------
-    str or None
-        The reason in one line. A NaN or infinity is one unless the reference has the same in the same place, as an
-        attention mask of -inf does.
+    `reference` is the global state the round started from, without the parts that stay with the clients. A NaN or
+    infinity is a reason unless the reference has the same in the same place, as an attention mask of -inf.
     """
-    return (
-        _check_examples(update.num_examples)
-        or _check_keys(update.state_dict, reference)
-        or _check_forms(update.state_dict, reference)
-        or _check_values(update.state_dict, reference)
-    )
+    state, examples = update.state_dict, update.num_examples
+    if not isinstance(examples, int) or isinstance(examples, bool):
+        return f"num_examples is {examples!r}, expected a whole number"
+    if examples < 1:
+        return f"num_examples is {examples}, expected at least 1"
+    if keys := _key_difference(state, reference):
+        return keys
+    for key, expected in reference.items():
+        if reason := _form_difference(state[key], expected):
+            return f"{key!r} {reason}"
+    bad = [key for key, tensor in state.items() if _new_non_finite(tensor, reference[key])]
+    return f"NaN or Inf in {named(bad)}" if bad else None
 
 
-def named(keys: Iterable[str]) -> str:
-    """Return the first few of the keys, and how many more there are."""
-    known = list(keys)
-    more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
-    return ", ".join(map(repr, known[:_NAMED])) + more
+def check_output(result: object, previous: Mapping[str, Tensor]) -> None:
+    """Refuse a result that cannot be the next global state of its part: raises AggregationError, naming the key.
+
+    Its keys, shapes, dtypes and devices must be those of the previous state, and so any NaN or infinity in it.
+    """
+    if not isinstance(result, Mapping):
+        raise AggregationError(f"it returned a {type(result).__name__}, expected a dict of tensors")
+    if keys := _key_difference(result, previous):
+        raise AggregationError(f"it returned a state with wrong keys: {keys}")
+    for key, expected in previous.items():
+        tensor = result[key]
+        if not isinstance(tensor, Tensor):
+            raise AggregationError(f"it returned a {type(tensor).__name__} for {key!r}, expected a tensor")
+        if reason := _form_difference(tensor, expected):
+            raise AggregationError(f"it returned {key!r}, which {reason}")
+        if tensor is not expected and _new_non_finite(tensor, expected):
+            raise AggregationError(
+                f"it made a NaN or Inf in {key!r}; if that entry is meant to hold one, keep it with {key}=frozen"
+            )
 
 
-def difference(found: Tensor, expected: Tensor) -> str | None:
+def check_memory(memory: object, where: str = "memory") -> None:
+    """Refuse what a checkpoint cannot hold: raises AggregationError, naming the place in the memory and the type."""
+    if isinstance(memory, dict):
+        for key, value in memory.items():
+            if not isinstance(key, str):
+                raise AggregationError(f"{where} has the key {key!r}: expected str keys, found {type(key).__name__}")
+            check_memory(value, f"{where}[{key!r}]")
+    elif isinstance(memory, list):
+        for index, value in enumerate(memory):
+            check_memory(value, f"{where}[{index}]")
+    elif not isinstance(memory, None | bool | int | float | str | Tensor):
+        raise AggregationError(
+            f"{where} holds a {type(memory).__name__}, which no checkpoint can hold: expected None, bool, "
+            "int, float, str, list, dict or Tensor"
+        )
+
+
+class Watched:
+    """Tells whether a rule changed a mapping of tensors that it was given.
+
+    Writes that go around torch, as through `tensor.numpy()` or `tensor.data`, are not seen: that would take a checksum
+    of every input, as slow as the merge itself.
+    """
+
+    def __init__(self, what: str, state: Mapping[str, Tensor]) -> None:
+        self._what = what
+        self._state = state
+        self._before = {key: (tensor, _version(tensor)) for key, tensor in state.items()}
+
+    def check(self) -> None:
+        """Raise an AggregationError that names the first key that changed."""
+        did = [f"added {key!r} to" for key in self._state if key not in self._before]
+        for key, (tensor, version) in self._before.items():
+            if key not in self._state:
+                did.append(f"removed {key!r} from")
+            elif self._state[key] is not tensor or _version(tensor) != version:
+                did.append(f"changed {key!r} in")
+        if did:
+            raise AggregationError(f"it {did[0]} {self._what}; a rule must not change what it is given")
+
+
+def _key_difference(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
+    """Return in words which keys are missing and unexpected, or nothing."""
+    missing = named(key for key in expected if key not in found)
+    unexpected = named(key for key in found if key not in expected)
+    return "; ".join(f"{what} {keys}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys)
+
+
+def _form_difference(found: Tensor, expected: Tensor) -> str | None:
     """Return in words how shape, dtype or device differ, or None."""
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
@@ -57,7 +115,7 @@ def difference(found: Tensor, expected: Tensor) -> str | None:
     return None
 
 
-def new_non_finite(found: Tensor, reference: Tensor) -> bool:
+def _new_non_finite(found: Tensor, reference: Tensor) -> bool:
     """Return whether there is a NaN or infinity that `reference` does not have in the same place."""
     if surely_finite(found):
         return False
@@ -65,28 +123,6 @@ def new_non_finite(found: Tensor, reference: Tensor) -> bool:
     return not bool((found.isfinite() | same(found, reference)).all())
 
 
-def _check_examples(num_examples: object) -> str | None:
-    if not isinstance(num_examples, int) or isinstance(num_examples, bool):
-        return f"num_examples is {num_examples!r}, expected a whole number"
-    return f"num_examples is {num_examples}, expected at least 1" if num_examples < 1 else None
-
-
-def _check_keys(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
-    missing = [key for key in reference if key not in state]
-    unexpected = [key for key in state if key not in reference]
-    reasons = [f"missing {named(missing)}"] if missing else []
-    reasons += [f"unexpected {named(unexpected)}"] if unexpected else []
-    return "; ".join(reasons) or None
-
-
-def _check_forms(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
-    for key, expected in reference.items():
-        reason = difference(state[key], expected)
-        if reason is not None:
-            return f"{key!r} {reason}"
-    return None
-
-
-def _check_values(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
-    bad = [key for key, tensor in state.items() if is_floating(tensor) and new_non_finite(tensor, reference[key])]
-    return f"NaN or Inf in {named(bad)}" if bad else None
+def _version(tensor: Tensor) -> int:
+    # torch raises this counter with every write in place; tensors made under inference_mode have none.
+    return 0 if tensor.is_inference() else tensor._version

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     cli.check_output(output, endings=_ENDINGS)
     checkpoint = choose(CheckpointStore(Places(arguments.checkpoint_dir).server), arguments.round)
 
-    from fedsplit.states.portable import export_state
+    from fedsplit.states.state_dict import export_state
 
     write_chunks(output, export_state(checkpoint.path(STATE_FILE), output))
     print(f"{output}: the state after round {checkpoint.server_round} of run {checkpoint.run_id}, "

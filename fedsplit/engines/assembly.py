@@ -71,7 +71,7 @@ def _reader_of(path: Path | None) -> Callable[[], list[Buffer]] | None:
         return None
 
     def read() -> list[Buffer]:
-        from fedsplit.states.portable import read_initial_checkpoint
+        from fedsplit.states.state_dict import read_initial_checkpoint
 
         return read_initial_checkpoint(path)
 

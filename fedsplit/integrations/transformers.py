@@ -5,18 +5,9 @@
     with fedsplit.Trainer(rank=1, model=model) as trainer:
         federate(trainer, hf_trainer, epochs_per_round=1)
 
-One Hugging Face Trainer serves the whole run, and its optimizer lives on. ``train()`` would begin a new schedule of the
-learning rate each time; here one schedule covers all rounds. A restarted process continues with both. A round without a
-single step is an error. Logs get ``round`` and ``total_step``, since Transformers' own step starts from 0 in every
-``train()``.
-
-The server's split says which part of a PEFT model travels, as for any model::
-
-    --aggregate "*lora_*=fedavg" --aggregate "*modules_to_save*=fedavg" --aggregate local
-
-Then the frozen base stays with each trainer, and is kept with its local state. If it is too large to be written each
-round, give `adapter_state` as the trainer's model and ``adapter_only=True`` here. The base is then no part of the
-federation at all, and you must see to it that it is the same everywhere.
+One Hugging Face Trainer serves the whole run. Its optimizer lives on, and one schedule of the learning rate covers all
+rounds, also in a restarted process. Logs get ``round`` and ``total_step``, since Transformers' own step starts from 0
+in every ``train()``. Of a PEFT model, the server's split says what travels; docs/integrations.md shows the flags.
 
 Not covered: DeepSpeed and FSDP, which wrap the optimizer in their own ways.
 """
@@ -34,15 +25,14 @@ from fedsplit.errors import StateMismatchError, TrainingError
 from fedsplit.states.state_dict import StateDict, describe_difference
 from fedsplit.trainer.trainer import Task, Trainer
 
+# What Transformers and this module add to the metrics of an evaluation.
+_NOT_METRICS = {"round", "total_step", "epoch", "runtime", "samples_per_second", "steps_per_second"}
+
 
 def federate(
-    trainer: Trainer,
-    hf_trainer: HuggingFaceTrainer,
-    *,
-    epochs_per_round: float = 1.0,
-    adapter_only: bool = False,
+    trainer: Trainer, hf_trainer: HuggingFaceTrainer, *, epochs_per_round: float = 1.0, adapter_only: bool = False
 ) -> None:
-    """Answer every task of a run with ``hf_trainer.train()`` and ``hf_trainer.evaluate()``.
+    """Answer every task with ``hf_trainer.train()`` or ``evaluate()``; raises TrainingError if a round trains no step.
 
     Parameters
     ----------
@@ -55,14 +45,11 @@ def federate(
     epochs_per_round
         How many epochs a round trains.
     adapter_only
-        Load and send only the adapters of a PEFT model.
-
-    Raises
-    ------
-    TrainingError
-        If a round trained not a single step.
+        Load and send only the adapters of a PEFT model, with `adapter_state` as the trainer's model. Its base is then
+        no part of the federation, and must be the same everywhere.
     """
-    rounds = _Rounds(hf_trainer, epochs_per_round)
+    hf_trainer.args.num_train_epochs = epochs_per_round
+    rounds = _Rounds(hf_trainer)
     # In front of the loggers, so that they see what it adds to the logs.
     hf_trainer.callback_handler.callbacks.insert(0, rounds)
     model = cast("torch.nn.Module", hf_trainer.model)
@@ -77,11 +64,11 @@ def federate(
             task.reply(loss=found.pop("loss"), num_examples=_length(hf_trainer.eval_dataset, 0), metrics=found)
             continue
         outcome = hf_trainer.train()
-        seen = outcome.global_step * hf_trainer.args.train_batch_size * hf_trainer.args.gradient_accumulation_steps
         if outcome.global_step == 0:
             raise TrainingError(
                 f"round {task.server_round} trained not a single step; are its epochs 0, or its training data empty?"
             )
+        seen = outcome.global_step * hf_trainer.args.train_batch_size * hf_trainer.args.gradient_accumulation_steps
         task.reply(
             adapter_state(model) if adapter_only else model, num_examples=_length(hf_trainer.train_dataset, seen),
             metrics={"loss": float(outcome.training_loss)}, local_state=rounds.keep(outcome.global_step),
@@ -98,41 +85,43 @@ def adapter_state(model: torch.nn.Module) -> StateDict:
 class _Rounds(TrainerCallback):
     """Keeps the optimizer and one schedule over all rounds, and adds the round and the total step to the logs."""
 
-    def __init__(self, hf_trainer: HuggingFaceTrainer, epochs: float) -> None:
-        self._trainer = hf_trainer
-        self._task: Task | None = None
+    _task: Task
+
+    def __init__(self, hf_trainer: HuggingFaceTrainer) -> None:
+        self._trainer: Any = hf_trainer
         self._steps_before = 0
-        hf_trainer.args.num_train_epochs = epochs
 
     def begin(self, task: Task) -> None:
         """Prepare for a task. After a restart, or if the server went back, read what was kept with the round before."""
         self._task = task
         if task.kind == "evaluate":
             return
-        if self._trainer.lr_scheduler is None:
-            self._make_schedule(task.total_rounds)
+        trainer = self._trainer
+        if trainer.lr_scheduler is None:
+            # train() would begin a new schedule each time.
+            steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+            trainer.create_optimizer()
+            trainer.create_scheduler(num_training_steps=steps * task.total_rounds, optimizer=trainer.optimizer)
+            # Else train() takes the schedule for one of its own, made for a single call, and makes another.
+            trainer._created_lr_scheduler = False
         if task.restore and (kept := task.local_state) is not None:
             self._steps_before = kept["steps"]
-            optimizer, scheduler = self._parts()
-            optimizer.load_state_dict(kept["optimizer"])
-            scheduler.load_state_dict(kept["scheduler"])
+            trainer.optimizer.load_state_dict(kept["optimizer"])
+            trainer.lr_scheduler.load_state_dict(kept["scheduler"])
             torch.set_rng_state(kept["random"])
 
     def keep(self, steps: int) -> dict[str, Any]:
         """Return what must outlive the process."""
         self._steps_before += steps
-        optimizer, scheduler = self._parts()
         return {
-            "steps": self._steps_before,
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "random": torch.get_rng_state(),
-        }
+            "steps": self._steps_before, "random": torch.get_rng_state(),
+            "optimizer": self._trainer.optimizer.state_dict(), "scheduler": self._trainer.lr_scheduler.state_dict(),
+        }  # fmt: skip
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self._task is not None and self._task.should_stop():
+        if self._task.should_stop():
             control.should_training_stop = True
         return control
 
@@ -140,20 +129,9 @@ class _Rounds(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
         logs: dict[str, Any] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        if self._task is not None and logs is not None:
+        if logs is not None:
             logs["round"] = self._task.server_round
             logs["total_step"] = self._steps_before + (state.global_step if self._task.kind == "train" else 0)
-
-    def _parts(self) -> tuple[Any, Any]:
-        return self._trainer.optimizer, self._trainer.lr_scheduler
-
-    def _make_schedule(self, total_rounds: int) -> None:
-        trainer = self._trainer
-        steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-        trainer.create_optimizer()
-        trainer.create_scheduler(num_training_steps=steps * total_rounds, optimizer=trainer.optimizer)
-        # Else train() takes the schedule for one of its own, made for a single call, and makes another.
-        trainer._created_lr_scheduler = False
 
 
 def _load_adapter(model: torch.nn.Module, task: Task) -> None:
@@ -167,8 +145,7 @@ def _load_adapter(model: torch.nn.Module, task: Task) -> None:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     numbers = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, int | float)}
-    unwanted = {"round", "total_step", "epoch", "runtime", "samples_per_second", "steps_per_second"}
-    return {name: float(value) for name, value in numbers.items() if name not in unwanted}
+    return {name: float(value) for name, value in numbers.items() if name not in _NOT_METRICS}
 
 
 def _length(data: Any, streamed: int) -> int:

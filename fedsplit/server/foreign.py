@@ -8,7 +8,7 @@ Floating entries are float32 at least on the strategy's side, since numpy has no
 dtype; complex entries are pairs of numbers. Whole numbers and truth values are float64 in the results, and what becomes
 of them is rounded: Flower's averages of integers come to 0 otherwise. So they are exact up to 2**53.
 
-Between rounds its attributes are kept in the checkpoints; see `fedsplit.aggregation.attributes` for which can be.
+Between rounds its attributes are kept in the checkpoints, those that `fedsplit.aggregation.flower.Attributes` can keep.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy as FlowerStrategy
 
 from fedsplit.aggregation import Update
-from fedsplit.aggregation.attributes import Attributes, decode
-from fedsplit.aggregation.flower import from_numpy, to_numpy
+from fedsplit.aggregation.flower import Attributes, decode, from_numpy, to_numpy
 from fedsplit.aggregation.grammar import Call, parse_call
-from fedsplit.aggregation.guard import check_output
-from fedsplit.aggregation.loading import find_object
 from fedsplit.aggregation.numeric import is_floating
+from fedsplit.aggregation.split import find_object
+from fedsplit.aggregation.validation import check_output
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.history import PartRow, is_number
 from fedsplit.server.peer import RankProxy

@@ -26,7 +26,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy as FlowerStrategy
 
 from fedsplit.aggregation import Split, Update, check_update
-from fedsplit.aggregation.loading import check_rules
+from fedsplit.aggregation.split import check_rules
 from fedsplit.errors import RecordError, UsageError
 from fedsplit.exchange.records import Scalar
 from fedsplit.run.history import PartRow, weighted_mean

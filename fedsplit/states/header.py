@@ -7,8 +7,7 @@ The format: https://github.com/huggingface/safetensors#format.
 As in the safetensors library, entries must not overlap, leave holes or reach past the end, their lengths must fit their
 shapes, and the header has at most 100 MB. Refused here and accepted there: two entries of one name, of which the
 library drops one; dtypes of less than a byte (F4, F6_E2M3, F6_E3M2); more than 64 dimensions; beside a size of 0, a
-size of 2**63 and more, and sizes whose product overflows. Accepted here and refused there: metadata that is not text,
-as metadata is not read.
+size of 2**63 and more, and sizes whose product overflows. Metadata is not read, so it may be anything.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,46 +45,28 @@ class Entry:
 
 
 def build_header(sizes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
-    """Lay out a payload.
+    """Lay out a payload of names with their safetensors dtypes and shapes, in the order that a reader is to see.
 
-    Parameters
-    ----------
-    sizes
-        Name to (safetensors dtype, shape), in the order in which a reader is to see the names.
-
-    Returns
-    -------
-    header
-        The length field and the JSON, padded to 8 bytes.
-    order
-        The names in the order of their bytes: wide dtypes first, so that each tensor is aligned.
+    Returns the header (the length field and the JSON, padded to 8 bytes), and the names in the order of their bytes:
+    wide dtypes first, so that each tensor is aligned.
     """
     order = sorted(sizes, key=lambda name: -ITEM_BYTES[sizes[name][0]])
-    offsets, position = {}, 0
+    record: dict[str, Any] = {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in sizes.items()}
+    position = 0
     for name in order:
         dtype, shape = sizes[name]
         end = position + ITEM_BYTES[dtype] * math.prod(shape)
-        offsets[name] = [position, end]
+        record[name]["data_offsets"] = [position, end]
         position = end
-    record = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": offsets[name]} for name, (dtype, shape) in sizes.items()
-    }
     text = json.dumps(record, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, order
 
 
 def parse_header(start: bytes | memoryview, payload_bytes: int, where: str) -> Mapping[str, Entry]:
-    """Read the entries of a payload; raises RecordError if this is not a whole safetensors payload.
+    """Read the entries of a payload of `payload_bytes` bytes from its start, which has at least the whole header.
 
-    Parameters
-    ----------
-    start
-        At least the length field and the header.
-    payload_bytes
-        Length of the whole payload in bytes.
-    where
-        The file, or whom it came from, for error messages.
+    Raises RecordError, which says `where` it came from, if this is not a whole safetensors payload.
     """
     data_begin = 8 + header_bytes(start[:8], payload_bytes, where)
     if len(start) < data_begin:
@@ -131,12 +111,9 @@ def header_bytes(length_field: bytes | memoryview, payload_bytes: int, where: st
 
 
 def read_header(path: Path, expected_bytes: int | None = None) -> Mapping[str, Entry]:
-    """Read the entries of a payload file; a symbolic link is refused.
+    """Read the entries of a payload file.
 
-    Raises
-    ------
-    RecordError
-        If the file is missing, not a regular file, has another length than expected, or is not safetensors.
+    Raises RecordError if it is missing, no regular file, of another length than expected, or not safetensors.
     """
     try:
         with open_regular(path) as file:
@@ -168,8 +145,9 @@ def _entry(fields: Any, data_begin: int) -> Entry:
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # Two readers could take different ones of them.
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {repeated!r} appears twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} appears twice")
+        found[key] = value
     return found

@@ -7,6 +7,7 @@ entry that is not a tensor) is refused by name.
 
 from __future__ import annotations
 
+import io
 import mmap
 import re
 import warnings
@@ -18,7 +19,7 @@ import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fedsplit.disk.files import Buffer, map_regular
-from fedsplit.errors import RecordError, StateMismatchError, UsageError
+from fedsplit.errors import CheckpointError, FedSplitError, RecordError, StateMismatchError, UsageError
 from fedsplit.states.header import build_header, parse_header
 
 StateDict = dict[str, torch.Tensor]
@@ -47,26 +48,19 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 def encode(state_dict: Mapping[str, torch.Tensor]) -> list[Buffer]:
     """Return the payload as buffers to be written one after the other: the header, then each tensor's memory.
 
-    Most buffers share memory with the tensors: write them before the tensors change.
-
-    Raises
-    ------
-    UsageError
-        If an entry is not a dense tensor of a supported dtype; names it.
+    Most buffers share memory with the tensors: write them before the tensors change. Raises UsageError, naming the
+    entry, for what cannot travel.
     """
     tensors = {name: _plain(name, tensor) for name, tensor in state_dict.items()}
     sizes = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     header, order = build_header(sizes)
-    return [header, *(_bytes_of(tensors[name]) for name in order)]
+    return [header, *(tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in order)]
 
 
 def decode(payload: Buffer | mmap.mmap, where: str = "payload") -> StateDict:
     """Lay tensors over a payload's bytes. Nothing is copied, so the payload must not change while they are in use.
 
-    Raises
-    ------
-    RecordError
-        If it is not a safetensors payload, or this release of torch lacks a dtype in it; says where it came from.
+    Raises RecordError, saying `where` it came from, if it is not safetensors or torch lacks a dtype in it.
     """
     entries = parse_header(memoryview(payload), len(payload), where)
     flat = torch.frombuffer(payload, dtype=torch.uint8)
@@ -115,30 +109,19 @@ def travel_names(names: Iterable[str]) -> dict[str, str]:
 
     A state_dict taken from a wrapped module has ``module.`` before every name; one with compiled submodules has
     ``_orig_mod.`` anywhere. A submodule that is itself called ``module`` keeps its name if it has a sibling. Names
-    that travel are left as they are.
-
-    Raises
-    ------
-    UsageError
-        If two names would become the same.
+    that travel are left as they are. Raises UsageError if two names would become the same.
     """
     cleaned = {name: _COMPILED.sub("", name) for name in names}
     while cleaned and all(name.startswith("module.") for name in cleaned.values()):
         cleaned = {name: clean.removeprefix("module.") for name, clean in cleaned.items()}
     if len(set(cleaned.values())) != len(cleaned):
         twice = [name for name, count in Counter(cleaned.values()).items() if count > 1]
-        raise UsageError(f"without the names of wrappers, several entries of the state_dict are called {_first(twice)}")
+        raise UsageError(f"without the names of wrappers, several entries of the state_dict are called {named(twice)}")
     return cleaned
 
 
 def load_into(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], *, where: str = "received") -> None:
-    """Copy every tensor into the model, by name and in place.
-
-    Raises
-    ------
-    StateMismatchError
-        If keys, shapes or dtypes differ; nothing has been copied then.
-    """
+    """Copy every tensor into the model in place; if they do not fit, raises StateMismatchError and copies none."""
     own = own_state(model)
     if difference := describe_difference(own, state_dict, expected="the model", found=where):
         raise StateMismatchError(difference)
@@ -152,10 +135,10 @@ def describe_difference(
 ) -> str | None:
     """Say in one line how two state_dicts differ in keys, shapes or dtypes, or return None."""
     parts = []
-    if missing := [name for name in expected_state if name not in found_state]:
-        parts.append(f"{found} lacks {_first(missing)} of {expected}")
-    if extra := [name for name in found_state if name not in expected_state]:
-        parts.append(f"{found} has {_first(extra)}, which {expected} does not have")
+    if missing := named(name for name in expected_state if name not in found_state):
+        parts.append(f"{found} lacks {missing} of {expected}")
+    if extra := named(name for name in found_state if name not in expected_state):
+        parts.append(f"{found} has {extra}, which {expected} does not have")
     if parts:
         return "; ".join(parts)
     for name, tensor in expected_state.items():
@@ -167,9 +150,11 @@ def describe_difference(
     return None
 
 
-def _first(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN_KEYS])
-    return shown + (f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else "")
+def named(names: Iterable[str]) -> str:
+    """Return the first few names for a message, and how many more there are; empty if there are none."""
+    known = list(names)
+    more = f" and {len(known) - _SHOWN_KEYS} more" if len(known) > _SHOWN_KEYS else ""
+    return ", ".join(map(repr, known[:_SHOWN_KEYS])) + more
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -183,5 +168,41 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def read_initial_checkpoint(path: Path) -> list[Buffer]:
+    """Read a state to start from: ``.safetensors``, or a state_dict in a ``.pt`` (weights only, no pickled code).
+
+    Raises UsageError if the file is not there, or is neither.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return encode(decode(bytearray(path.read_bytes()), str(path)))
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as exc:
+        raise UsageError(f"--initial-checkpoint {path} does not exist") from exc
+    except FedSplitError as exc:
+        raise UsageError(f"--initial-checkpoint: {exc}") from exc
+    except Exception as exc:  # torch raises a dozen types for what is not a checkpoint
+        raise UsageError(
+            f"--initial-checkpoint {path} holds no plain state_dict ({type(exc).__name__}: {str(exc).splitlines()[0]});"
+            " save model.state_dict() with torch.save, or as .safetensors"
+        ) from exc
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        kind = type(state).__name__
+        raise UsageError(f"--initial-checkpoint {path} holds a {kind}, expected a state_dict of tensors")
+    return encode(state)
+
+
+def export_state(payload: Path, output: Path) -> list[Buffer]:
+    """Return a payload file as the bytes of a ``.safetensors`` or ``.pt`` file, by the output's ending."""
+    if output.suffix == ".safetensors":
+        return [payload.read_bytes()]
+    if output.suffix != ".pt":
+        raise UsageError(f"--output {output}: expected a name ending in .safetensors or .pt")
+    try:
+        state = decode(bytearray(payload.read_bytes()), str(payload))
+    except RecordError as exc:
+        raise CheckpointError(str(exc)) from exc
+    buffer = io.BytesIO()
+    # Copies: torch refuses views of one buffer under several dtypes.
+    torch.save({name: tensor.clone() for name, tensor in state.items()}, buffer)
+    return [buffer.getvalue()]

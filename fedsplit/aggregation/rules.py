@@ -1,8 +1,9 @@
-"""Rules that tolerate bad clients: `median`, `trimmed-mean`, `krum`, `multi-krum`, `geometric-median`.
+"""The built-in rules. Each function says how it merges, and how many bad clients it tolerates.
 
-None of them looks at `num_examples`, as a bad client may claim any number. What they tolerate holds for the floating
-entries. Integer and boolean entries take the maximum, except under the two Krums, which choose whole clients. The
-guarantees are those of the papers, and assume that honest clients hold similar data.
+`fedavg`, `max` and `frozen` need one pass: each is its accumulator over all updates. The robust rules do not look at
+`num_examples`, as a bad client may claim any number. What they tolerate holds for the floating entries; integer and
+boolean ones take the maximum, except under the two Krums, which choose whole clients. The guarantees are those of the
+papers, and assume that honest clients hold similar data.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from itertools import combinations
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedsplit.aggregation.base import AggregationContext, StateDict, Update, rule
+from fedsplit.aggregation.base import Accumulator, AggregationContext, Rule, RuleFunction, StateDict, Update
 from fedsplit.aggregation.numeric import (
+    RunningMean,
     by_coordinate,
     floating_keys,
     is_floating,
-    max_of,
+    maximum,
     mean_of,
     squared_distance,
     widened,
@@ -31,7 +35,95 @@ log = logging.getLogger(__name__)
 _SETTLED = 1e-6
 
 
-@rule("median")
+class MeanAccumulator:
+    """Mean of the floating entries weighted by `num_examples`, maximum of the others."""
+
+    def __init__(self, context: AggregationContext) -> None:
+        self._means: dict[str, RunningMean] = {}
+        self._largest: StateDict = {}
+
+    def add(self, update: Update) -> None:
+        for key, tensor in update.state_dict.items():
+            if not is_floating(tensor):
+                _take_largest(self._largest, key, tensor)
+            elif key in self._means:
+                self._means[key].add(tensor, update.num_examples)
+            else:
+                self._means[key] = RunningMean(tensor, update.num_examples)
+
+    def result(self) -> StateDict:
+        return {key: mean.result() for key, mean in self._means.items()} | self._largest
+
+
+class MaxAccumulator:
+    """Elementwise maximum of all entries."""
+
+    def __init__(self, context: AggregationContext) -> None:
+        self._largest: StateDict = {}
+
+    def add(self, update: Update) -> None:
+        for key, tensor in update.state_dict.items():
+            if tensor.is_complex():
+                raise AggregationError(f"max: complex numbers have no order, but {key!r} is {tensor.dtype}")
+            _take_largest(self._largest, key, tensor)
+
+    def result(self) -> StateDict:
+        return self._largest
+
+
+def _take_largest(largest: StateDict, key: str, tensor: Tensor) -> None:
+    # The first is copied, as a view would keep the whole payload of that client alive.
+    largest[key] = maximum(largest[key], tensor) if key in largest else tensor.clone()
+
+
+class FrozenAccumulator:
+    """The tensors that the round started from."""
+
+    def __init__(self, context: AggregationContext) -> None:
+        self._previous = context.previous
+
+    def add(self, update: Update) -> None:
+        pass
+
+    def result(self) -> StateDict:
+        return dict(self._previous)
+
+
+def merge(accumulator: Accumulator, updates: Sequence[Update]) -> StateDict:
+    """Return what an accumulator makes of all updates."""
+    for update in updates:
+        accumulator.add(update)
+    return accumulator.result()
+
+
+def fedavg(updates: Sequence[Update], context: AggregationContext) -> StateDict:
+    """Mean of the clients' states weighted by their number of examples.
+
+    Floating entries are added up in at least float32 and come back in their own type; integer and boolean entries take
+    the maximum. Tolerates no bad client: one of them moves the mean anywhere.
+
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+    https://arxiv.org/abs/1602.05629.
+    """
+    return merge(MeanAccumulator(context), updates)
+
+
+def maximum_of_all(updates: Sequence[Update], context: AggregationContext) -> StateDict:
+    """Elementwise maximum of all entries, floating ones too: for counters, masks and vocabularies that only grow.
+
+    Tolerates no bad client. Complex entries are refused, as they have no order.
+    """
+    return merge(MaxAccumulator(context), updates)
+
+
+def frozen(updates: Sequence[Update], context: AggregationContext) -> StateDict:
+    """The global state as it was; what the clients send for this part is ignored.
+
+    Tolerates any number of bad clients, as no update is used.
+    """
+    return merge(FrozenAccumulator(context), updates)
+
+
 def median(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     """Median of each coordinate; of an even number of clients, the mean of the two in the middle.
 
@@ -43,7 +135,6 @@ def median(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     return _by_entry(updates, lambda tensors: by_coordinate(tensors, _middle))
 
 
-@rule("trimmed-mean")
 def trimmed_mean(updates: Sequence[Update], context: AggregationContext, *, fraction: float = 0.1) -> StateDict:
     """Mean of each coordinate without its smallest and largest values.
 
@@ -70,15 +161,6 @@ def trimmed_mean(updates: Sequence[Update], context: AggregationContext, *, frac
     return _by_entry(updates, lambda tensors: by_coordinate(tensors, lambda rows: mean_of(rows[cut : count - cut])))
 
 
-def _krum_needs(*, byzantine: int = 1) -> int:
-    return 2 * byzantine + 3 if byzantine else 1
-
-
-def _multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int:
-    return max(_krum_needs(byzantine=byzantine), (selected or 1) + (byzantine + 2 if byzantine else 0))
-
-
-@rule("krum", min_updates=_krum_needs)
 def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: int = 1) -> StateDict:
     """The state of the one client that is closest to its n - byzantine - 2 nearest neighbours.
 
@@ -96,7 +178,10 @@ def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: i
     return dict(_closest(updates, byzantine)[0].state_dict)
 
 
-@rule("multi-krum", min_updates=_multi_krum_needs)
+def _krum_needs(*, byzantine: int = 1) -> int:
+    return 2 * byzantine + 3 if byzantine else 1
+
+
 def multi_krum(
     updates: Sequence[Update], context: AggregationContext, *, byzantine: int = 1, selected: int | None = None
 ) -> StateDict:
@@ -123,7 +208,10 @@ def multi_krum(
     return _by_entry(chosen, mean_of)
 
 
-@rule("geometric-median")
+def _multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int:
+    return max(_krum_needs(byzantine=byzantine), (selected or 1) + (byzantine + 2 if byzantine else 0))
+
+
 def geometric_median(
     updates: Sequence[Update], context: AggregationContext, *, iterations: int = 32, smoothing: float = 1e-6
 ) -> StateDict:
@@ -143,20 +231,25 @@ def geometric_median(
     https://arxiv.org/abs/1912.13445.
     """
     keys = floating_keys(updates[0].state_dict)
+
+    def distances(state: StateDict) -> list[float]:
+        return [squared_distance(update.state_dict, state, keys) for update in updates]
+
+    def mean(chosen: Sequence[int], weights: Sequence[float] | None = None) -> StateDict:
+        return {key: mean_of([widened(updates[i].state_dict[key]) for i in chosen], weights) for key in keys}
+
     start = median(updates, context)
     # Not from the median itself: it may be one of the clients, and the algorithm leaves those only slowly.
-    distances = [squared_distance(update.state_dict, start, keys) for update in updates]
-    nearest = sorted(range(len(updates)), key=lambda i: (distances[i], updates[i].rank))[: len(updates) // 2 + 1]
-    centre = {key: mean_of([widened(updates[i].state_dict[key]) for i in nearest]) for key in keys}
+    apart = distances(start)
+    nearest = sorted(range(len(updates)), key=lambda i: (apart[i], updates[i].rank))
+    centre = mean(nearest[: len(updates) // 2 + 1])
     weights = [0.0] * len(updates)
     for _ in range(iterations):
-        distances = [math.sqrt(squared_distance(u.state_dict, centre, keys)) for u in updates]
-        inverse = [1 / max(distance, smoothing) for distance in distances]
+        inverse = [1 / max(math.sqrt(distance), smoothing) for distance in distances(centre)]
         before, weights = weights, [value / sum(inverse) for value in inverse]
         # The heaviest first: a mean that began at a far outlier would overflow or lose the others' bits.
         order = sorted(range(len(updates)), key=lambda i: -weights[i])
-        heavy = [weights[i] for i in order]
-        centre = {key: mean_of([widened(updates[i].state_dict[key]) for i in order], heavy) for key in keys}
+        centre = mean(order, [weights[i] for i in order])
         if max(abs(new - old) for new, old in zip(weights, before, strict=True)) < _SETTLED:
             break
     return start | {key: centre[key].to(start[key].dtype) for key in keys}
@@ -167,7 +260,7 @@ def _by_entry(updates: Sequence[Update], merge: Callable[[list[Tensor]], Tensor]
     result = {}
     for key, first in updates[0].state_dict.items():
         tensors = [update.state_dict[key] for update in updates]
-        result[key] = merge(tensors) if is_floating(first) else max_of(tensors)
+        result[key] = merge(tensors) if is_floating(first) else reduce(maximum, tensors)
     return result
 
 
@@ -178,7 +271,7 @@ def _middle(rows: list[Tensor]) -> Tensor:
 
 
 def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
-    """The updates by Krum score, best first, then by rank."""
+    """Return the updates by Krum score, best first, then by rank."""
     count, needed = len(updates), _krum_needs(byzantine=byzantine)
     if count < needed:
         raise AggregationError(
@@ -191,6 +284,32 @@ def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
         distance = squared_distance(updates[i].state_dict, updates[j].state_dict, keys)
         distances[i].append(distance)
         distances[j].append(distance)
-    neighbours = max(1, count - byzantine - 2)
-    scores = [sum(sorted(row)[:neighbours]) for row in distances]
+    scores = [sum(sorted(row)[: max(1, count - byzantine - 2)]) for row in distances]
     return [updates[i] for i in sorted(range(count), key=lambda i: (scores[i], updates[i].rank))]
+
+
+class Builtin(NamedTuple):
+    """A rule of ours: its function, its accumulator if one pass is enough, and how many updates it needs."""
+
+    function: RuleFunction
+    accumulator: Callable[[AggregationContext], Accumulator] | None = None
+    min_updates: Callable[..., int] = lambda **_: 1
+
+    def bind(self, name: str, **params: Any) -> Rule:
+        """Return the rule with these parameters; `name` is how messages call it."""
+        if self.accumulator is not None:
+            return Rule(name=name, accumulator=self.accumulator, one_pass=True)
+        return Rule.of_function(name, partial(self.function, **params), min_updates=self.min_updates(**params))
+
+
+# Their parameters are in `fedsplit.aggregation.spec.BUILTIN_RULES`; `dp` and `local` are handled apart.
+BUILTIN: dict[str, Builtin] = {
+    "fedavg": Builtin(fedavg, MeanAccumulator),
+    "max": Builtin(maximum_of_all, MaxAccumulator),
+    "frozen": Builtin(frozen, FrozenAccumulator),
+    "median": Builtin(median),
+    "trimmed-mean": Builtin(trimmed_mean),
+    "krum": Builtin(krum, min_updates=_krum_needs),
+    "multi-krum": Builtin(multi_krum, min_updates=_multi_krum_needs),
+    "geometric-median": Builtin(geometric_median),
+}
