@@ -14,8 +14,7 @@ import torch
 from fedsplit.errors import MissingPackageError, UsageError, WorkloadError
 from fedsplit.workloads import WorkloadContext, create_workload
 from fedsplit.workloads.digits import load_data, read_table, read_table_with_sklearn
-from fedsplit.workloads.image import ImageData, ImageWorkload, rank_indices
-from fedsplit.workloads.training import proximal_term
+from fedsplit.workloads.image import ImageData, ImageWorkload, proximal_term, rank_indices
 
 State = dict[str, torch.Tensor]
 

@@ -12,17 +12,7 @@ from fedsplit.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How this process was started: by itself, or as one of those that torchrun starts.
-
-    Attributes
-    ----------
-    process, processes
-        Which of how many processes of this trainer it is, counted from 0.
-    local_process, local_processes
-        The same on this machine.
-    restarts
-        How often torchrun has started them again.
-    """
+    """Which of how many processes this is, counted from 0: in all, and on this machine."""
 
     process: int = 0
     processes: int = 1
@@ -70,8 +60,8 @@ def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: 
 def process_group(device: str, launch: Launch) -> Iterator[None]:
     """Be in torchrun's process group for the length of the block; without torchrun there is none.
 
-    After an exception the group is left as it is: the others may be stuck in it, and hear of this process's end when
-    its connections close.
+    After an exception the group is left as it is: the others may be stuck in it, and notice the end of this process
+    when its connections close.
     """
     if launch.processes == 1:
         yield
@@ -89,12 +79,3 @@ def process_group(device: str, launch: Launch) -> Iterator[None]:
     distributed.init_process_group(backend, store=store, rank=process, world_size=count)
     yield
     distributed.destroy_process_group()
-
-
-def processes() -> tuple[int, int]:
-    """Return which of how many processes of one trainer this is: 0 of 1 without a process group."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()

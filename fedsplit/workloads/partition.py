@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsplit.errors import UsageError
-from fedsplit.workloads.options import OptionReader
+from fedsplit.workloads import OptionReader
 
 Indices = npt.NDArray[np.int64]
 
@@ -23,7 +23,7 @@ def read_alpha(reader: OptionReader) -> float | None:
 
 
 def partition(labels: npt.ArrayLike, num_partitions: int, seed: int, alpha: float | None = None) -> list[Indices]:
-    """Divide the examples into parts whose sizes differ by one at most.
+    """Divide the examples into parts whose sizes differ by one at most, and refuse to make an empty one.
 
     Parameters
     ----------
@@ -40,18 +40,13 @@ def partition(labels: npt.ArrayLike, num_partitions: int, seed: int, alpha: floa
     Returns
     -------
     list of int64 arrays
-        The indices of each part, ascending; rank k has the k-th, counted from 1.
-
-    Raises
-    ------
-    UsageError
-        If there are fewer examples than parts.
+        The indices of each part, ascending.
     """
     classes = np.asarray(labels)
     if not 1 <= num_partitions <= len(classes):
         raise UsageError(
             f"cannot divide {len(classes)} training examples into {num_partitions} partitions of at least "
-            f"one; lower --num-partitions"
+            "one; lower --num-partitions"
         )
     rng = np.random.default_rng(seed)
     if alpha is None:
