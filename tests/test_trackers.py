@@ -16,7 +16,14 @@ from fedsplit.errors import UsageError
 from fedsplit.run.directory import Run
 from fedsplit.run.history import Line
 from fedsplit.watch import trackers
-from fedsplit.watch.trackers import open_tracker, parse_tracker, scalars_of
+from fedsplit.watch.trackers import (
+    EXPERIMENT,
+    MLflowTracker,
+    TensorBoardTracker,
+    open_tracker,
+    parse_tracker,
+    scalars_of,
+)  # fmt: skip
 from tests.programs import Programs
 
 LINE: Line = {
@@ -45,7 +52,7 @@ def tracker_class(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], None]:
     """Put a class of the test's in the place of the TensorBoard tracker."""
 
     def put(kind: type) -> None:
-        monkeypatch.setattr(trackers, "_open", lambda name, *arguments: kind(*arguments))
+        monkeypatch.setitem(trackers.TRACKERS, "tensorboard", kind)
 
     return put
 
@@ -64,7 +71,7 @@ def test_names_tell_the_phase_and_the_rank_and_what_is_no_number_stays_away() ->
 def test_an_unknown_tracker_and_a_missing_package_are_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="there is no 'wandb'; expected tensorboard or mlflow"):
         parse_tracker("wandb")
-    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", ("no_such_package",))
+    monkeypatch.setitem(trackers.PACKAGES, "tensorboard", ("no_such_package",))
     with pytest.raises(UsageError, match=r"needs no_such_package, .*: pip install 'fedsplit\[tensorboard\]'"):
         parse_tracker("tensorboard")
 
@@ -162,10 +169,8 @@ def test_a_resumed_run_goes_on_in_the_same_tensorboard_run(tmp_path: Path) -> No
     pytest.importorskip("tensorboard", reason="pip install 'fedsplit[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from fedsplit.watch.trackers.tensorboard import Tracker
-
     for first_round, last_round, loss in ((1, 3, 1.0), (3, 4, 2.0)):
-        tracker = Tracker(str(tmp_path), "abc", first_round, {})
+        tracker = TensorBoardTracker(str(tmp_path), "abc", first_round, {})
         for server_round in range(first_round, last_round + 1):
             tracker.log({"train/loss": loss}, server_round)
         tracker.close(complete=False)
@@ -182,11 +187,9 @@ def test_mlflow_has_one_run_for_each_of_ours_also_when_it_is_resumed(tmp_path: P
     pytest.importorskip("sqlalchemy", reason="pip install 'fedsplit[mlflow]'")
     from mlflow.tracking import MlflowClient
 
-    from fedsplit.watch.trackers.mlflow import EXPERIMENT, Tracker
-
     lines = [{**LINE, "round": 1}, {**LINE, "round": 2, "train": {"loss": 1.0, "f1@5, é": 0.5}}]
     for server_round, line in enumerate(lines, start=1):
-        tracker = Tracker(str(tmp_path), "abc", server_round, {"rounds": 2, "long": "x" * 9000})
+        tracker = MLflowTracker(str(tmp_path), "abc", server_round, {"rounds": 2, "long": "x" * 9000})
         tracker.log(scalars_of(line), server_round)
         tracker.close(complete=server_round == 2)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -20,24 +20,7 @@ _ORDER = {"loss": 0, "accuracy": 1}
 
 
 def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
-    """Return one number of a round.
-
-    Parameters
-    ----------
-    line
-        The round's line of the history.
-    phase
-        A key of `PHASES`.
-    name
-        Of the metric.
-    rank
-        Whose number; None for the mean over all ranks.
-
-    Returns
-    -------
-    number : float
-        NaN if the line has none.
-    """
+    """Return a metric of a round in a phase of `PHASES`: a rank's, or the mean over all. NaN if there is none."""
     row = line if rank is None else line.get("clients", {}).get(rank, {})
     # A rank's training metrics stand in its row itself.
     if rank is None or phase != "train":
@@ -48,13 +31,8 @@ def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
 
 def metrics_of(lines: Sequence[Line]) -> list[Metric]:
     """Return phase and name of every mean: the losses first, then accuracies, then the user's own as they came."""
-    found = dict.fromkeys(
-        (phase, name)
-        for phase in PHASES
-        for line in lines
-        for name, number in line.get(phase, {}).items()
-        if is_number(number)
-    )
+    named = ((phase, line.get(phase, {})) for phase in PHASES for line in lines)
+    found = dict.fromkeys((phase, name) for phase, row in named for name in row if is_number(row[name]))
     return sorted(found, key=lambda metric: _ORDER.get(metric[1], 2))
 
 

@@ -32,8 +32,7 @@ class WorkloadContext:
     rank : int
         Which of the partitions is this trainer's, counted from 1.
     num_partitions, seed : int
-        Into how many parts the data is divided; and what gives the initial model and the division. Both are the same
-        for every trainer of a run.
+        Into how many parts the data is divided, and the seed of the initial model and the division: the same for all.
     device : torch.device or str
         Where the model lives.
     data_dir : Path or None
@@ -84,8 +83,10 @@ class EvaluateResult:
     ----------
     loss : float
         The mean over the examples of this rank.
-    num_examples, metrics : int, Mapping[str, float]
-        How many examples the loss and the metrics are means of, and such as ``{"accuracy": 0.93}``.
+    num_examples : int
+        How many examples the loss and the metrics are means of: their weight.
+    metrics : Mapping[str, float]
+        Such as ``{"accuracy": 0.93}``.
     """
 
     loss: float

@@ -58,13 +58,8 @@ def read_table() -> npt.NDArray[np.int64]:
         raise MissingPackageError("the workload digits", "scikit-learn", "digits")
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.is_file():
-        return read_table_with_sklearn()
+        from sklearn.datasets import load_digits
+
+        return np.column_stack(load_digits(return_X_y=True)).astype(np.int64)
     with gzip.open(path, "rt") as lines:
         return np.loadtxt(lines, delimiter=",").astype(np.int64)
-
-
-def read_table_with_sklearn() -> npt.NDArray[np.int64]:
-    """Return the same rows by scikit-learn's own function."""
-    from sklearn.datasets import load_digits
-
-    return np.column_stack(load_digits(return_X_y=True)).astype(np.int64)

@@ -1,11 +1,9 @@
 """Image classification in plain PyTorch: what the built-in workloads have in common.
 
-The order of the examples comes from a generator that
-is seeded with (seed, rank). The generator and the optimizer with its momentum live on across rounds and are in
-`local_state`: a trainer that was killed goes on to the same bits, on a CPU with the same number of threads.
-
-In several processes (torchrun) every batch is divided among them: the steps, and so the model up to rounding, are those
-of one process.
+The generator that orders the examples, seeded with (seed, rank), and the optimizer with its momentum live on across
+rounds and are in `local_state`: a trainer that was killed goes on to the same bits, on a CPU with the same number of
+threads. In several processes (torchrun) every batch is divided among them: the model is that of one process up to
+rounding.
 
 Not promised: the same bits on a GPU, or for a model with dropout, whose generator is not saved.
 """
