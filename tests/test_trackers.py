@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedsplit.watch.trackers import (
     EXPERIMENT,
     MLflowTracker,
     TensorBoardTracker,
-    open_tracker,
+    TrackerThread,
     parse_tracker,
     scalars_of,
 )  # fmt: skip
@@ -93,7 +94,7 @@ def test_a_tracker_that_hangs_delays_no_round_and_a_short_end(
 
     monkeypatch.setattr(trackers, "FLUSH_S", 0.2)
     tracker_class(Hanging)
-    with Run(tmp_path) as run, open_tracker("tensorboard", run) as tracker:
+    with Run(tmp_path) as run, closing(TrackerThread("tensorboard", run)) as tracker:
         for _ in range(100):
             tracker.round_ended(LINE, 1)
     assert "tracker tensorboard: still writing 0 s after the end of the run; left behind" in said.getvalue()
@@ -107,7 +108,7 @@ def test_a_tracker_that_fails_is_named_and_the_run_goes_on(
             raise OSError("no space\nand more")
 
     tracker_class(Failing)
-    with Run(tmp_path) as run, open_tracker(f"tensorboard:{tmp_path}/there", run) as tracker:
+    with Run(tmp_path) as run, closing(TrackerThread(f"tensorboard:{tmp_path}/there", run)) as tracker:
         tracker.round_ended(LINE, 1)
     assert said.getvalue() == (
         f"tracker tensorboard: gave up at {tmp_path}/there (OSError: no space); "
@@ -133,7 +134,7 @@ def test_rounds_arrive_in_order_and_the_end_says_whether_the_run_was_complete(
     tracker_class(Noting)
     with (
         Run(tmp_path, settings={"tracker": "mlflow:http://me:secret@host"}) as run,
-        open_tracker("tensorboard", run) as tracker,
+        closing(TrackerThread("tensorboard", run)) as tracker,
     ):
         for server_round in (1, 2):
             tracker.round_ended({**LINE, "round": server_round}, 3)

@@ -163,11 +163,10 @@ class ExchangeChannel(Channel):
 
 
 class StandaloneChannel(Channel):
-    """A federation of one, inside the training process: it asks what a server with this one client would ask.
+    """Asks what a server with this one client would ask: for a debugger, and to try a script by itself.
 
-    For a debugger, and to try a script before anything is started. The trainer's own model is the initial state. Each
-    of the `rounds` asks for training and for evaluation, and the state of a reply is the state of the next task. There
-    is no exchange directory, no client and no server, and nothing is left on disk.
+    The trainer's own model is the initial state. Each of the `rounds` asks for training and for evaluation, and the
+    state of a reply is the state of the next task. There is no exchange directory, no client and no server.
     """
 
     def __init__(self, rounds: int) -> None:

@@ -56,11 +56,7 @@ class Base:
 
 
 class LocalStates:
-    """The local states of one rank, or of one process of it.
-
-    Process 0 keeps its states in the rank's `directory`, each other process in a directory below. Through `channel` all
-    processes agree on a round. `model` is where a run starts, see `Trainer`; with `reset` each round starts afresh.
-    """
+    """The local states of one rank: process 0 keeps its own in the rank's directory, each other process one below."""
 
     def __init__(self, directory: Path, channel: Channel, model: ModelSource | None, *, reset: bool) -> None:
         self._first_store = self._store = CheckpointStore(directory, keep=KEEP_ROUNDS)
@@ -140,12 +136,10 @@ class LocalStates:
 
     def settle(self, record: TaskRecord, *, saved: bool, accepted: bool) -> None:
         """Note whether the result of a round was accepted: only then does the next round continue from it."""
-        if record.kind != "train":
-            return
-        if accepted:
+        if accepted and record.kind == "train":
             self._position = (record.run_id, record.server_round)
-            if saved:
-                self._writer.submit(lambda: self._store.flush(record.server_round))
+        if saved and accepted:
+            self._writer.submit(lambda: self._store.flush(record.server_round))
         elif saved:
             self._store.remove(record.server_round)
 

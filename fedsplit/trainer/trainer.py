@@ -10,9 +10,9 @@
             else:
                 task.reply(model, num_examples=…, metrics={"loss": …})
 
-Only the user starts this process: before or after its client, which it may outlive. Killed at any moment and started
-again, it finds the task that has no answer and does it again from the same state. Where a process group of
-torch.distributed is initialised, the same lines run in every process and act as one trainer.
+It may be started before or after its client. Killed at any moment and started again, it finds the task that has no
+answer and does it again from the same state. Where a process group of torch.distributed is initialised, the same lines
+run in every process and act as one trainer.
 """
 
 from __future__ import annotations
@@ -119,13 +119,12 @@ class Task:
         model
             The module or state_dict after training; none for ``evaluate``.
         num_examples
-            How many examples this answer speaks for: its weight in the merge. In several processes each gives its own,
-            and the answer has their sum.
+            How many examples this answer speaks for: its weight in the merge.
         loss
-            Mean loss over them; needed for ``evaluate``. In several processes each gives that of its own examples,
-            as with `metrics`, and the answer has the weighted mean.
+            Mean loss over them; needed for ``evaluate``.
         metrics
-            Further numbers for the server's history.
+            Further numbers for the server's history. In several processes each gives those of its own examples, as with
+            `loss`; the answer has the weighted means, and the sum of the examples.
         local_state
             What must outlive the process (optimizer, scheduler, generators): tensors, numbers, strings, and lists,
             tuples and dicts of these. It comes back as `local_state`, also after a kill.

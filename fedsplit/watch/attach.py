@@ -7,12 +7,12 @@ import logging
 import platform
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from fedsplit.errors import MissingPackageError
 from fedsplit.watch.plot import write_plot
-from fedsplit.watch.trackers import open_tracker
+from fedsplit.watch.trackers import TrackerThread
 
 if TYPE_CHECKING:
     from fedsplit.server.server import Server
@@ -35,7 +35,7 @@ def watching(
     run.note_session(command=shlex.join(command), software=_software())
     with ExitStack() as stack:
         for text in trackers:
-            server.observe(stack.enter_context(open_tracker(text, run)))
+            server.observe(stack.enter_context(closing(TrackerThread(text, run))))
         if live:
             from rich.console import Console
 

@@ -17,7 +17,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from fedsplit.errors import MissingPackageError, UsageError
 from fedsplit.run.history import Line, is_number
 from fedsplit.run.time_account import account, update_bytes
 from fedsplit.server.observer import Observer
-from fedsplit.watch.rounds import PHASES
+from fedsplit.watch.rounds import PHASES, metrics_at
 
 if TYPE_CHECKING:
     from fedsplit.run.directory import Run
@@ -128,17 +127,12 @@ def parse_tracker(text: str) -> tuple[str, str | None]:
     return name, place or None
 
 
-def open_tracker(text: str, run: Run) -> closing[TrackerThread]:
-    """Open a tracker for the length of a block: ``text`` is what ``--tracker`` was given."""
-    name, place = parse_tracker(text)
-    return closing(TrackerThread(name, place or str(run.directory.parent / name), run))
-
-
 class TrackerThread(Observer):
-    """Passes the rounds on to a tracker in a thread of its own."""
+    """Passes the rounds on to a tracker in a thread of its own; ``text`` is what ``--tracker`` was given."""
 
-    def __init__(self, name: str, place: str, run: Run) -> None:
-        self._name, self._place = name, place
+    def __init__(self, text: str, run: Run) -> None:
+        name, place = parse_tracker(text)
+        self._name, self._place = name, place or str(run.directory.parent / name)
         self._run = (run.run_id, run.history.last_round() + 1, dict(run.settings))
         self._complete = False
         self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
@@ -177,10 +171,9 @@ def scalars_of(line: Line) -> dict[str, float]:
     found: dict[str, Any] = {"seconds/round": line.get("seconds"), "clients/bytes": update_bytes(line)}
     found |= {f"seconds/{stage}": seconds for stage, seconds in account(line).items()}
     found |= {f"clients/{name}": line.get(name) for name in ("asked", "accepted")}
-    for prefix, row in [("", line), *((f"rank-{rank}/", row) for rank, row in line.get("clients", {}).items())]:
-        # A rank's own training metrics stand in its row itself.
-        phases = {phase: row if prefix and phase == "train" else row.get(phase, {}) for phase in PHASES}
-        for phase, metrics in phases.items():
-            found |= {f"{prefix}{phase}/{name}": value for name, value in metrics.items()}
+    for rank in (None, *line.get("clients", {})):
+        prefix = f"rank-{rank}/" if rank else ""
+        for phase in PHASES:
+            found |= {f"{prefix}{phase}/{name}": value for name, value in metrics_at(line, phase, rank).items()}
     found |= {f"privacy/{name}": value for name, value in (line.get("privacy") or {}).items()}
     return {name: float(value) for name, value in found.items() if is_number(value) and math.isfinite(value)}

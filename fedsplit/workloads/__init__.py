@@ -218,34 +218,27 @@ def load_workload(name: str) -> Factory:
         where = getattr(module, "__file__", None)
         raise WorkloadError(f"workload {name!r}: {module_name} ({where}) has no {attribute!r}") from exc
     if not callable(factory):
-        raise WorkloadError(
-            f"workload {name!r}: expected a function or class to call, found a {type(factory).__name__}"
-        )
+        kind = type(factory).__name__
+        raise WorkloadError(f"workload {name!r}: expected a function or class to call, found a {kind}")
     return factory
 
 
 def create_workload(name: str, context: WorkloadContext) -> Workload:
     """Make a workload; raises WorkloadError naming all that the object lacks which its factory returned."""
     workload = load_workload(name)(context)
-    if lacking := _lacking(workload):
+    # Late: what has made a workload has loaded torch already, what only imports this package has not.
+    import torch
+
+    model = getattr(workload, "model", None)
+    lacking = [] if isinstance(model, torch.nn.Module) else [f"model (a torch.nn.Module; found {type(model).__name__})"]
+    methods = {"train": "task", "evaluate": "task", "local_state": "", "load_local_state": "state"}
+    missing = [method for method in methods if not callable(getattr(workload, method, None))]
+    # One half of the local state would lose it, or never find any, without a word; without both there is none.
+    if "local_state" in missing and "load_local_state" in missing:
+        missing = missing[:-2]
+    if lacking := lacking + [f"{method}({methods[method]})" for method in missing]:
         raise WorkloadError(
             f"workload {name!r}: its factory returned a {type(workload).__name__} that lacks "
             f"{', '.join(lacking)}; a workload has model, train(task) and evaluate(task)"
         )
     return workload
-
-
-def _lacking(workload: object) -> list[str]:
-    # Late: what has made a workload has loaded torch already, what only imports this package has not.
-    import torch
-
-    def has(method: str) -> bool:
-        return callable(getattr(workload, method, None))
-
-    model = getattr(workload, "model", None)
-    lacking = [] if isinstance(model, torch.nn.Module) else [f"model (a torch.nn.Module; found {type(model).__name__})"]
-    lacking += [f"{method}(task)" for method in ("train", "evaluate") if not has(method)]
-    # One without the other would lose the state, or never find any, without a word.
-    if has("local_state") != has("load_local_state"):
-        lacking.append("load_local_state(state)" if has("local_state") else "local_state()")
-    return lacking

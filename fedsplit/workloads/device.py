@@ -33,14 +33,9 @@ class Launch:
 def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: Launch) -> str:
     """Choose the device and set the number of threads; raises UsageError if torch cannot compute there.
 
-    Parameters
-    ----------
-    device
-        ``auto`` takes a GPU if there is one; else a name that torch knows. Of several processes on a machine each takes
-        a GPU of its own.
-    threads
-        None shares this machine's cores among ``num_partitions`` trainers and their processes: with more threads than
-        cores all would be slower.
+    The device ``auto`` is a GPU if there is one; of several processes on a machine each takes a GPU of its own. Without
+    `threads` this machine's cores are shared among ``num_partitions`` trainers and their processes: with more threads
+    than cores all would be slower.
     """
     import torch
 

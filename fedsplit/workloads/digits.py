@@ -48,14 +48,11 @@ def load_data() -> ImageData:
 
 
 def read_table() -> npt.NDArray[np.int64]:
-    """Return the file's 1,797 rows of 64 pixels and a label; raises MissingPackageError without scikit-learn.
-
-    The file is read without importing scikit-learn, which would add seconds to every trainer's start. If it is not
-    where it is today, scikit-learn itself is asked.
-    """
+    """Return the file's 1,797 rows of 64 pixels and a label; raises MissingPackageError without scikit-learn."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise MissingPackageError("the workload digits", "scikit-learn", "digits")
+    # Importing scikit-learn would add seconds to every trainer's start.
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.is_file():
         from sklearn.datasets import load_digits

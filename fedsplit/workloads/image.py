@@ -52,8 +52,7 @@ class ImageData:
 class TrainingSettings:
     """How a round is trained, by SGD; an option has the field's name in kebab case.
 
-    `epochs` are passes over this rank's partition in one round, `batch_size` examples in a step (the last of an epoch
-    may have fewer), and `proximal` is mu of FedProx, 0 for plain FedAvg.
+    `epochs` are passes over this rank's partition in one round; `proximal` is mu of FedProx, 0 for plain FedAvg.
     """
 
     epochs: int
@@ -83,18 +82,10 @@ class ImageWorkload:
     """Trains on this rank's partition, evaluates on this rank's share of the held-out test images.
 
     The shares are disjoint and together the whole test set: a mean over all ranks, weighted by `num_examples`, is the
-    accuracy over the whole of it.
-
-    `load_data` is called once the options are known to be good, and `build_model` with the CPU's generator seeded from
-    `context.seed`, so that every rank has the same data and the same initial model. `defaults` hold unless the options
-    of the training say otherwise; unknown options are refused.
-
-    Attributes
-    ----------
-    model : Module
-        What is trained.
-    on_batch : function of (done, total, loss, epochs) or None
-        Called after every batch of a task: batches done, batches in all, the loss of this one, the task's epochs.
+    accuracy over the whole of it. `load_data` is called once the options are known to be good, and `build_model` with
+    the CPU's generator seeded from `context.seed`, so that every rank starts from the same model. `defaults` hold
+    unless the options say otherwise. `on_batch`, if it is set, is called after every batch of a task with the batches
+    done, the batches in all, the loss of this one, and the task's epochs.
     """
 
     def __init__(
@@ -129,9 +120,8 @@ class ImageWorkload:
         """Train for the settings' epochs, fewer if the task should stop.
 
         `task.config` may change epochs, batch-size, lr and proximal for this round. `num_examples` counts the different
-        examples that were trained on: the whole partition, unless the task stopped in the first epoch. The metrics are
-        means over every example seen: the cross entropy before each step, without the proximal term, and the accuracy.
-        Without a single batch there are none. In several processes both are about this one's share.
+        examples that were trained on, the metrics are means over every example seen: the cross entropy before each
+        step, without the proximal term, and the accuracy. In several processes both are about this one's share.
         """
         settings = self._settings.read_round(OptionReader(task.config, source="--train-config"))
         anchor = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -148,10 +138,7 @@ class ImageWorkload:
 
     @torch.no_grad()
     def evaluate(self, task: Task) -> EvaluateResult:
-        """Return the mean loss and the accuracy on this rank's share of the test images.
-
-        A task that should stop ends after its current batch; the counts say how many images were looked at.
-        """
+        """Return the mean loss and the accuracy on this rank's test images, up to the batch where the task stops."""
         self.model.eval()
         batches = torch.split(self._test_indices, EVALUATION_BATCH_SIZE)
         tally = _Tally(len(batches), 1, self.on_batch)

@@ -31,11 +31,10 @@ def partition(labels: npt.ArrayLike, num_partitions: int, seed: int, alpha: floa
         The class of every example.
     alpha : float or None
         None makes every part a random sample. With a number, more than 0, every part has its own mix of the classes,
-        drawn from Dir(alpha * p), where p are the shares of the classes in the whole set: Hsu, Qi and Brown, "Measuring
-        the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019 (arXiv:1909.06335).
-        A large alpha makes every part look like the whole. A small one gives a part a single class, while there are
-        examples of it. Flower's DirichletPartitioner and others give each class the concentration alpha: with C
-        balanced classes that is alpha * C here.
+        drawn from Dir(alpha * p), where p are the shares of the classes in the whole set: Hsu, Qi and Brown, 2019
+        (arXiv:1909.06335). A large alpha makes every part look like the whole, a small one gives a part a single class
+        while there are examples of it. Flower's DirichletPartitioner and others give each class the concentration
+        alpha: with C balanced classes that is alpha * C here.
 
     Returns
     -------

@@ -17,11 +17,10 @@ log = logging.getLogger("fedsplit")
 
 
 def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> None:
-    """Answer every task of a run with a workload.
+    """Answer every task of a run with a workload; raises RunStoppedError or RunFailedError if it was not complete.
 
     A task that fails is reported with its traceback, and the next one is waited for. A model that cannot take the
-    federation's state ends the trainer: no later task could go better. In several processes a failure ends them all, to
-    be started again. Raises RunStoppedError or RunFailedError if the run ended without being complete.
+    federation's state ends the trainer: no later task could go better.
     """
     initial = copy.deepcopy(workload.local_state()) if isinstance(workload, StatefulWorkload) else None
     if hasattr(workload, "on_batch"):

@@ -1,11 +1,10 @@
 """CIFAR-10, MNIST and Fashion-MNIST by torchvision's own data set classes.
 
 Files are looked for in ``--data-dir`` (`data` if there is none), where torchvision keeps them, and downloaded if they
-are not there; the archives as they are published may be put there as well. Both happen under a lock: trainers that
-start together and share the directory download once, and none reads a file that another is still unpacking.
+are not there; the published archives may be put there as well. A lock makes trainers that share the directory download
+once, and none reads a file that another is still unpacking.
 
-Not promised: that MNIST's files are the official ones. torchvision has checksums of its archives only, so what is
-checked here is that images and labels fit each other. CIFAR-10's files are checked against their checksums.
+Not promised: that MNIST's files are the official ones, as torchvision has checksums of its archives only.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ log = logging.getLogger("fedsplit")
 NETWORK_TIMEOUT_S = 30.0
 
 # All that torchvision's parsers are seen to raise on damaged files: plain assertions, and CIFAR's files are pickles.
-_READ_ERRORS = (
-    OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, EOFError, UnpicklingError,
-)  # fmt: skip
+_READ_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, EOFError, UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def _make(source: Source, context: WorkloadContext) -> ImageWorkload:
     reader, weight_decay = OptionReader(context.options), 0.0
     build_model: Callable[[], nn.Module] = functools.partial(small_conv_net, image_size=28)
     if source is CIFAR10:
-        norm, weight_decay = reader.choice("norm", default="batch", choices=("batch", "group")), 5e-4
+        weight_decay, norm = 5e-4, reader.choice("norm", default="batch", choices=("batch", "group"))
         build_model = functools.partial(cifar_resnet18, norm)
     limit = reader.integer("limit", default=0) or None
     load = functools.partial(load_data, source, (context.data_dir or Path("data")).expanduser(), limit)
@@ -87,10 +84,9 @@ def _make(source: Source, context: WorkloadContext) -> ImageWorkload:
 def cifar_resnet18(norm: str = "batch") -> nn.Module:
     """Return torchvision's ResNet-18 for ten classes of 32x32 images: a 3x3 convolution first, and no pooling.
 
-    He et al., 2016 (arXiv:1512.03385, section 4.2) treat CIFAR-10 so; the first layers for ImageNet would leave the
-    first block 8x8 pixels. With `norm` "batch" the server averages BatchNorm's running statistics: it learns fastest
-    where the parts look alike. Where the parts have different classes, these statistics fit nobody. "group", GroupNorm
-    with two channels a group, is the remedy of Hsieh et al., 2020 (arXiv:1910.00189).
+    So do He et al., 2016 (arXiv:1512.03385, section 4.2): the first layers for ImageNet would leave the first block 8x8
+    pixels. With `norm` "batch" the server averages BatchNorm's running statistics, which fit nobody where the ranks
+    have different classes. There "group", GroupNorm, is the remedy of Hsieh et al., 2020 (arXiv:1910.00189).
     """
     # Late: torchvision takes 2 s to import, and a wrong option should not have to wait for it.
     from torchvision.models import resnet18
