@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedsplit.errors import UsageError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
+class Launch(NamedTuple):
     """Which of how many processes this is, counted from 0: in all, and on this machine."""
 
     process: int = 0
@@ -25,9 +24,8 @@ class Launch:
         """Read what torchrun puts into the environment; without it, a single process."""
         if "TORCHELASTIC_RUN_ID" not in environment:
             return cls()
-        names = {"process": "RANK", "processes": "WORLD_SIZE", "local_process": "LOCAL_RANK",
-                 "local_processes": "LOCAL_WORLD_SIZE", "restarts": "TORCHELASTIC_RESTART_COUNT"}  # fmt: skip
-        return cls(**{field: int(environment[name]) for field, name in names.items()})
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+        return cls(*(int(environment[name]) for name in names))
 
 
 def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: Launch) -> str:

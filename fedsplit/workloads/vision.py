@@ -70,13 +70,16 @@ def cifar10(context: WorkloadContext) -> ImageWorkload:
 
 
 def _make(source: Source, context: WorkloadContext) -> ImageWorkload:
-    reader, weight_decay = OptionReader(context.options), 0.0
-    build_model: Callable[[], nn.Module] = functools.partial(small_conv_net, image_size=28)
+    reader = OptionReader(context.options)
+    build_model: Callable[[], nn.Module]
     if source is CIFAR10:
-        weight_decay, norm = 5e-4, reader.choice("norm", default="batch", choices=("batch", "group"))
+        norm = reader.choice("norm", default="batch", choices=("batch", "group"))
         build_model = functools.partial(cifar_resnet18, norm)
+    else:
+        build_model = functools.partial(small_conv_net, image_size=28)
     limit = reader.integer("limit", default=0) or None
     load = functools.partial(load_data, source, (context.data_dir or Path("data")).expanduser(), limit)
+    weight_decay = 5e-4 if source is CIFAR10 else 0.0
     defaults = TrainingSettings(epochs=1, batch_size=64, lr=0.05, momentum=0.9, weight_decay=weight_decay)
     return ImageWorkload(context, reader, load, build_model, defaults)
 
@@ -91,12 +94,16 @@ def cifar_resnet18(norm: str = "batch") -> nn.Module:
     # Late: torchvision takes 2 s to import, and a wrong option should not have to wait for it.
     from torchvision.models import resnet18
 
-    layer = nn.BatchNorm2d if norm == "batch" else lambda channels: nn.GroupNorm(channels // 2, channels)
+    layer: Callable[[int], nn.Module] = _group_norm if norm == "group" else nn.BatchNorm2d
     model: nn.Module = resnet18(weights=None, num_classes=10, norm_layer=layer)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     return model
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(channels // 2, channels)
 
 
 def load_data(source: Source, data_dir: Path, limit: int | None = None) -> ImageData:
