@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedsplit.server.strategy import Strategy
     from fedsplit.trainer.progress import Progress
     from fedsplit.trainer.trainer import Task, Trainer
-    from fedsplit.workloads.base import EvaluateResult, TrainResult, WorkloadContext
+    from fedsplit.workloads import EvaluateResult, TrainResult, WorkloadContext
 
 __all__ = [
     "AggregationContext",
@@ -33,15 +33,15 @@ __all__ = [
 
 _HOMES = {
     "AggregationContext": "fedsplit.aggregation.base",
-    "EvaluateResult": "fedsplit.workloads.base",
+    "EvaluateResult": "fedsplit.workloads",
     "FedSplitError": "fedsplit.errors",
     "Progress": "fedsplit.trainer.progress",
     "Strategy": "fedsplit.server.strategy",
     "Task": "fedsplit.trainer.trainer",
-    "TrainResult": "fedsplit.workloads.base",
+    "TrainResult": "fedsplit.workloads",
     "Trainer": "fedsplit.trainer.trainer",
     "Update": "fedsplit.aggregation.base",
-    "WorkloadContext": "fedsplit.workloads.base",
+    "WorkloadContext": "fedsplit.workloads",
 }
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.errors import UsageError
-from fedsplit.workloads.options import OptionReader
+from fedsplit.workloads import OptionReader
 from fedsplit.workloads.partition import partition, read_alpha
 from tests.depth import scaled
 

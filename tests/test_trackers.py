@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from fedsplit.errors import UsageError
 from fedsplit.run.directory import Run
 from fedsplit.run.history import Line
 from fedsplit.watch import trackers
-from fedsplit.watch.trackers import open_tracker, parse_tracker, scalars_of
+from fedsplit.watch.trackers import (
+    EXPERIMENT,
+    MLflowTracker,
+    TensorBoardTracker,
+    TrackerThread,
+    parse_tracker,
+    scalars_of,
+)  # fmt: skip
 from tests.programs import Programs
 
 LINE: Line = {
@@ -45,7 +53,7 @@ def tracker_class(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], None]:
     """Put a class of the test's in the place of the TensorBoard tracker."""
 
     def put(kind: type) -> None:
-        monkeypatch.setattr(trackers, "_open", lambda name, *arguments: kind(*arguments))
+        monkeypatch.setitem(trackers.TRACKERS, "tensorboard", kind)
 
     return put
 
@@ -64,7 +72,7 @@ def test_names_tell_the_phase_and_the_rank_and_what_is_no_number_stays_away() ->
 def test_an_unknown_tracker_and_a_missing_package_are_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="there is no 'wandb'; expected tensorboard or mlflow"):
         parse_tracker("wandb")
-    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", ("no_such_package",))
+    monkeypatch.setitem(trackers.PACKAGES, "tensorboard", ("no_such_package",))
     with pytest.raises(UsageError, match=r"needs no_such_package, .*: pip install 'fedsplit\[tensorboard\]'"):
         parse_tracker("tensorboard")
 
@@ -86,7 +94,7 @@ def test_a_tracker_that_hangs_delays_no_round_and_a_short_end(
 
     monkeypatch.setattr(trackers, "FLUSH_S", 0.2)
     tracker_class(Hanging)
-    with Run(tmp_path) as run, open_tracker("tensorboard", run) as tracker:
+    with Run(tmp_path) as run, closing(TrackerThread("tensorboard", run)) as tracker:
         for _ in range(100):
             tracker.round_ended(LINE, 1)
     assert "tracker tensorboard: still writing 0 s after the end of the run; left behind" in said.getvalue()
@@ -100,7 +108,7 @@ def test_a_tracker_that_fails_is_named_and_the_run_goes_on(
             raise OSError("no space\nand more")
 
     tracker_class(Failing)
-    with Run(tmp_path) as run, open_tracker(f"tensorboard:{tmp_path}/there", run) as tracker:
+    with Run(tmp_path) as run, closing(TrackerThread(f"tensorboard:{tmp_path}/there", run)) as tracker:
         tracker.round_ended(LINE, 1)
     assert said.getvalue() == (
         f"tracker tensorboard: gave up at {tmp_path}/there (OSError: no space); "
@@ -126,7 +134,7 @@ def test_rounds_arrive_in_order_and_the_end_says_whether_the_run_was_complete(
     tracker_class(Noting)
     with (
         Run(tmp_path, settings={"tracker": "mlflow:http://me:secret@host"}) as run,
-        open_tracker("tensorboard", run) as tracker,
+        closing(TrackerThread("tensorboard", run)) as tracker,
     ):
         for server_round in (1, 2):
             tracker.round_ended({**LINE, "round": server_round}, 3)
@@ -162,10 +170,8 @@ def test_a_resumed_run_goes_on_in_the_same_tensorboard_run(tmp_path: Path) -> No
     pytest.importorskip("tensorboard", reason="pip install 'fedsplit[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from fedsplit.watch.trackers.tensorboard import Tracker
-
     for first_round, last_round, loss in ((1, 3, 1.0), (3, 4, 2.0)):
-        tracker = Tracker(str(tmp_path), "abc", first_round, {})
+        tracker = TensorBoardTracker(str(tmp_path), "abc", first_round, {})
         for server_round in range(first_round, last_round + 1):
             tracker.log({"train/loss": loss}, server_round)
         tracker.close(complete=False)
@@ -182,11 +188,9 @@ def test_mlflow_has_one_run_for_each_of_ours_also_when_it_is_resumed(tmp_path: P
     pytest.importorskip("sqlalchemy", reason="pip install 'fedsplit[mlflow]'")
     from mlflow.tracking import MlflowClient
 
-    from fedsplit.watch.trackers.mlflow import EXPERIMENT, Tracker
-
     lines = [{**LINE, "round": 1}, {**LINE, "round": 2, "train": {"loss": 1.0, "f1@5, é": 0.5}}]
     for server_round, line in enumerate(lines, start=1):
-        tracker = Tracker(str(tmp_path), "abc", server_round, {"rounds": 2, "long": "x" * 9000})
+        tracker = MLflowTracker(str(tmp_path), "abc", server_round, {"rounds": 2, "long": "x" * 9000})
         tracker.log(scalars_of(line), server_round)
         tracker.close(complete=server_round == 2)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")

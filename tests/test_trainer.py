@@ -442,7 +442,7 @@ def test_a_torn_state_is_waited_out_and_done_once_it_is_whole(federation, caplog
 
 def test_a_client_that_does_not_come_is_not_waited_for_longer_than_said(federation):
     with (
-        pytest.raises(PeerMissingError, match=r"within 0\.2 s; start client_main\.py --rank 1"),
+        pytest.raises(PeerMissingError, match=r"within 0\.2 s; start the client of rank 1"),
         federation.trainer(client_wait_s=0.2) as trainer,
     ):
         next(iter(trainer))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from fedsplit.errors import MissingPackageError, UsageError, WorkloadError
 from fedsplit.workloads import WorkloadContext, create_workload
-from fedsplit.workloads.digits import load_data, read_table, read_table_with_sklearn
-from fedsplit.workloads.image import ImageData, ImageWorkload, rank_indices
-from fedsplit.workloads.training import proximal_term
+from fedsplit.workloads.digits import load_data, read_table
+from fedsplit.workloads.image import ImageData, ImageWorkload, proximal_term, rank_indices
 
 State = dict[str, torch.Tensor]
 
@@ -97,8 +98,14 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_the_table_read_without_scikit_learn_is_scikit_learns() -> None:
     table = read_table()
-    np.testing.assert_array_equal(table, read_table_with_sklearn())
+    np.testing.assert_array_equal(table, np.column_stack(load_digits(return_X_y=True)))
     assert table.shape == (1797, 65)
+
+
+def test_where_the_file_is_elsewhere_scikit_learn_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = read_table()
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
+    np.testing.assert_array_equal(table, read_table())
 
 
 def test_a_fifth_of_each_class_is_held_out_and_every_digit_is_on_one_side() -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from fedsplit.errors import UsageError
-from fedsplit.workloads import WorkloadContext
-from fedsplit.workloads.options import OptionReader
+from fedsplit.workloads import OptionReader, WorkloadContext
 
 
 @pytest.mark.parametrize(("value", "expected"), [("3", 3), (3, 3), (3.0, 3), ("1e2", 100), (" 7 ", 7)])

@@ -26,8 +26,7 @@ import torchvision.datasets
 from fedsplit.errors import MissingPackageError, UsageError, WorkloadError
 from fedsplit.workloads import WorkloadContext, create_workload
 from fedsplit.workloads.image import ImageWorkload
-from fedsplit.workloads.models import cifar_resnet18
-from fedsplit.workloads.vision import CIFAR10, FASHION_MNIST, MNIST, Source, load_data
+from fedsplit.workloads.vision import CIFAR10, FASHION_MNIST, MNIST, Source, cifar_resnet18, load_data
 from tests.bounds import BOUND_S
 
 Bytes = npt.NDArray[np.uint8]

@@ -1,16 +1,15 @@
 """Where a trainer's tasks come from, and where its answers go: the interface between `Trainer` and the other side.
 
-`ExchangeChannel` is the ordinary one, through the exchange directory. With `fedsplit.trainer.standalone` a trainer asks
-itself, for a debugger. `fedsplit.trainer.process_group` puts either of the two before all processes of a process group.
-Every method but `fail` is called in every process, in the same order.
+`ExchangeChannel` is the ordinary one, through the exchange directory. With `StandaloneChannel` a trainer asks itself.
+`fedsplit.trainer.process_group` puts either of the two before all processes of a process group.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,10 +32,8 @@ _BAD_RECORD_S = 1.0
 class Answer:
     """What a loop body replied, checked and without the entries that stay at home.
 
-    Attributes
-    ----------
-    checksum
-        Sum of the module's parameters if there are several processes: after training together it is the same in all.
+    `checksum` is the sum of the module's parameters if there are several processes: after training together it is the
+    same in all.
     """
 
     state: StateDict | None
@@ -48,7 +45,7 @@ class Answer:
 
 
 class Channel(Protocol):
-    """What a trainer needs from the other side.
+    """What a trainer needs from the other side. All but `fail` are called in every process, in the same order.
 
     Attributes
     ----------
@@ -56,14 +53,14 @@ class Channel(Protocol):
         Which of how many processes of one trainer this is, counted from 0.
     """
 
-    process: int
-    processes: int
+    process: int = 0
+    processes: int = 1
 
     def hold(self) -> AbstractContextManager[None]:
-        """Hold the trainer's role of the rank for the length of the block."""
+        """Hold the trainer's role of the rank for the length of the block; raises RoleTakenError."""
 
     def next(self) -> TaskRecord | FinishedRecord:
-        """Wait for the next task or the end of the run."""
+        """Wait for the next task or the end of the run; raises PeerMissingError if no client came in time."""
 
     def read_state(self, record: TaskRecord) -> StateDict:
         """Return the state that the newest task came with; writing to it changes nothing elsewhere."""
@@ -79,21 +76,14 @@ class Channel(Protocol):
 
     def share(self, value: int) -> int:
         """Return process 0's value in every process."""
+        return value
 
 
-class ExchangeChannel:
+class ExchangeChannel(Channel):
     """Tasks and answers through the exchange directory, to and from the client of the same rank.
 
-    Parameters
-    ----------
-    exchange
-        The rank's directory.
-    client_wait_s
-        Seconds to wait for a client to be there; None waits for ever.
+    `client_wait_s` are seconds to wait for a client to be there; None waits for ever.
     """
-
-    process = 0
-    processes = 1
 
     def __init__(self, exchange: Exchange, client_wait_s: float | None = None) -> None:
         self._exchange = exchange
@@ -105,14 +95,11 @@ class ExchangeChannel:
         self._missing_since: float | None = None
 
     def hold(self) -> AbstractContextManager[None]:
-        """Hold the trainer's role; raises RoleTakenError if a live trainer of this rank uses the directory."""
         return self._exchange.hold("trainer")
 
     def next(self) -> TaskRecord | FinishedRecord:
-        """Wait for the next task or the end of the run; raises PeerMissingError if no client came in time."""
-        began = time.monotonic()
+        began = reminded = time.monotonic()
         self._watch.begin()
-        reminded = began
         bad_since: float | None = None
         while True:
             now = time.monotonic()
@@ -131,19 +118,19 @@ class ExchangeChannel:
                     log.warning("%s; waiting for the client to write it anew", exc)
                     bad_since = now + _REMIND_S
             if now - self._client_checked > _CLIENT_CHECK_S:
-                self._client_checked, was_missing = now, self._missing_since
-                self._missing_since = self._check_client(was_missing, now)
+                was_missing = self._missing_since
+                self._check_client(now)
                 if now - reminded > _REMIND_S or (self._missing_since is None) != (was_missing is None):
                     reminded = now
-                    self._remind(self._missing_since is not None, now - began)
+                    whom = "the server's next task" if self._missing_since is None else "a client"
+                    rank, directory = self._exchange.rank, self._exchange.directory
+                    log.info("rank %d: waiting for %s (%s, %.0f s)", rank, whom, directory, now - began)
             self._watch.sleep()
 
     def read_state(self, record: TaskRecord) -> StateDict:
-        """Map the task's payload."""
         return {} if record.payload is None else map_file(self._exchange.directory / record.payload.file)
 
     def is_wanted(self, record: TaskRecord) -> bool:
-        """Look at the exchange, at most every 50 ms; in between nothing has changed."""
         version, looked = self._looked
         now = time.monotonic()
         if version == record.version and now - looked < _STOP_CHECK_S:
@@ -152,7 +139,6 @@ class ExchangeChannel:
         return self._side.is_wanted(record)
 
     def answer(self, record: TaskRecord, answer: Answer) -> bool:
-        """Write the payload and offer the result."""
         chunks = None if answer.state is None else encode(answer.state)
         return self._side.answer(
             record, chunks, num_examples=answer.num_examples, loss=answer.loss, metrics=answer.metrics,
@@ -160,25 +146,67 @@ class ExchangeChannel:
         )  # fmt: skip
 
     def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
-        """Offer an error."""
         self._side.answer(record, error=error, seconds=seconds)
 
-    def share(self, value: int) -> int:
-        """Return the value: there is one process."""
-        return value
-
-    def _check_client(self, missing_since: float | None, now: float) -> float | None:
+    def _check_client(self, now: float) -> None:
+        self._client_checked = now
         if self._exchange.is_held("client"):
-            return None
-        since = now if missing_since is None else missing_since
-        if self._client_wait_s is not None and now - since > self._client_wait_s:
+            self._missing_since = None
+            return
+        self._missing_since = now if self._missing_since is None else self._missing_since
+        if self._client_wait_s is not None and now - self._missing_since > self._client_wait_s:
+            rank = self._exchange.rank
             raise PeerMissingError(
-                f"no client of rank {self._exchange.rank} came to {self._exchange.directory} within "
-                f"{self._client_wait_s:g} s; start client_main.py --rank {self._exchange.rank} with the same "
-                "--exchange-dir"
+                f"no client of rank {rank} came to {self._exchange.directory} within {self._client_wait_s:g} s; "
+                f"start the client of rank {rank} with the same --exchange-dir"
             )
-        return since
 
-    def _remind(self, missing: bool, seconds: float) -> None:
-        whom = "a client" if missing else "the server's next task"
-        log.info("rank %d: waiting for %s (%s, %.0f s)", self._exchange.rank, whom, self._exchange.directory, seconds)
+
+class StandaloneChannel(Channel):
+    """Asks what a server with this one client would ask: for a debugger, and to try a script by itself.
+
+    The trainer's own model is the initial state. Each of the `rounds` asks for training and for evaluation, and the
+    state of a reply is the state of the next task. There is no exchange directory, no client and no server.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._state: StateDict = {}
+        self._tasks = self._ask()
+
+    def hold(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def next(self) -> TaskRecord | FinishedRecord:
+        return next(self._tasks)
+
+    def read_state(self, record: TaskRecord) -> StateDict:
+        return {name: tensor.clone() for name, tensor in self._state.items()}
+
+    def is_wanted(self, record: TaskRecord) -> bool:
+        return True
+
+    def answer(self, record: TaskRecord, answer: Answer) -> bool:
+        if answer.state is not None:
+            self._state = {name: tensor.detach().cpu().clone() for name, tensor in answer.state.items()}
+        if record.kind != "initialize":
+            numbers = ({} if answer.loss is None else {"loss": answer.loss}) | dict(answer.metrics)
+            shown = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, str))
+            log.info(
+                "standalone: %s of round %d/%d, %d examples%s",
+                record.kind, record.server_round, self._rounds, answer.num_examples, shown,
+            )  # fmt: skip
+        return True
+
+    def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
+        text = error.get("traceback", "")
+        log.error("standalone: %s of round %d failed\n%s", record.kind, record.server_round, text)
+
+    def _ask(self) -> Iterator[TaskRecord | FinishedRecord]:
+        run_id, rounds = "standalone", self._rounds
+        tasks = [("initialize", 0)]
+        tasks += [(kind, number) for number in range(1, rounds + 1) for kind in ("train", "evaluate")]
+        for version, (kind, number) in enumerate(tasks, start=1):
+            yield TaskRecord(version=version, run_id=run_id, kind=kind, server_round=number, total_rounds=rounds)
+        while True:
+            yield FinishedRecord(version=len(tasks) + 1, run_id=run_id, outcome="complete")

@@ -33,14 +33,9 @@ _LOCAL_PART = "local.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The round that a task continues from.
+    """The round that a task continues from; `checkpoint` is None at the start of a run.
 
-    Attributes
-    ----------
-    checkpoint
-        What was kept with it; None at the start of a run.
-    restore
-        Whether it has to be read: the process is not itself at the end of that round.
+    `restore` tells whether it has to be read: the process is not itself at the end of that round.
     """
 
     checkpoint: Checkpoint | None
@@ -48,41 +43,28 @@ class Base:
 
     def load_local_state(self) -> Any:
         """Return what the script asked to keep, or None."""
-        if self.checkpoint is None or _LOCAL_STATE not in self.checkpoint.files:
-            return None
-        return torch.load(self.checkpoint.path(_LOCAL_STATE), weights_only=True, map_location="cpu")
+        path = self._path(_LOCAL_STATE)
+        return None if path is None else torch.load(path, weights_only=True, map_location="cpu")
 
     def load_local_part(self) -> StateDict | None:
         """Return the entries of the state_dict that stayed at home, or None if none are kept."""
-        if self.checkpoint is None or _LOCAL_PART not in self.checkpoint.files:
-            return None
-        return map_file(self.checkpoint.path(_LOCAL_PART))
+        path = self._path(_LOCAL_PART)
+        return None if path is None else map_file(path)
+
+    def _path(self, name: str) -> Path | None:
+        return self.checkpoint.path(name) if self.checkpoint and name in self.checkpoint.files else None
 
 
 class LocalStates:
-    """The local states of one rank, or of one process of it.
-
-    Parameters
-    ----------
-    directory
-        The rank's directory. Process 0 keeps its states there, each other process in a directory below.
-    channel
-        Which process this is; through it all processes agree on a round.
-    model
-        Where a run starts: see `Trainer`.
-    reset
-        Whether each round starts afresh.
-    """
+    """The local states of one rank: process 0 keeps its own in the rank's directory, each other process one below."""
 
     def __init__(self, directory: Path, channel: Channel, model: ModelSource | None, *, reset: bool) -> None:
         self._first_store = self._store = CheckpointStore(directory, keep=KEEP_ROUNDS)
         if channel.process:
             self._store = CheckpointStore(directory / f"process-{channel.process}", keep=KEEP_ROUNDS)
-        self._channel = channel
-        self._model = model
+        self._channel, self._model, self._reset = channel, model, reset
         self._has_snapshot = isinstance(model, torch.nn.Module | Mapping)
         self._initial_path = self._store.directory / "initial.safetensors"
-        self._reset = reset
         self._writer = BackgroundWriter()
         self._run_id: str | None = None
         # Where this process is: at the end of (run, round), (None, 0) when it is new, None in the middle of a round.
@@ -106,30 +88,32 @@ class LocalStates:
         return {} if self._model is None else own_state(self._model)
 
     def begin(self, record: TaskRecord) -> Base:
-        """Find the round that a task continues from.
-
-        Raises
-        ------
-        CheckpointError
-            If the server goes back to a round whose local state is no longer kept.
-        """
+        """Find the round that a task continues from; raises CheckpointError if its local state is no longer kept."""
         if record.run_id != self._run_id:
             self._store.begin_run(record.run_id)
             self._run_id = record.run_id
         # An evaluation belongs to the round that was just trained.
         checkpoint = self._find(record.run_id, before=record.server_round + (record.kind == "evaluate"))
         if checkpoint is None and not self._reset:
-            self._check_beginning(record.server_round)
+            # Do not start afresh in a run whose earlier local states were removed to save space.
+            rounds = self._store.rounds()
+            if rounds and self._store.read(rounds[0], verify=False).info.get("base") is not None:
+                raise CheckpointError(
+                    f"the server asks for round {record.server_round}, but the local states in {self._store.directory} "
+                    f"begin with round {rounds[0]}; resume the server from a later round, or start with --state reset"
+                )
         restore = self._position != ((record.run_id, checkpoint.server_round) if checkpoint else (None, 0))
         if record.kind == "train" or restore:
             self._position = None
         return Base(checkpoint=checkpoint, restore=restore or self._reset)
 
     def save(self, record: TaskRecord, base: Base, local_part: StateDict, local_state: Any) -> bool:
-        """Keep what belongs to a round that was trained; returns False if there is nothing to keep.
+        """Keep what belongs to a round, if it was trained; returns False if there is nothing to keep.
 
         It is kept before the result is offered: whoever sees the result can rely on the state that made it.
         """
+        if record.kind != "train":
+            return False
         files: dict[str, Any] = {}
         if local_state is not None:
             files[_LOCAL_STATE] = [_dump(local_state)]
@@ -142,22 +126,20 @@ class LocalStates:
         for later in self._store.rounds():
             if later > record.server_round:  # the server went back: these rounds are trained again
                 self._store.remove(later)
-        info = {
-            "base": base.checkpoint.server_round if base.checkpoint else None,
-            "processes": self._channel.processes,
-        }
+        before = base.checkpoint.server_round if base.checkpoint else None
         self._store.save(
-            run_id=record.run_id, server_round=record.server_round, files=files, info=info, durable=False
+            run_id=record.run_id, server_round=record.server_round, files=files, durable=False,
+            info={"base": before, "processes": self._channel.processes},
         )  # fmt: skip
         self._store.prune()
         return True
 
     def settle(self, record: TaskRecord, *, saved: bool, accepted: bool) -> None:
         """Note whether the result of a round was accepted: only then does the next round continue from it."""
-        if accepted:
+        if accepted and record.kind == "train":
             self._position = (record.run_id, record.server_round)
-            if saved:
-                self._writer.submit(lambda: self._store.flush(record.server_round))
+        if saved and accepted:
+            self._writer.submit(lambda: self._store.flush(record.server_round))
         elif saved:
             self._store.remove(record.server_round)
 
@@ -179,15 +161,6 @@ class LocalStates:
         if chosen < 0:
             return None
         return (self._store if saved_by == self._channel.processes else self._first_store).read(chosen)
-
-    def _check_beginning(self, server_round: int) -> None:
-        """Refuse to start afresh in a run whose earlier local states were removed to save space."""
-        rounds = self._store.rounds()
-        if rounds and self._store.read(rounds[0], verify=False).info.get("base") is not None:
-            raise CheckpointError(
-                f"the server asks for round {server_round}, but the local states in {self._store.directory} "
-                f"begin with round {rounds[0]}; resume the server from a later round, or start with --state reset"
-            )
 
 
 def _dump(local_state: Any) -> bytes:

@@ -16,31 +16,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-
-class Described(Protocol):
-    """What is shown of a task."""
-
-    kind: str
-    server_round: int
-    total_rounds: int
+if TYPE_CHECKING:
+    from fedsplit.trainer.trainer import Task
 
 
 class Progress:
-    """Shows how far the current task is.
-
-    Parameters
-    ----------
-    rank
-        Shown before the task.
-    shown
-        Whether there may be a bar; of several processes only one shows it.
-    """
+    """Shows how far the current task of a rank is; of several processes only one does, the others are not `shown`."""
 
     def __init__(self, rank: int, *, shown: bool = True) -> None:
         self._rank = rank
@@ -49,7 +36,7 @@ class Progress:
         self._console = Console(stderr=True)
 
     @contextmanager
-    def task(self, task: Described) -> Iterator[None]:
+    def task(self, task: Task) -> Iterator[None]:
         """Show a bar for the length of a task."""
         if not self._shown or not sys.stderr.isatty():
             yield
@@ -63,17 +50,7 @@ class Progress:
         self._bar = None
 
     def update(self, done: int, total: int, loss: float, epochs: int = 1) -> None:
-        """Show that a batch is done.
-
-        Parameters
-        ----------
-        done, total
-            Batches of the task, over all its epochs.
-        loss
-            Of this batch.
-        epochs
-            How many epochs the task has, of the same length each.
-        """
+        """Show that a batch is done, and its loss: `done` of `total` over all `epochs`, which are equally long."""
         if self._bar:
             epoch = f"epoch {(done - 1) * epochs // total + 1}/{epochs}, " if epochs > 1 else ""
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=f"{epoch}loss {loss:.4f}")

@@ -10,12 +10,9 @@
             else:
                 task.reply(model, num_examples=…, metrics={"loss": …})
 
-Nobody starts this process but the user: it may be started before or after its client, and outlives it. Killed at any
-moment and started again, it finds the task that has no answer and does it again from the same state.
-
-Where a process group of torch.distributed is initialised, the same lines run in every process and act as one trainer
-(see `fedsplit.trainer.process_group`). With ``standalone=True`` the trainer asks itself (see
-`fedsplit.trainer.standalone`).
+It may be started before or after its client. Killed at any moment and started again, it finds the task that has no
+answer and does it again from the same state. Where a process group of torch.distributed is initialised, the same lines
+run in every process and act as one trainer.
 """
 
 from __future__ import annotations
@@ -38,13 +35,13 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import ModelSource, StateDict, load_into, own_state
-from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel
+from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
 from fedsplit.trainer.local_state import Base, LocalStates
 
 log = logging.getLogger("fedsplit")
 
-# Three such texts fit into a record, whatever their characters.
-_ERROR_CHARACTERS = 100_000
+# Characters kept at each end of an error's text. Three such texts fit into a record, whatever their characters.
+_HALF = 50_000
 
 
 class Task:
@@ -57,7 +54,7 @@ class Task:
     server_round, total_rounds : int
         The round, counted from 1, and how many there will be.
     config : Mapping[str, bool | int | float | str]
-        What ``server_main.py --train-config`` gave.
+        What the server's ``--train-config`` gave.
     restore : bool
         Whether `local_state` has to be read: this process is not itself at the end of the round before.
     answered, failed : bool
@@ -70,14 +67,11 @@ class Task:
         self.total_rounds = record.total_rounds
         self.config: Mapping[str, Scalar] = record.config
         self.restore = base.restore
-        self._trainer = trainer
-        self._record = record
-        self._base = base
+        self.answered = self.failed = False
+        self._trainer, self._record, self._base = trainer, record, base
         self._state: StateDict | None = None
         self._began = time.monotonic()
         self._stop = False
-        self.answered = False
-        self.failed = False
 
     @property
     def state_dict(self) -> StateDict:
@@ -98,16 +92,16 @@ class Task:
     def load_into(self, model: torch.nn.Module) -> None:
         """Copy the received state into a model, by name; entries that the rules keep local stay as they are.
 
-        Raises
-        ------
-        StateMismatchError
-            If keys, shapes or dtypes differ; the model has not changed then.
+        Raises StateMismatchError if keys, shapes or dtypes differ; the model has not changed then.
         """
-        state = dict(self.state_dict)
-        own = own_state(model)
-        kept = {name: tensor for name, tensor in own.items() if self.is_local(name)}
+        kept = {name: tensor for name, tensor in own_state(model).items() if self.is_local(name)}
+        if kept and self.restore:
+            saved = self._base.load_local_part()
+            if saved is None:
+                saved = self._trainer._local.initial_state()
+            kept |= {name: saved[name] for name in kept if name in saved}
         where = f"what the server sent for {self.kind} of round {self.server_round}"
-        load_into(model, state | {**kept, **self._local_part(kept)}, where=where)
+        load_into(model, {**self.state_dict, **kept}, where=where)
 
     def reply(
         self,
@@ -125,13 +119,12 @@ class Task:
         model
             The module or state_dict after training; none for ``evaluate``.
         num_examples
-            How many examples this answer speaks for: its weight in the merge. In several processes each gives its own,
-            and the answer has their sum.
+            How many examples this answer speaks for: its weight in the merge.
         loss
-            Mean loss over them; needed for ``evaluate``. In several processes each gives that of its own examples,
-            as with `metrics`, and the answer has the weighted mean.
+            Mean loss over them; needed for ``evaluate``.
         metrics
-            Further numbers for the server's history.
+            Further numbers for the server's history. In several processes each gives those of its own examples, as with
+            `loss`; the answer has the weighted means, and the sum of the examples.
         local_state
             What must outlive the process (optimizer, scheduler, generators): tensors, numbers, strings, and lists,
             tuples and dicts of these. It comes back as `local_state`, also after a kill.
@@ -146,13 +139,14 @@ class Task:
             raise UsageError(f"num_examples must be a whole number of examples, not {num_examples!r}")
         seconds = time.monotonic() - self._began
         state = None if self.kind == "evaluate" or model is None else own_state(model)
+        local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
         answer = Answer(
-            state=None if state is None else {name: value for name, value in state.items() if not self.is_local(name)},
+            state=None if state is None else {name: state[name] for name in state if name not in local_part},
             num_examples=num_examples, loss=None if loss is None else float(loss), seconds=seconds,
             metrics=scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics"),
             checksum=_checksum(model) if self._trainer.processes > 1 else None,
         )  # fmt: skip
-        self._trainer._answer(self, answer, state or {}, local_state)
+        self._trainer._answer(self, answer, local_part, local_state)
         # Not before: if the reply cannot be given, the client must hear of that error.
         self.answered = True
 
@@ -173,14 +167,6 @@ class Task:
             self._stop = not self._trainer._channel.is_wanted(self._record)
         return self._stop
 
-    def _local_part(self, kept: Mapping[str, torch.Tensor]) -> StateDict:
-        if not kept or not self.restore:
-            return {}
-        saved = self._base.load_local_part()
-        if saved is None:
-            saved = self._trainer._local.initial_state()
-        return {name: saved[name] for name in kept if name in saved}
-
 
 class Trainer:
     """Takes part in a federation as the trainer of a rank.
@@ -197,7 +183,7 @@ class Trainer:
     state
         ``keep``: the local state goes on from round to round. ``reset``: each round starts fresh.
     client_wait_s
-        Seconds to wait for a client to be there; None waits for ever.
+        Seconds to wait for a client to be there before PeerMissingError is raised; None waits for ever.
     standalone
         Take part in no federation: `standalone_rounds` rounds of training and evaluation are asked for in this
         process, each from what the reply before gave. Uses no directory.
@@ -205,16 +191,11 @@ class Trainer:
     Attributes
     ----------
     process, processes : int
-        Which of how many processes of this trainer this is, counted from 0: 0 of 1 without a process group.
+        Which of how many processes of this trainer this is: 0 of 1 without a process group.
     outcome : FinishedRecord or None
         How the run ended, once the loop is over.
 
-    Raises
-    ------
-    RoleTakenError
-        On entering, if a live trainer of this rank uses the directory.
-    PeerMissingError
-        While waiting, if no client was there for ``client_wait_s``.
+    Raises RoleTakenError on entering if a live trainer of this rank uses the directory.
     """
 
     def __init__(
@@ -281,19 +262,14 @@ class Trainer:
                 )
         self.outcome = record
 
-    def _answer(self, task: Task, answer: Answer, state: StateDict, local_state: Any) -> None:
-        saved = False
-        if task.kind == "train":
-            local_part = {name: tensor for name, tensor in state.items() if task.is_local(name)}
-            saved = self._local.save(task._record, task._base, local_part, local_state)
+    def _answer(self, task: Task, answer: Answer, local_part: StateDict, local_state: Any) -> None:
+        saved = self._local.save(task._record, task._base, local_part, local_state)
         try:
             accepted = self._channel.answer(task._record, answer)
         except RecordError:  # nobody could read it, so nothing was offered
-            if task.kind == "train":
-                self._local.settle(task._record, saved=saved, accepted=False)
+            self._local.settle(task._record, saved=saved, accepted=False)
             raise
-        if task.kind == "train":
-            self._local.settle(task._record, saved=saved, accepted=accepted)
+        self._local.settle(task._record, saved=saved, accepted=accepted)
 
 
 def _channel(exchange: Exchange, client_wait_s: float | None, standalone_rounds: int | None) -> Channel:
@@ -301,37 +277,29 @@ def _channel(exchange: Exchange, client_wait_s: float | None, standalone_rounds:
     if standalone_rounds is None:
         channel = ExchangeChannel(exchange, client_wait_s)
     else:
-        from fedsplit.trainer.standalone import StandaloneChannel
-
         channel = StandaloneChannel(standalone_rounds)
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        from fedsplit.trainer.process_group import ProcessGroupChannel
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return channel
+    from fedsplit.trainer.process_group import ProcessGroupChannel
 
-        channel = ProcessGroupChannel(channel)
-    return channel
+    return ProcessGroupChannel(channel)
 
 
 def _describe(exc: BaseException) -> dict[str, str]:
     """Return what the client and the server are told of an error."""
-    text = "".join(traceback.format_exception(exc))
-    return {"type": type(exc).__name__, "message": _shorten(str(exc)), "traceback": _shorten(text)}
-
-
-def _shorten(text: str) -> str:
-    """Leave out the middle of a text that a record has no room for."""
-    half = _ERROR_CHARACTERS // 2
-    return text if len(text) <= 2 * half else f"{text[:half]}\n… {len(text) - 2 * half:,} characters …\n{text[-half:]}"
+    texts = {"message": str(exc), "traceback": "".join(traceback.format_exception(exc))}
+    for name, text in texts.items():
+        if (left_out := len(text) - 2 * _HALF) > 0:
+            texts[name] = f"{text[:_HALF]}\n… {left_out:,} characters …\n{text[-_HALF:]}"
+    return {"type": type(exc).__name__, **texts}
 
 
 def _describe_local(task: Task, state: StateDict) -> dict[str, str]:
     """Describe the entries that the server never sees: so it can show the whole split and check its patterns."""
-    local = {
-        name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        for name, tensor in state.items()
-        if task.is_local(name)
-    }
-    return {"local_entries": json.dumps(local)}
+    local = {name: tensor for name, tensor in state.items() if task.is_local(name)}
+    shown = {name: (str(each.dtype).removeprefix("torch."), list(each.shape)) for name, each in local.items()}
+    return {"local_entries": json.dumps(shown)}
 
 
 def _plain(value: Any) -> Any:
@@ -341,9 +309,7 @@ def _plain(value: Any) -> Any:
 
 def _checksum(model: ModelSource | None) -> float | None:
     """Return the sum of a module's parameters, or None where it would not be the same in all processes."""
-    if not isinstance(model, torch.nn.Module):
-        return None
-    parameters = list(model.parameters())
-    if any(type(parameter.data) is not torch.Tensor for parameter in parameters):  # sharded
+    parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else None
+    if parameters is None or any(type(parameter.data) is not torch.Tensor for parameter in parameters):  # sharded
         return None
     return sum(parameter.detach().double().sum().item() for parameter in parameters if parameter.is_floating_point())

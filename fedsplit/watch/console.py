@@ -1,7 +1,6 @@
 """The server's terminal: the split, a table of rounds that grows in place, and below it who is waited for.
 
-Refusals, failures and everything else that is logged scroll by above the table, a line each. Where there is no terminal
-none of this is used: the log has the same facts, a line an event.
+What is logged scrolls by above the table. Without a terminal none of this is used: the log has the same facts.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -37,20 +36,11 @@ _SHOWN_IN_TABLES = ("split", "round")
 class LiveConsole(Observer):
     """Shows a run on a terminal for the length of a block; takes the place of the log's handler meanwhile.
 
-    Parameters
-    ----------
-    console
-        The terminal.
-    title
-        Stands above the rounds.
-    lines
-        The history so far, of a run that is resumed.
+    The `title` stands above the rounds; `lines` are the history so far, of a run that is resumed.
     """
 
     def __init__(self, console: Console, title: str, lines: Sequence[Line] = ()) -> None:
-        self._console = console
-        self._title = title
-        self._lines = list(lines)
+        self._console, self._title, self._lines = console, title, list(lines)
         self._split: list[PartRow] = []
         self._activity = "starting"
         self._since = time.monotonic()
@@ -75,43 +65,37 @@ class LiveConsole(Observer):
         log.handlers[:] = self._handlers
 
     def split_resolved(self, rows: Sequence[PartRow]) -> None:
-        """Show the split above the rounds from now on."""
         with self._lock:
             self._split = list(rows)
 
     def clients_awaited(self, ranks: Sequence[int], needed: int) -> None:
-        """Show how many clients are missing."""
-        here = f" (rank {_named(ranks)})" if ranks else ""
+        here = f" (rank {', '.join(map(str, ranks))})" if ranks else ""
         self._begin(f"waiting for clients: {len(ranks)} of {needed} are here{here}", ())
 
     def asked(self, kind: str, server_round: int, total_rounds: int, ranks: Sequence[int]) -> None:
-        """Show what is being done."""
         self._begin(f"round {server_round} of {total_rounds}: {_DOING[kind]}", ranks)
 
     def waiting(self, rank: int, what: str | None) -> None:
-        """Show what stands still."""
         with self._lock:
             if rank in self._awaited:
                 self._awaited[rank] = what
 
     def answered(self, rank: int, refused: str | None) -> None:
-        """Wait for one less."""
         with self._lock:
             self._awaited.pop(rank, None)
 
     def round_ended(self, line: Line, total_rounds: int) -> None:
-        """Add a row."""
         with self._lock:
             self._lines.append(line)
-        last = line["round"] >= total_rounds
-        self._begin("the last round is done: writing its checkpoint" if last else "starting the next round", ())
+        is_last = line["round"] >= total_rounds
+        self._begin("the last round is done: writing its checkpoint" if is_last else "starting the next round", ())
 
     def render(self) -> RenderableType:
         """Return all that is shown."""
         with self._lock:
             shown: list[RenderableType] = []
             if self._split:
-                shown += [Text(), split_table(self._split), Text()]
+                shown += [Text(), _split_table(self._split), Text()]
             room = self._console.height - _LINES_AROUND - (len(self._split) + 4 if self._split else 0)
             if self._lines:
                 shown.append(rounds_table(self._lines, self._title, width=self._console.width, room=room))
@@ -131,13 +115,12 @@ class LiveConsole(Observer):
     def _describe(self) -> str:
         text, seconds = self._activity, time.monotonic() - self._since
         if self._awaited:
-            standing = {rank: f"{rank} (no {what})" for rank, what in self._awaited.items() if what}
-            text += f", waiting for rank {_named(standing.get(rank, rank) for rank in self._awaited)}"
+            ranks = (f"{rank} (no {what})" if what else str(rank) for rank, what in self._awaited.items())
+            text += f", waiting for rank {', '.join(ranks)}"
         return text + (f", {seconds:.0f} s" if seconds >= 1 else "")
 
 
-def split_table(rows: Sequence[PartRow]) -> Table:
-    """Return the split as a table."""
+def _split_table(rows: Sequence[PartRow]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("part", "rule", "entries", "bytes"):
         table.add_column(heading, justify="right" if heading in ("entries", "bytes") else "left", overflow="fold")
@@ -147,19 +130,7 @@ def split_table(rows: Sequence[PartRow]) -> Table:
 
 
 def rounds_table(lines: Sequence[Line], title: str, *, width: int, room: int) -> Table:
-    """Return the newest rounds as a table.
-
-    Parameters
-    ----------
-    lines
-        The history.
-    title
-        Stands above.
-    width
-        Columns of the terminal: a metric that does not fit is left out.
-    room
-        How many rounds fit.
-    """
+    """Return as many of the newest rounds as there is `room` for; metrics that do not fit the `width` are left out."""
     room = max(3, room)
     metrics = columns(lines)[: max(1, width // _COLUMN_WIDTH - 5)]
     names = headings(metrics)
@@ -186,12 +157,7 @@ class _ConsoleHandler(logging.Handler):
             self.setFormatter(replaced[0].formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record."""
         if getattr(record, "event", None) in _SHOWN_IN_TABLES:
             return
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
         self._console.print(Text(self.format(record), style), soft_wrap=True)
-
-
-def _named(ranks: Iterable[int | str]) -> str:
-    return ", ".join(map(str, ranks))

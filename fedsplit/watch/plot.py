@@ -57,23 +57,7 @@ def write_plot(lines: Sequence[Line], output: Path) -> None:
 
 
 def draw(lines: Sequence[Line]) -> bytes:
-    """Draw a history as one picture.
-
-    Parameters
-    ----------
-    lines
-        At least one line of ``history.jsonl``.
-
-    Returns
-    -------
-    png : bytes
-        1560 pixels wide with an accuracy or another metric, 1080 without.
-
-    Raises
-    ------
-    MissingPackageError
-        If matplotlib is not installed.
-    """
+    """Draw a history of at least one line as a PNG; raises MissingPackageError without matplotlib."""
     buffer = io.BytesIO()
     with _style(_PNG_STYLE):
         make_figure(lines).savefig(buffer, format="png")
@@ -99,16 +83,9 @@ def make_figure(lines: Sequence[Line]) -> Figure:
 def charts(lines: Sequence[Line]) -> dict[str, str]:
     """Draw each metric and the time as an SVG element of its own, for an HTML page.
 
-    Returns
-    -------
-    charts : dict of str to str
-        By the name of the metric, at most 8 of them; the last is ``time``. Each colour ``#rrggbb`` is written as
-        ``var(--c-rrggbb, #rrggbb)``, so that a page can replace it to suit its theme. Text has no colour of its own.
-
-    Raises
-    ------
-    MissingPackageError
-        If matplotlib is not installed.
+    They are named after the metric, at most 8 of them; the last is ``time``. Each colour ``#rrggbb`` is written as
+    ``var(--c-rrggbb, #rrggbb)``, so that a page can replace it to suit its theme. Text has no colour of its own.
+    Raises MissingPackageError without matplotlib.
     """
     with _style(_SVG_STYLE):
         names = dict.fromkeys(name for _, name in metrics_of(lines))

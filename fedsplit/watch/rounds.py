@@ -19,42 +19,23 @@ _ALWAYS = (("train", "loss"), ("evaluate", "loss"), ACCURACY)
 _ORDER = {"loss": 0, "accuracy": 1}
 
 
-def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
-    """Return one number of a round.
-
-    Parameters
-    ----------
-    line
-        The round's line of the history.
-    phase
-        A key of `PHASES`.
-    name
-        Of the metric.
-    rank
-        Whose number; None for the mean over all ranks.
-
-    Returns
-    -------
-    number : float
-        NaN if the line has none.
-    """
-    row = line if rank is None else line.get("clients", {}).get(rank, {})
+def metrics_at(line: Line, phase: str, rank: str | None = None) -> dict[str, Any]:
+    """Return what a round measured in a phase of `PHASES`: a rank's numbers, or the means over all."""
+    row: dict[str, Any] = line if rank is None else line.get("clients", {}).get(rank, {})
     # A rank's training metrics stand in its row itself.
-    if rank is None or phase != "train":
-        row = row.get(phase, {})
-    number: Any = row.get(name)
+    return row if rank is not None and phase == "train" else row.get(phase, {})
+
+
+def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
+    """Return one of `metrics_at`, NaN if there is none."""
+    number: Any = metrics_at(line, phase, rank).get(name)
     return float(number) if is_number(number) else math.nan
 
 
 def metrics_of(lines: Sequence[Line]) -> list[Metric]:
     """Return phase and name of every mean: the losses first, then accuracies, then the user's own as they came."""
-    found = dict.fromkeys(
-        (phase, name)
-        for phase in PHASES
-        for line in lines
-        for name, number in line.get(phase, {}).items()
-        if is_number(number)
-    )
+    named = ((phase, metrics_at(line, phase)) for phase in PHASES for line in lines)
+    found = dict.fromkeys((phase, name) for phase, row in named for name in row if is_number(row[name]))
     return sorted(found, key=lambda metric: _ORDER.get(metric[1], 2))
 
 

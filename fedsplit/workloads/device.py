@@ -5,24 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedsplit.errors import UsageError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How this process was started: by itself, or as one of those that torchrun starts.
-
-    Attributes
-    ----------
-    process, processes
-        Which of how many processes of this trainer it is, counted from 0.
-    local_process, local_processes
-        The same on this machine.
-    restarts
-        How often torchrun has started them again.
-    """
+class Launch(NamedTuple):
+    """Which of how many processes this is, counted from 0: in all, and on this machine."""
 
     process: int = 0
     processes: int = 1
@@ -35,22 +24,16 @@ class Launch:
         """Read what torchrun puts into the environment; without it, a single process."""
         if "TORCHELASTIC_RUN_ID" not in environment:
             return cls()
-        names = {"process": "RANK", "processes": "WORLD_SIZE", "local_process": "LOCAL_RANK",
-                 "local_processes": "LOCAL_WORLD_SIZE", "restarts": "TORCHELASTIC_RESTART_COUNT"}  # fmt: skip
-        return cls(**{field: int(environment[name]) for field, name in names.items()})
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+        return cls(*(int(environment[name]) for name in names))
 
 
 def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: Launch) -> str:
     """Choose the device and set the number of threads; raises UsageError if torch cannot compute there.
 
-    Parameters
-    ----------
-    device
-        ``auto`` takes a GPU if there is one; else a name that torch knows. Of several processes on a machine each takes
-        a GPU of its own.
-    threads
-        None shares this machine's cores among ``num_partitions`` trainers and their processes: with more threads than
-        cores all would be slower.
+    The device ``auto`` is a GPU if there is one; of several processes on a machine each takes a GPU of its own. Without
+    `threads` this machine's cores are shared among ``num_partitions`` trainers and their processes: with more threads
+    than cores all would be slower.
     """
     import torch
 
@@ -70,8 +53,8 @@ def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: 
 def process_group(device: str, launch: Launch) -> Iterator[None]:
     """Be in torchrun's process group for the length of the block; without torchrun there is none.
 
-    After an exception the group is left as it is: the others may be stuck in it, and hear of this process's end when
-    its connections close.
+    After an exception the group is left as it is: the others may be stuck in it, and notice the end of this process
+    when its connections close.
     """
     if launch.processes == 1:
         yield
@@ -89,12 +72,3 @@ def process_group(device: str, launch: Launch) -> Iterator[None]:
     distributed.init_process_group(backend, store=store, rank=process, world_size=count)
     yield
     distributed.destroy_process_group()
-
-
-def processes() -> tuple[int, int]:
-    """Return which of how many processes of one trainer this is: 0 of 1 without a process group."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()

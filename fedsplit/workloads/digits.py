@@ -17,14 +17,10 @@ import numpy.typing as npt
 import torch
 
 from fedsplit.errors import MissingPackageError
-from fedsplit.workloads.base import WorkloadContext
-from fedsplit.workloads.image import ImageData, ImageWorkload
-from fedsplit.workloads.models import small_conv_net
-from fedsplit.workloads.options import OptionReader
-from fedsplit.workloads.training import TrainingSettings
+from fedsplit.workloads import OptionReader, WorkloadContext
+from fedsplit.workloads.image import ImageData, ImageWorkload, TrainingSettings, small_conv_net
 
 DEFAULTS = TrainingSettings(epochs=3, batch_size=32, lr=0.05, momentum=0.9)
-
 HELD_OUT = 0.2
 _SPLIT_SEED = 1797
 
@@ -38,47 +34,29 @@ def digits(context: WorkloadContext) -> ImageWorkload:
 def load_data() -> ImageData:
     """Return the digits, about 80 % of each class for training and 20 % held out."""
     table = read_table()
-    images = torch.from_numpy(table[:, :-1].astype(np.uint8)).view(-1, 1, 8, 8)
-    labels = torch.from_numpy(table[:, -1])
-    test = torch.from_numpy(_held_out(table[:, -1]))
+    labels = table[:, -1]
+    rng = np.random.default_rng(_SPLIT_SEED)
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        is_test[members[: round(HELD_OUT * len(members))]] = True
+    images, targets = torch.from_numpy(table[:, :-1].astype(np.uint8)).view(-1, 1, 8, 8), torch.from_numpy(labels)
     return ImageData(
-        train_images=images[~test], train_labels=labels[~test], test_images=images[test], test_labels=labels[test],
-        mean=(0.305,), std=(0.376,), maximum=16,
+        train_images=images[~is_test], train_labels=targets[~is_test], test_images=images[is_test],
+        test_labels=targets[is_test], mean=(0.305,), std=(0.376,), maximum=16,
     )  # fmt: skip
 
 
 def read_table() -> npt.NDArray[np.int64]:
-    """Return the file's 1,797 rows of 64 pixels and a label, shape (1797, 65).
-
-    The file is read without importing scikit-learn, which would take a second of every trainer's start. If it is not
-    where it is today, scikit-learn itself is asked.
-
-    Raises
-    ------
-    MissingPackageError
-        If scikit-learn is not installed.
-    """
+    """Return the file's 1,797 rows of 64 pixels and a label; raises MissingPackageError without scikit-learn."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise MissingPackageError("the workload digits", "scikit-learn", "digits")
+    # Importing scikit-learn would add seconds to every trainer's start.
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.is_file():
-        return read_table_with_sklearn()
+        from sklearn.datasets import load_digits
+
+        return np.column_stack(load_digits(return_X_y=True)).astype(np.int64)
     with gzip.open(path, "rt") as lines:
         return np.loadtxt(lines, delimiter=",").astype(np.int64)
-
-
-def read_table_with_sklearn() -> npt.NDArray[np.int64]:
-    """Return the same rows by scikit-learn's own function."""
-    from sklearn.datasets import load_digits
-
-    return np.column_stack(load_digits(return_X_y=True)).astype(np.int64)
-
-
-def _held_out(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    rng = np.random.default_rng(_SPLIT_SEED)
-    mask = np.zeros(len(labels), dtype=np.bool_)
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        mask[members[: round(HELD_OUT * len(members))]] = True
-    return mask

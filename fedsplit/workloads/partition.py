@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsplit.errors import UsageError
-from fedsplit.workloads.options import OptionReader
+from fedsplit.workloads import OptionReader
 
 Indices = npt.NDArray[np.int64]
 
@@ -23,7 +23,7 @@ def read_alpha(reader: OptionReader) -> float | None:
 
 
 def partition(labels: npt.ArrayLike, num_partitions: int, seed: int, alpha: float | None = None) -> list[Indices]:
-    """Divide the examples into parts whose sizes differ by one at most.
+    """Divide the examples into parts whose sizes differ by one at most, and refuse to make an empty one.
 
     Parameters
     ----------
@@ -31,27 +31,21 @@ def partition(labels: npt.ArrayLike, num_partitions: int, seed: int, alpha: floa
         The class of every example.
     alpha : float or None
         None makes every part a random sample. With a number, more than 0, every part has its own mix of the classes,
-        drawn from Dir(alpha * p), where p are the shares of the classes in the whole set: Hsu, Qi and Brown, "Measuring
-        the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019 (arXiv:1909.06335).
-        A large alpha makes every part look like the whole. A small one gives a part a single class, while there are
-        examples of it. Flower's DirichletPartitioner and others give each class the concentration alpha: with C
-        balanced classes that is alpha * C here.
+        drawn from Dir(alpha * p), where p are the shares of the classes in the whole set: Hsu, Qi and Brown, 2019
+        (arXiv:1909.06335). A large alpha makes every part look like the whole, a small one gives a part a single class
+        while there are examples of it. Flower's DirichletPartitioner and others give each class the concentration
+        alpha: with C balanced classes that is alpha * C here.
 
     Returns
     -------
     list of int64 arrays
-        The indices of each part, ascending; rank k has the k-th, counted from 1.
-
-    Raises
-    ------
-    UsageError
-        If there are fewer examples than parts.
+        The indices of each part, ascending.
     """
     classes = np.asarray(labels)
     if not 1 <= num_partitions <= len(classes):
         raise UsageError(
             f"cannot divide {len(classes)} training examples into {num_partitions} partitions of at least "
-            f"one; lower --num-partitions"
+            "one; lower --num-partitions"
         )
     rng = np.random.default_rng(seed)
     if alpha is None:

@@ -1,4 +1,4 @@
-"""What `model_main.py` does with a workload: load the task's state, train or evaluate, answer; for every task."""
+"""Answers every task of a run with a workload: load the task's state, train or evaluate, reply."""
 
 from __future__ import annotations
 
@@ -11,26 +11,16 @@ from typing import Any
 from fedsplit.errors import RunFailedError, RunStoppedError, StateMismatchError
 from fedsplit.trainer.progress import Progress
 from fedsplit.trainer.trainer import Task, Trainer
-from fedsplit.workloads.base import StatefulWorkload, Workload
+from fedsplit.workloads import StatefulWorkload, Workload
 
 log = logging.getLogger("fedsplit")
 
 
 def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> None:
-    """Answer every task of a run with a workload.
+    """Answer every task of a run with a workload; raises RunStoppedError or RunFailedError if it was not complete.
 
     A task that fails is reported with its traceback, and the next one is waited for. A model that cannot take the
-    federation's state ends the trainer: no later task could go better. In several processes a failure ends them all, to
-    be started again.
-
-    Raises
-    ------
-    StateMismatchError
-        If the workload's model is not the federation's.
-    RunStoppedError, RunFailedError
-        If the run ended without being complete.
-    TrainingError
-        If a task failed in one of several processes.
+    federation's state ends the trainer: no later task could go better.
     """
     initial = copy.deepcopy(workload.local_state()) if isinstance(workload, StatefulWorkload) else None
     if hasattr(workload, "on_batch"):
@@ -43,10 +33,8 @@ def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> No
             task.fail(exc)
             raise
         except Exception as exc:  # noqa: BLE001  (the workload is the user's; whatever it raises is reported whole)
-            log.error(
-                "%s of round %d failed; it is reported to the server\n%s",
-                task.kind, task.server_round, "".join(traceback.format_exception(exc)).rstrip(),
-            )  # fmt: skip
+            text = "".join(traceback.format_exception(exc)).rstrip()
+            log.error("%s of round %d failed; it is reported to the server\n%s", task.kind, task.server_round, text)
             task.fail(exc)
     outcome = trainer.outcome
     if outcome and outcome.outcome != "complete":
@@ -57,20 +45,18 @@ def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> No
 def _answer(task: Task, workload: Workload, initial: Any) -> None:
     task.load_into(workload.model)
     if task.kind == "evaluate":
-        judged = workload.evaluate(task)
-        task.reply(loss=judged.loss, num_examples=judged.num_examples, metrics=judged.metrics)
-        log.info("round %d: evaluated%s", task.server_round, _shown({"loss": judged.loss, **judged.metrics}))
+        found = workload.evaluate(task)
+        task.reply(loss=found.loss, num_examples=found.num_examples, metrics=found.metrics)
+        log.info("round %d: evaluated%s", task.server_round, _format({"loss": found.loss, **found.metrics}))
         return
     stateful = workload if isinstance(workload, StatefulWorkload) else None
     if stateful and task.restore:
         stateful.load_local_state(copy.deepcopy(initial) if task.local_state is None else task.local_state)
     trained = workload.train(task)
-    local_state = stateful.local_state() if stateful else None
-    task.reply(
-        workload.model, num_examples=trained.num_examples, metrics=trained.metrics, local_state=local_state
-    )  # fmt: skip
-    log.info("round %d: trained%s", task.server_round, _shown(trained.metrics))
+    state = stateful.local_state() if stateful else None
+    task.reply(workload.model, num_examples=trained.num_examples, metrics=trained.metrics, local_state=state)
+    log.info("round %d: trained%s", task.server_round, _format(trained.metrics))
 
 
-def _shown(metrics: Mapping[str, object]) -> str:
+def _format(metrics: Mapping[str, object]) -> str:
     return "".join(f", {name} {value:.4f}" for name, value in metrics.items() if isinstance(value, int | float))

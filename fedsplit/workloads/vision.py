@@ -1,11 +1,10 @@
 """CIFAR-10, MNIST and Fashion-MNIST by torchvision's own data set classes.
 
 Files are looked for in ``--data-dir`` (`data` if there is none), where torchvision keeps them, and downloaded if they
-are not there; the archives as they are published may be put there as well. Both happen under a lock: trainers that
-start together and share the directory download once, and none reads a file that another is still unpacking.
+are not there; the published archives may be put there as well. A lock makes trainers that share the directory download
+once, and none reads a file that another is still unpacking.
 
-Not promised: that MNIST's files are the official ones. torchvision has checksums of its archives only, so what is
-checked here is that images and labels fit each other. CIFAR-10's files are checked against their checksums.
+Not promised: that MNIST's files are the official ones, as torchvision has checksums of its archives only.
 """
 
 from __future__ import annotations
@@ -27,40 +26,21 @@ import torch
 from torch import nn
 
 from fedsplit.errors import MissingPackageError, WorkloadError
-from fedsplit.workloads.base import WorkloadContext
-from fedsplit.workloads.image import ImageData, ImageWorkload
-from fedsplit.workloads.models import cifar_resnet18, small_conv_net
-from fedsplit.workloads.options import OptionReader
-from fedsplit.workloads.training import TrainingSettings
+from fedsplit.workloads import OptionReader, WorkloadContext
+from fedsplit.workloads.image import ImageData, ImageWorkload, TrainingSettings, small_conv_net
 
 log = logging.getLogger("fedsplit")
-
-DEFAULT_DATA_DIR = Path("data")
 
 # Of a silent connection, not of the download: without it, urllib waits for ever.
 NETWORK_TIMEOUT_S = 30.0
 
 # All that torchvision's parsers are seen to raise on damaged files: plain assertions, and CIFAR's files are pickles.
-_READ_ERRORS = (
-    OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, EOFError, UnpicklingError,
-)  # fmt: skip
+_READ_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, EOFError, UnpicklingError)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of torchvision.
-
-    Attributes
-    ----------
-    name : str
-        The workload's name, for messages.
-    class_name : str
-        Its class in `torchvision.datasets`.
-    shape : tuple of int
-        Channels, height and width of an image.
-    mean, std : tuple of float
-        Of the training images' channels, white being 1.
-    """
+    """A data set of torchvision. Of its images: channels, height and width, and the channels' mean and deviation."""
 
     name: str
     class_name: str
@@ -73,37 +53,64 @@ MNIST = Source("mnist", "MNIST", (1, 28, 28), (0.1307,), (0.3081,))
 FASHION_MNIST = Source("fashion-mnist", "FashionMNIST", (1, 28, 28), (0.2860,), (0.3530,))
 CIFAR10 = Source("cifar10", "CIFAR10", (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
-_GREY_MODEL = functools.partial(small_conv_net, image_size=28)
-
 
 def mnist(context: WorkloadContext) -> ImageWorkload:
     """Make the workload; options are those of `TrainingSettings` and of `read_alpha`, and ``limit=N``."""
-    return _make(MNIST, context, OptionReader(context.options), _GREY_MODEL)
+    return _make(MNIST, context)
 
 
 def fashion_mnist(context: WorkloadContext) -> ImageWorkload:
     """Make the workload; its options are those of `mnist`."""
-    return _make(FASHION_MNIST, context, OptionReader(context.options), _GREY_MODEL)
+    return _make(FASHION_MNIST, context)
 
 
 def cifar10(context: WorkloadContext) -> ImageWorkload:
     """Make the workload; its options are those of `mnist`, and ``norm=batch`` or ``norm=group``."""
+    return _make(CIFAR10, context)
+
+
+def _make(source: Source, context: WorkloadContext) -> ImageWorkload:
     reader = OptionReader(context.options)
-    norm = reader.choice("norm", default="batch", choices=("batch", "group"))
-    return _make(CIFAR10, context, reader, functools.partial(cifar_resnet18, norm), weight_decay=5e-4)
+    build_model: Callable[[], nn.Module]
+    if source is CIFAR10:
+        norm = reader.choice("norm", default="batch", choices=("batch", "group"))
+        build_model = functools.partial(cifar_resnet18, norm)
+    else:
+        build_model = functools.partial(small_conv_net, image_size=28)
+    limit = reader.integer("limit", default=0) or None
+    load = functools.partial(load_data, source, (context.data_dir or Path("data")).expanduser(), limit)
+    weight_decay = 5e-4 if source is CIFAR10 else 0.0
+    defaults = TrainingSettings(epochs=1, batch_size=64, lr=0.05, momentum=0.9, weight_decay=weight_decay)
+    return ImageWorkload(context, reader, load, build_model, defaults)
+
+
+def cifar_resnet18(norm: str = "batch") -> nn.Module:
+    """Return torchvision's ResNet-18 for ten classes of 32x32 images: a 3x3 convolution first, and no pooling.
+
+    So do He et al., 2016 (arXiv:1512.03385, section 4.2): the first layers for ImageNet would leave the first block 8x8
+    pixels. With `norm` "batch" the server averages BatchNorm's running statistics, which fit nobody where the ranks
+    have different classes. There "group", GroupNorm, is the remedy of Hsieh et al., 2020 (arXiv:1910.00189).
+    """
+    # Late: torchvision takes 2 s to import, and a wrong option should not have to wait for it.
+    from torchvision.models import resnet18
+
+    layer: Callable[[int], nn.Module] = _group_norm if norm == "group" else nn.BatchNorm2d
+    model: nn.Module = resnet18(weights=None, num_classes=10, norm_layer=layer)
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(channels // 2, channels)
 
 
 def load_data(source: Source, data_dir: Path, limit: int | None = None) -> ImageData:
     """Return a data set, downloaded if it is not there: the first `limit` training images, and all test images.
 
-    Raises
-    ------
-    MissingPackageError
-        If torchvision is not installed.
-    WorkloadError
-        If the files cannot be downloaded or are damaged.
+    Raises WorkloadError if the files cannot be downloaded or are damaged, MissingPackageError without torchvision.
     """
-    # Late: torchvision takes 2 s to import, and a wrong option should not have to wait for it.
     try:
         import torchvision.datasets
     except ModuleNotFoundError as exc:
@@ -117,21 +124,6 @@ def load_data(source: Source, data_dir: Path, limit: int | None = None) -> Image
     return ImageData(
         train_images=images[:limit], train_labels=labels[:limit], test_images=test_images, test_labels=test_labels,
         mean=source.mean, std=source.std,
-    )  # fmt: skip
-
-
-def _make(
-    source: Source,
-    context: WorkloadContext,
-    reader: OptionReader,
-    build_model: Callable[[], nn.Module],
-    weight_decay: float = 0.0,
-) -> ImageWorkload:
-    limit = reader.integer("limit", default=0) or None
-    data_dir = (context.data_dir or DEFAULT_DATA_DIR).expanduser()
-    defaults = TrainingSettings(epochs=1, batch_size=64, lr=0.05, momentum=0.9, weight_decay=weight_decay)
-    return ImageWorkload(
-        context, reader, functools.partial(load_data, source, data_dir, limit), build_model, defaults
     )  # fmt: skip
 
 
@@ -168,57 +160,43 @@ def _ensure_present(source: Source, dataset_class: Any, data_dir: Path) -> None:
     if all(path.is_file() for path in files):
         return
     log.info("%s is not in %s: downloading it", source.name, data_dir)
-    reason = _download(dataset_class, data_dir)
-    if missing := [path for path in files if not path.is_file()]:
-        raise WorkloadError(
-            f"{source.name}: expected {', '.join(path.name for path in missing)} in {missing[0].parent}; "
-            f"they are not there and downloading them failed ({reason}); copy them there, or use --workload "
-            f"digits, which needs no download"
-        )
-
-
-def _download(dataset_class: Any, data_dir: Path) -> str:
-    """Let torchvision download and unpack what is not there; return what went wrong, on one line."""
-    timeout_before = socket.getdefaulttimeout()
+    reason, timeout_before = "it left files out", socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT_S)
     try:
         dataset_class(str(data_dir), download=True)
     except (*_READ_ERRORS, http.client.HTTPException) as exc:
-        return " ".join(f"{type(exc).__name__}: {exc}".split())
+        reason = " ".join(f"{type(exc).__name__}: {exc}".split())
     finally:
         socket.setdefaulttimeout(timeout_before)
-    return "it left files out"
+    if missing := [path for path in files if not path.is_file()]:
+        raise WorkloadError(
+            f"{source.name}: expected {', '.join(path.name for path in missing)} in {missing[0].parent}; "
+            f"they are not there and downloading them failed ({reason}); copy them there, or use --workload "
+            "digits, which needs no download"
+        )
 
 
 def _read(source: Source, dataset_class: Any, data_dir: Path, *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    from torchvision.datasets.utils import check_integrity
+
     try:
         dataset = dataset_class(str(data_dir), train=train)
         images = torch.as_tensor(np.asarray(dataset.data))
         labels = torch.as_tensor(dataset.targets, dtype=torch.int64)
         images = images.permute(0, 3, 1, 2).contiguous() if images.dim() == 4 else images.unsqueeze(1)
-        _check(source, images, labels)
+        # MNIST's files have no checksum: see that images and labels fit each other.
+        if tuple(images.shape[1:]) != source.shape:
+            raise ValueError(f"expected images of shape {source.shape}, found {tuple(images.shape[1:])}")
+        if not 0 < len(images) == len(labels):
+            raise ValueError(f"expected a label for each image, found {len(images)} images, {len(labels)} labels")
+        if not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
+            raise ValueError(f"expected labels 0 to 9, found {int(labels.min())} to {int(labels.max())}")
     except _READ_ERRORS as exc:
-        raise _damaged(source, dataset_class, data_dir, train, exc) from exc
+        files = _expected_files(dataset_class, data_dir)
+        wrong = [path.name for path, md5 in files.items() if md5 and not check_integrity(str(path), md5)]
+        which = f"wrong checksum of {', '.join(wrong)}" if wrong else f"{'training' if train else 'test'} split"
+        raise WorkloadError(
+            f"{source.name}: damaged files in {next(iter(files)).parent} ({which}; {type(exc).__name__}: {exc}); "
+            "remove them so that they are downloaded again, or copy good ones there"
+        ) from exc
     return images, labels
-
-
-def _check(source: Source, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """MNIST's files have no checksum: see that images and labels fit each other."""
-    if tuple(images.shape[1:]) != source.shape:
-        raise ValueError(f"expected images of shape {source.shape}, found {tuple(images.shape[1:])}")
-    if not 0 < len(images) == len(labels):
-        raise ValueError(f"expected a label for each image, found {len(images)} images, {len(labels)} labels")
-    if not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
-        raise ValueError(f"expected labels 0 to 9, found {int(labels.min())} to {int(labels.max())}")
-
-
-def _damaged(source: Source, dataset_class: Any, data_dir: Path, train: bool, exc: BaseException) -> WorkloadError:
-    from torchvision.datasets.utils import check_integrity
-
-    files = _expected_files(dataset_class, data_dir)
-    wrong = [path.name for path, md5 in files.items() if md5 and not check_integrity(str(path), md5)]
-    which = f"wrong checksum of {', '.join(wrong)}" if wrong else f"{'training' if train else 'test'} split"
-    return WorkloadError(
-        f"{source.name}: damaged files in {next(iter(files)).parent} ({which}; {type(exc).__name__}: {exc}); "
-        f"remove them so that they are downloaded again, or copy good ones there"
-    )
