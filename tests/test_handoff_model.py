@@ -487,7 +487,7 @@ class RecordBeforePayload(TrainerSide):
         )  # fmt: skip
         self.exchange.write(self.exchange.result_path, record)
         if chunks is not None:
-            self._write(task.version, [content])
+            trainer_side.write_hashed(self.exchange.payload_path("result", task.version), [content])
         return True
 
 

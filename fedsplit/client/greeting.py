@@ -108,12 +108,12 @@ class Greeting:
     def _find_store(self, message: dict[str, Any]) -> str | None:
         """Look for the server's nonce in a store; its content proves to the server that both see the same one."""
         root, name = message.get("store_root"), str(message.get("nonce_name"))
-        self.store = None
+        store: PayloadStore | RemoteStore | None = self._remote
         nonce = None
         if self._remote:
             nonce = self._remote.read_nonce(name)
-            self.store = self._remote if nonce else None
         elif self._use_store and root:
-            nonce = read_nonce(Path(str(root)), name)
-            self.store = PayloadStore(Path(str(root))) if nonce else None
+            store = PayloadStore(Path(str(root)))
+            nonce = read_nonce(store.root, name)
+        self.store = store if nonce else None
         return nonce

@@ -83,12 +83,12 @@ class LongPoll:
         elif self.missing_since is None:
             self.missing_since = now
             log.warning(
-                "rank %d: no trainer holds %s; waiting up to %g s for model_main.py --rank %d",
-                rank, self._exchange.lock_path("trainer"), self._trainer_wait_s, rank,
+                "rank %d: no trainer holds %s; waiting up to %g s for one to start",
+                rank, self._exchange.lock_path("trainer"), self._trainer_wait_s,
             )  # fmt: skip
         elif now - self.missing_since > self._trainer_wait_s:
             self.missing_since = None
             raise FedSplitError(
-                f"no trainer of rank {rank} for {self._trainer_wait_s:g} s; start model_main.py --rank {rank} "
+                f"no trainer of rank {rank} for {self._trainer_wait_s:g} s; start the trainer of rank {rank} "
                 f"with the same --exchange-dir ({self._exchange.directory.parent})"
             )

@@ -43,15 +43,7 @@ _ROUND = re.compile(r"round-([0-9]{6,})")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A round whose files were checked against their digests.
-
-    Attributes
-    ----------
-    files
-        The name of each file, with its SHA-256.
-    info
-        What the writer noted beside the files, JSON.
-    """
+    """A round whose files were checked: the SHA-256 of each name in `files`, and in `info` what the writer noted."""
 
     directory: Path
     run_id: str
@@ -66,14 +58,9 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """Writes, lists, verifies and prunes the rounds in a directory.
+    """Writes, lists, verifies and prunes the rounds in a directory, which the first one makes.
 
-    Parameters
-    ----------
-    directory
-        Made when the first round is written.
-    keep
-        How many of the newest rounds `prune` leaves, at least 2: a corrupt newest one must have a predecessor.
+    `prune` leaves the newest `keep` rounds, at least 2: a corrupt newest one must have a predecessor.
     """
 
     def __init__(self, directory: Path, keep: int = 3) -> None:
@@ -165,10 +152,7 @@ class CheckpointStore:
     def read(self, server_round: int, *, verify: bool = True) -> Checkpoint:
         """Read a round and check its files against the manifest; with ``verify=False`` they need only be there.
 
-        Raises
-        ------
-        CheckpointError
-            If the round does not exist, or a file differs from its manifest; names the file.
+        Raises CheckpointError if the round does not exist, or a file differs from its manifest; names the file.
         """
         directory = self.round_directory(server_round)
         try:

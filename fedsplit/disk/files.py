@@ -40,10 +40,7 @@ _SPACE_CHECK_S, _REMIND_S = 0.5, 30.0
 def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes ``path`` when the block ends, and vanishes when the block raises.
 
-    Raises
-    ------
-    ExchangeError
-        If the disk is full or the directory cannot be written; names the path.
+    Raises ExchangeError, which names the path, if the disk is full or the directory cannot be written.
     """
     temporary = _temporary(path)
     try:
@@ -189,12 +186,9 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def map_regular(path: Path) -> mmap.mmap:
-    """Map a payload file. The mapping is private: what is written to it never reaches the file.
+    """Map a payload file; raises RecordError if it is missing, empty, or not a regular file.
 
-    Raises
-    ------
-    RecordError
-        If it is missing, empty, or not a regular file.
+    The mapping is private: what is written to it never reaches the file.
     """
     try:
         with open_regular(path) as file:
@@ -227,13 +221,9 @@ def remove_leftovers(directory: Path, prefix: str) -> None:
 
 
 def make_private_directory(path: Path, error: type[FedSplitError] = ExchangeError) -> None:
-    """Make a directory (mode 0700) or check one that is there.
+    """Make a directory (mode 0700) or check one that is there; raises `error` with the reason.
 
-    Raises
-    ------
-    FedSplitError
-        Of the given class, if it cannot be made or written, is not a directory but a symbolic link or a file, or
-        belongs to or can be written by somebody else.
+    A symbolic link is refused, and what belongs to somebody else, or can be written by others.
     """
     try:
         for parent in [*reversed(path.parents), path]:

@@ -46,19 +46,7 @@ class StoredPayload:
 class Incoming:
     """A payload that arrives in pieces, each of which is written and hashed as it comes.
 
-    Parameters
-    ----------
-    path
-        Where it is written; read by nobody before it is whole.
-    digest
-        What its bytes must have in the end.
-    size
-        How many bytes there will be.
-
-    Attributes
-    ----------
-    have : int
-        How many bytes are there.
+    Nobody reads `path` before it is whole: `have` bytes of `size` are there, and in the end `digest` must be theirs.
     """
 
     def __init__(self, path: Path, digest: str, size: int) -> None:
@@ -79,12 +67,7 @@ class Incoming:
     def add(self, offset: int, piece: Buffer) -> None:
         """Take a piece; one that does not begin where the file ends changes nothing.
 
-        Raises
-        ------
-        RecordError
-            If there is more than was announced, or all of it has another digest.
-        ExchangeError
-            If it cannot be written.
+        Raises RecordError if there is more than was announced, or all of it has another digest.
         """
         if offset != self.have:
             return
@@ -155,17 +138,9 @@ class PayloadStore:
         return StoredPayload(digest=path.name, bytes=size, path=path)
 
     def map(self, digest: str, *, own: bool = False) -> mmap.mmap:
-        """Map a payload after checking its bytes against its name.
+        """Map a payload after checking its bytes against its name, unless this process wrote or checked them (`own`).
 
-        Parameters
-        ----------
-        own
-            This process has just written it, or checked it: its bytes are not read again.
-
-        Raises
-        ------
-        RecordError
-            If it is not there or its bytes have another digest.
+        Raises RecordError if it is not there or its bytes have another digest.
         """
         path = self.path(digest)
         content = map_regular(path)

@@ -73,15 +73,7 @@ class RemoteStore:
             self._fs.mv(temporary, target)
 
     def take(self, digest: str, scratch: Path) -> Path:
-        """Bring a payload to ``scratch``, and check its bytes against its name.
-
-        Raises
-        ------
-        RecordError
-            If it is not there, or its bytes have another digest.
-        ExchangeError
-            If the store cannot be read.
-        """
+        """Bring a payload to ``scratch``; raises RecordError if it is not there or its bytes have another digest."""
         found = hashlib.sha256()
         place = self._place(digest)
         with self._explained(f"read {digest[:12]}… from"):
@@ -129,7 +121,7 @@ class RemoteStore:
     def _explained(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except (RecordError, ExchangeError):
+        except ExchangeError:  # a RecordError is one too
             raise
         except Exception as exc:  # each backend has its own errors
             raise ExchangeError(f"cannot {doing} the payload store {self.url}: {type(exc).__name__}: {exc}") from exc

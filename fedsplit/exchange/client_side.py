@@ -31,13 +31,7 @@ class Source:
 
 
 class ClientSide:
-    """What the client does in the exchange.
-
-    Parameters
-    ----------
-    exchange
-        The directory; the caller holds its client role.
-    """
+    """What the client does in the exchange; the caller holds its client role."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -73,12 +67,27 @@ class ClientSide:
         task, result = forgive(self.exchange.read_task), forgive(self.exchange.read_result)
         end = self._read_finished()
         what = what_to_offer(request, digest, task=task, result=result, end=end, awaited=self._awaited)
-        if task and self._can_keep(what, task, result):
+        # Waiting relies on the task's payload, taking the answer on both.
+        needed = {Offer.RENEW: (), Offer.WAIT: (task,), Offer.TAKE: (task, result)}[what]
+        if task and needed and all(record and self._is_whole(record) for record in needed):
             if what is Offer.WAIT:
                 self._awaited = task.version
             return task.version
         self._has_told = False
-        return self._renew(request, digest, fetch, task, result, self._next_version(task, result, end))
+        version = self._next_version(task, result, end)
+        payload = None if digest is None else self._place(task, digest, fetch, version)
+        if digest is not None and payload is None:
+            return None
+        record = TaskRecord(
+            version=version, run_id=request.run_id, kind=request.kind, server_round=request.server_round,
+            total_rounds=request.total_rounds, config=request.config, split=request.split, payload=payload,
+        )  # fmt: skip
+        with self.exchange.handoff():
+            self.exchange.write(self.exchange.task_path, record)
+        self._highest = self._awaited = version
+        # The trainer has moved on from what it has answered. A newer payload it may be about to open.
+        self.exchange.remove_payloads("task", below=min(version, result.version + 1 if result else 0))
+        return version
 
     def result(self, version: int) -> ResultRecord | None:
         """Return the answer to a version, or None while there is none; raises RecordError if it cannot be believed."""
@@ -133,37 +142,6 @@ class ClientSide:
             name = uuid.uuid4().hex
             write_chunks(self.exchange.exchange_id_path, [name.encode()])
         return name
-
-    def _can_keep(self, what: Offer, task: TaskRecord, result: ResultRecord | None) -> bool:
-        """Tell whether the payloads that a decision relies on are whole."""
-        if what is Offer.RENEW or not self._is_whole(task):
-            return False
-        return what is Offer.WAIT or (result is not None and self._is_whole(result))
-
-    def _renew(
-        self,
-        request: Request,
-        digest: str | None,
-        fetch: Callable[[str], Source | None],
-        task: TaskRecord | None,
-        result: ResultRecord | None,
-        version: int,
-    ) -> int | None:
-        payload = None
-        if digest is not None:
-            payload = self._place(task, digest, fetch, version)
-            if payload is None:
-                return None
-        record = TaskRecord(
-            version=version, run_id=request.run_id, kind=request.kind, server_round=request.server_round,
-            total_rounds=request.total_rounds, config=request.config, split=request.split, payload=payload,
-        )  # fmt: skip
-        with self.exchange.handoff():
-            self.exchange.write(self.exchange.task_path, record)
-        self._highest = self._awaited = version
-        # The trainer has moved on from what it has answered. A newer payload it may be about to open.
-        self.exchange.remove_payloads("task", below=min(version, result.version + 1 if result else 0))
-        return version
 
     def _place(
         self, task: TaskRecord | None, digest: str, fetch: Callable[[str], Source | None], version: int

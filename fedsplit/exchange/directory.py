@@ -91,15 +91,7 @@ class Owner:
 
 
 class Exchange:
-    """Paths, locks and records of one rank's exchange directory.
-
-    Parameters
-    ----------
-    exchange_dir
-        The directory that holds one directory a rank.
-    rank
-        The rank, a positive integer.
-    """
+    """Paths, locks and records of ``<exchange_dir>/rank-<rank>/``; a rank is a positive integer."""
 
     def __init__(self, exchange_dir: Path | str, rank: int) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -234,15 +226,7 @@ class Exchange:
         return self._record(self.left_path, FinishedRecord)
 
     def write(self, path: Path, record: Record) -> None:
-        """Put a record into place.
-
-        Raises
-        ------
-        RecordError
-            If no reader would take it; then nothing is written.
-        ExchangeError
-            If the file cannot be written.
-        """
+        """Put a record into place; raises RecordError, and writes nothing, if no reader would take it."""
         write_chunks(path, [encode(record, str(path))])
 
     def read_exchange_id(self) -> str | None:
@@ -311,12 +295,9 @@ class Exchange:
 
 
 def forgive(read: Callable[[], Found | None]) -> Found | None:
-    """Read a record that its writer can make again, or that is past: one that cannot be believed counts as missing.
+    """Read a record that can be written again, or that is past: one that cannot be believed counts as missing.
 
-    Raises
-    ------
-    SchemaError
-        If it is of another version of the protocol, which writing it again would not mend.
+    SchemaError is raised all the same: writing a record again does not make both sides the same version.
     """
     try:
         return read()

@@ -20,13 +20,7 @@ log = logging.getLogger("fedsplit")
 
 
 class TrainerSide:
-    """What the trainer does in the exchange.
-
-    Parameters
-    ----------
-    exchange
-        The directory; the caller holds its trainer role.
-    """
+    """What the trainer does in the exchange; the caller holds its trainer role."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -69,12 +63,7 @@ class TrainerSide:
         error: Mapping[str, str] | None = None,
         seconds: float = 0.0,
     ) -> bool:
-        """Answer a task.
-
-        Returns
-        -------
-        bool
-            False if the task has an answer, or nobody waits for one any more; then nothing is offered.
+        """Answer a task; False if it has an answer, or nobody waits for one any more: then nothing is offered.
 
         Raises
         ------
@@ -86,18 +75,25 @@ class TrainerSide:
         # Looked at before a large payload is written, and again under the lock.
         if chunks is not None and not self._is_open(task):
             return False
-        payload = None if chunks is None else self._write(task.version, chunks)
+        payload = None
+        if chunks is not None:
+            path = self.exchange.payload_path("result", task.version)
+            digest, size = write_hashed(path, chunks)
+            payload = PayloadRecord(file=path.name, bytes=size, digest=digest)
         record = ResultRecord(
             version=task.version, run_id=task.run_id, kind=task.kind, server_round=task.server_round,
             status="ok" if error is None else "error", payload=payload, num_examples=num_examples, loss=loss,
             metrics=metrics or {}, error=error, seconds=seconds,
         )  # fmt: skip
         try:
-            is_offered = self._offer(task, record)
+            with self.exchange.handoff():
+                is_open = self._is_open(task)
+                if is_open:
+                    self.exchange.write(self.exchange.result_path, record)
         except RecordError:
             self._drop(payload)
             raise
-        if not is_offered:
+        if not is_open:
             self._drop(payload)
             return False
         # The client asked for this version, so it has moved on from the answers before.
@@ -107,13 +103,6 @@ class TrainerSide:
     def leave(self, end: FinishedRecord) -> None:
         """Note that this end of a run was seen: the next trainer of the rank waits for another run."""
         self.exchange.write(self.exchange.left_path, end)
-
-    def _offer(self, task: TaskRecord, record: ResultRecord) -> bool:
-        with self.exchange.handoff():
-            if not self._is_open(task):
-                return False
-            self.exchange.write(self.exchange.result_path, record)
-            return True
 
     def _is_open(self, task: TaskRecord) -> bool:
         result = forgive(self.exchange.read_result)
@@ -128,11 +117,6 @@ class TrainerSide:
             )  # fmt: skip
             return False
         return True
-
-    def _write(self, version: int, chunks: Iterable[Buffer]) -> PayloadRecord:
-        path = self.exchange.payload_path("result", version)
-        digest, size = write_hashed(path, chunks)
-        return PayloadRecord(file=path.name, bytes=size, digest=digest)
 
     def _drop(self, payload: PayloadRecord | None) -> None:
         if payload:

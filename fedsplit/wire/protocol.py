@@ -122,13 +122,7 @@ def pack(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpack(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Take a record out of a Flower dictionary.
-
-    Raises
-    ------
-    RecordError
-        If the other side does not speak this protocol, or another version of it.
-    """
+    """Take a record out of a Flower dictionary; raises RecordError if the other side speaks another protocol."""
     text = fields.get(KEY)
     if not isinstance(text, str):
         raise RecordError(f"{where} does not speak fedsplit: its message has no {KEY!r} record")
@@ -145,12 +139,6 @@ def ask_record(
     then: Request | None = None,
 ) -> dict[str, Any]:
     """Return the record that asks for a task, and for another one that starts from the same state once it is done."""
-    record = {
-        "op": "ask",
-        **asdict(request),
-        "digest": digest,
-        "bytes": payload_bytes,
-        "hold_s": hold_s,
-        "cancel": cancel,
-    }
+    asked = {"digest": digest, "bytes": payload_bytes, "hold_s": hold_s, "cancel": cancel}
+    record = {"op": "ask", **asdict(request), **asked}
     return record if then is None else {**record, "then": asdict(then)}
