@@ -79,9 +79,9 @@ def _check_merging(settings: ServerSettings) -> None:
 
         ForeignStrategy(settings)
     elif any((spec.inner or spec).name not in BUILTIN_RULES for spec in settings.rules):
-        from fedsplit.aggregation.loading import check_rules
+        from fedsplit.server.strategy import Strategy
 
-        check_rules(settings.rules)
+        Strategy.of(settings)
 
 
 def _reader_of(path: Path | None) -> Callable[[], list[Buffer]] | None:
