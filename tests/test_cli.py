@@ -15,7 +15,10 @@ import model_main
 import server_main
 from fedsplit import __main__ as command_line
 from fedsplit import cli
+from fedsplit.engines.processes import free_port
 from fedsplit.errors import MissingPackageError, UsageError
+from fedsplit.run.directory import Run
+from fedsplit.run.paths import STATE_FILE
 from tests.in_process import Scripts
 from tests.programs import ROOT
 
@@ -105,6 +108,34 @@ def test_a_flag_that_cannot_work_is_one_line_and_exit_code_2(
     assert line.startswith(f"{name}: error: ")
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--strategy no_such_module:Mine", "cannot import 'no_such_module'"),
+        ("--strategy json:NoSuchClass", "has no class 'NoSuchClass'"),
+        ("--strategy FedAvg(fraction_fitt=0.5)", "refuses its parameters"),
+        ("--aggregate no_such_module:rule", "cannot import 'no_such_module'"),
+        ("--aggregate json:no_such_rule", "'json' has no function 'no_such_rule'"),
+        ("--aggregate dp(json:no_such_rule,clip=1.0,noise=1.0)", "'json' has no function 'no_such_rule'"),
+        ("--aggregate flower.FedNothing", "FedNothing"),
+    ],
+)
+def test_a_wrong_strategy_or_rule_leaves_the_earlier_run_as_it_is(
+    flags: str, said: str, scripts: Scripts, tmp_path: Path
+) -> None:
+    with Run(tmp_path / "checkpoints") as run:
+        run.checkpoints.save(run_id=run.run_id, server_round=1, files={STATE_FILE: [b"state"]}, metrics={}, info={})
+    before = contents(tmp_path)
+    assert any(path.name == STATE_FILE for path in before)
+    ended = scripts.run("server_main", "--address", f"127.0.0.1:{free_port()}", *flags.split())
+    assert (ended.code, said in ended.errors) == (UsageError.exit_code, True), ended.errors
+    assert contents(tmp_path) == before
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_only_some_of_the_files_of_tls_are_refused(scripts: Scripts, tmp_path: Path) -> None:

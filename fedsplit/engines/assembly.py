@@ -52,6 +52,8 @@ def open_server(
     from fedsplit.watch.attach import watching
 
     check_trackers(settings)
+    # Before the run is opened: opening puts the earlier run aside, and a mistake must not do that.
+    _check_merging(settings)
     run = Run(
         settings.checkpoint_dir,
         keep_checkpoints=settings.keep_checkpoints,
@@ -63,6 +65,23 @@ def open_server(
         server = Server(run, settings, remote=open_remote(settings.payload_store), join_key=join_key, engine=engine)
         with watching(server, live=live, rounds=settings.rounds, trackers=settings.tracker, command=command):
             yield server
+
+
+def _check_merging(settings: ServerSettings) -> None:
+    """Make the strategy or the rules once if one is not built in; raises UsageError if that cannot work.
+
+    The parser has checked the built-in rules, and to make those would only import torch before the server listens.
+    """
+    from fedsplit.aggregation.spec import BUILTIN_RULES
+
+    if settings.strategy is not None:
+        from fedsplit.server.foreign import ForeignStrategy
+
+        ForeignStrategy(settings)
+    elif any((spec.inner or spec).name not in BUILTIN_RULES for spec in settings.rules):
+        from fedsplit.server.strategy import Strategy
+
+        Strategy.of(settings)
 
 
 def _reader_of(path: Path | None) -> Callable[[], list[Buffer]] | None:
