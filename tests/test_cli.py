@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from fedsplit.run.paths import STATE_FILE
 
 import client_main
 import model_main
@@ -18,7 +19,6 @@ from fedsplit import cli
 from fedsplit.engines.processes import free_port
 from fedsplit.errors import MissingPackageError, UsageError
 from fedsplit.run.directory import Run
-from fedsplit.run.paths import STATE_FILE
 from tests.in_process import Scripts
 from tests.programs import ROOT
 

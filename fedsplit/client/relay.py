@@ -239,7 +239,7 @@ class Relay(Client):
             return self._wait_for_space(exc, ask)
         except FedSplitError as exc:
             self._exchange.check_is_there()
-            # Any other exception would end the client process and with it the rank; the server decides what a failure means.
+            # Any other exception would end the client and with it the rank; the server decides what a failure means.
             return {"status": "error", **self._failed(exc)}, []
         if ask.then and reply["status"] == "ok":
             asked = time.monotonic()

@@ -176,8 +176,8 @@ def parse(text: bytes, where: str) -> dict[str, Any]:
         raise RecordError(f"{where} holds a JSON {type(fields).__name__}, expected an object")
     if fields.get("schema") != SCHEMA:
         raise SchemaError(
-            f"{where} has schema {printable(repr(fields.get('schema')), 100)}, this version of fedsplit reads {SCHEMA!r}; "
-            "use the same version of fedsplit on both sides"
+            f"{where} has schema {printable(repr(fields.get('schema')), 100)}, this version of fedsplit reads "
+            f"{SCHEMA!r}; use the same version of fedsplit on both sides"
         )
     return fields
 

@@ -2,7 +2,7 @@
 
 A client may be wrong or hostile. What does not have the form that is written here is a `RecordError` that names the
 field, and costs that client its part in the round. Texts are cut and shown without anything that a terminal obeys.
-What a state holds is checked where it is read (`fedsplit.server.streaming`).
+What a state holds is checked where it is read (`fedsplit.server.strategy`).
 """
 
 from __future__ import annotations
