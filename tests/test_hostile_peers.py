@@ -13,6 +13,7 @@ import pytest
 import torch
 from flwr.common import EvaluateIns, FitIns, GetParametersIns, GetPropertiesIns, Parameters
 
+from fedsplit.client.long_poll import LongPoll
 from fedsplit.client.relay import Relay
 from fedsplit.errors import FedSplitError
 from fedsplit.exchange.directory import Exchange
@@ -82,9 +83,12 @@ def test_whatever_a_trainer_writes_the_client_says_what_the_server_takes(relay: 
 
 
 def test_whatever_a_server_says_the_client_does_it_or_ends_with_an_error_of_ours(
-    relay: Relay, exchange: Exchange
+    relay: Relay, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Questions of every wrong kind, to every verb; then an honest server's are answered."""
+    # A server may ask it to be held for a minute; not here, twenty thousand times.
+    monkeypatch.setattr("fedsplit.client.relay.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(LongPoll, "wait", wait_no_time)
     grammar = Grammar(seed=3)
     honest = [
         {"op": "join", "run_id": "run", "nonce": "0" * 64},
@@ -122,6 +126,10 @@ def test_whatever_a_server_says_the_client_does_it_or_ends_with_an_error_of_ours
     assert task is not None and task.run_id == "other"
     TrainerSide(exchange).answer(task, encode({"weight": torch.zeros(3)}), num_examples=5)
     assert ask(relay, {**question(1), "run_id": "other"}, None).num_examples == 5
+
+
+def wait_no_time(self: LongPoll, version: int, hold_s: float, wait: Any = LongPoll.wait) -> Any:
+    return wait(self, version, 0.0)
 
 
 def test_the_grammar_is_the_same_for_the_same_seed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ class Pulled:
         self._pieces = list(pieces)
         self.offsets: list[int] = []
 
-    def pull(self, digest: str, offset: int, piece_bytes: int) -> bytes:
+    def pull(self, digest: str, offset: int, piece_bytes: int, *, most_s: float) -> bytes:
         self.offsets.append(offset)
         piece = self._pieces.pop(0)
         if piece is None:
@@ -115,8 +116,10 @@ class Pulled:
 def fetch(tmp_path: Path, client: Pulled, size: int = len(STATE)) -> bytes:
     store = PayloadStore(tmp_path / "payloads")
     store.open()
-    context = RoundContext(roster=client, store=store, remote=None, client_wait_s=1.0, deadline=None,
-                           deadline_s=None, stop=threading.Event())  # fmt: skip
+    context = RoundContext(
+        roster=client, store=store, remote=None, client_wait_s=1.0, deadline=None, deadline_s=None,
+        stop=threading.Event(), engine=replace(EMBEDDED, piece_bytes=STEP),
+    )  # fmt: skip
     try:
         conversation = Conversation(context=context, rank=1, request=request())
         return bytes(conversation.fetch(Reply(digest=DIGEST, payload_bytes=size, via="pull")))
@@ -125,14 +128,21 @@ def fetch(tmp_path: Path, client: Pulled, size: int = len(STATE)) -> bytes:
 
 
 def test_a_pull_goes_on_where_the_connection_broke(tmp_path):
-    client = Pulled(STATE[:STEP], None, STATE[STEP:])
+    client = Pulled(STATE[:STEP], None, STATE[STEP : 2 * STEP], STATE[2 * STEP :])
     assert fetch(tmp_path, client) == STATE
-    assert client.offsets == [0, STEP, STEP]
+    assert client.offsets == [0, STEP, STEP, 2 * STEP]
 
 
 def test_a_result_with_another_digest_leaves_nothing_behind(tmp_path):
     with pytest.raises(RecordError, match="have digest"):
-        fetch(tmp_path, Pulled(STATE[:STEP], b"x" * (len(STATE) - STEP)))
+        fetch(tmp_path, Pulled(STATE[:STEP], b"x" * STEP, STATE[2 * STEP :]))
+
+
+def test_a_piece_of_another_length_than_was_asked_for_is_refused(tmp_path):
+    """A byte at a time would keep everybody for ever."""
+    for piece in (b"x", b"x" * (STEP + 1)):
+        with pytest.raises(RecordError, match="pieces of another length"):
+            fetch(tmp_path, Pulled(piece))
 
 
 def test_a_size_that_nothing_could_hold_is_a_fault_of_that_rank_alone(tmp_path):

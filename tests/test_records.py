@@ -201,7 +201,9 @@ def test_metrics_hold_only_what_json_and_flower_can_carry():
 
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400])
 def test_a_number_beyond_64_bits_is_no_metric_for_a_writer_nor_for_a_reader(number):
-    with pytest.raises(RecordError, match="metrics: 'big' does not fit 64 bits"):
+    with pytest.raises(
+        RecordError, match="metrics: 'big' cannot be sent: Integer out of range|metrics: 'big' cannot be sent: Expected"
+    ):
         scalars({"big": number}, "metrics")
     with pytest.raises(RecordError, match="here: metrics"):
         changed(RESULT, "metrics", {"big": number})
@@ -218,9 +220,27 @@ def test_a_writer_refuses_what_a_reader_would_refuse(field, value):
 
 def test_a_writer_refuses_a_record_that_a_reader_would_not_read_to_its_end():
     with pytest.raises(RecordError, match=r"there would have 5,000,\d+ bytes, at most 4,000,000"):
-        encode(replace(RESULT, metrics={"text": "x" * 5_000_000}), "there")
-    almost = replace(RESULT, metrics={"text": "x" * (RECORD_BYTES - 1000)})
+        encode(replace(RESULT, error={"message": "x" * 5_000_000}), "there")
+    almost = replace(RESULT, error={"message": "x" * (RECORD_BYTES - 1000)})
     assert decode(encode(almost, "there"), ResultRecord, "here") == almost
+
+
+@pytest.mark.parametrize(("metrics", "says"), [
+    ({"a": "x" * 10_001}, "'a' cannot be sent: Expected `str` of length <= 10000"),
+    ({"n" * 201: 1}, "has 201 characters, at most 200 are allowed"),
+    ({str(number): number for number in range(1_001)}, "1,001 are given, at most 1,000 are allowed"),
+])  # fmt: skip
+def test_metrics_have_limits_that_a_trainer_meets_at_once(metrics, says):
+    with pytest.raises(RecordError, match=says):
+        scalars(metrics, "metrics")
+    with pytest.raises(RecordError, match="metrics"):
+        encode(replace(RESULT, metrics=metrics), "there")
+
+
+def test_what_a_message_quotes_is_cut_and_escaped():
+    with pytest.raises(RecordError) as caught:
+        decode(json.dumps({"schema": "\x1b[2J" + "x" * 10_000}).encode(), ResultRecord, "here")
+    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
 
 
 def test_scalars_of_other_types_become_plain_ones():

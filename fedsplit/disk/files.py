@@ -31,6 +31,7 @@ Done = TypeVar("Done")
 Buffer = bytes | bytearray | memoryview
 
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _COPY_BYTES = 1 << 24
 _HASH_BESIDE_BYTES = 1 << 20
 _SPACE_CHECK_S, _REMIND_S = 0.5, 30.0
@@ -258,11 +259,20 @@ def wait_for_space(write: Callable[[], Done]) -> Done:
     while True:
         try:
             return write()
-        except NoSpaceError as exc:
+        except FedSplitError as exc:
+            if not lacks_space(exc):
+                raise
             if time.monotonic() - reminded > _REMIND_S or not reminded:
                 reminded = time.monotonic()
                 log.warning("%s; waiting for space", exc)
             time.sleep(_SPACE_CHECK_S)
+
+
+def lacks_space(exc: BaseException | None) -> bool:
+    """Tell whether an error, or what it was raised from, says that a disk is full."""
+    if isinstance(exc, OSError):
+        return exc.errno in _FULL
+    return exc is not None and (isinstance(exc, NoSpaceError) or lacks_space(exc.__cause__))
 
 
 def _temporary(path: Path) -> Path:
@@ -271,7 +281,7 @@ def _temporary(path: Path) -> Path:
 
 def explain(exc: OSError, path: Path, verb: str = "write") -> FedSplitError:
     """Turn an error of the operating system into one that names the path and the way out."""
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    if exc.errno in _FULL:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         return NoSpaceError(f"no space left to write {path} ({free:,} bytes free); free some or move the directory")
     return ExchangeError(f"cannot {verb} {path}: {exc.strerror or exc}")

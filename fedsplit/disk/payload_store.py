@@ -158,7 +158,7 @@ class PayloadStore:
 
     def clear(self) -> None:
         """Delete every payload. Temporary names are left alone: a client may be linking one just now."""
-        for path in self.root.iterdir():
+        for path in self.root.glob("*"):
             if is_digest(path.name):
                 remove(path)
 

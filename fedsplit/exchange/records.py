@@ -187,7 +187,8 @@ def read(fields: Mapping[str, Any], kind: type[Checked], where: str) -> Checked:
     try:
         return convert(fields, kind)
     except ValidationError as exc:
-        problem, _, path = str(exc).partition(" - at `$.")
+        # It may quote what was found, whatever that is.
+        problem, _, path = printable(str(exc), 500).partition(" - at `$.")
         field = f"{path.rstrip('`')}: " if path else ""
         raise RecordError(f"{where}: {field}{problem}") from exc
     except UnicodeError as exc:

@@ -14,7 +14,7 @@ from fedsplit.disk.files import Buffer, remove, write_hashed
 from fedsplit.errors import RecordError
 from fedsplit.exchange import decisions
 from fedsplit.exchange.directory import Exchange, forgive
-from fedsplit.exchange.records import FinishedRecord, PayloadRecord, ResultRecord, Scalar, TaskRecord
+from fedsplit.exchange.records import FinishedRecord, LocalEntries, PayloadRecord, ResultRecord, Scalar, TaskRecord
 
 log = logging.getLogger("fedsplit")
 
@@ -60,6 +60,7 @@ class TrainerSide:
         num_examples: int = 0,
         loss: float | None = None,
         metrics: Mapping[str, Scalar] | None = None,
+        local_entries: LocalEntries | None = None,
         error: Mapping[str, str] | None = None,
         seconds: float = 0.0,
     ) -> bool:
@@ -83,7 +84,7 @@ class TrainerSide:
         record = ResultRecord(
             version=task.version, run_id=task.run_id, kind=task.kind, server_round=task.server_round,
             status="ok" if error is None else "error", payload=payload, num_examples=num_examples, loss=loss,
-            metrics=metrics or {}, error=error, seconds=seconds,
+            metrics=metrics or {}, local_entries=local_entries or {}, error=error, seconds=seconds,
         )  # fmt: skip
         try:
             with self.exchange.handoff():

@@ -42,8 +42,8 @@ class History:
     def append(self, line: Line) -> None:
         """Add a round."""
         line = finite(line)
-        self._take([line])
         append_line(self.path, json.dumps(line, allow_nan=False))
+        self._take([line])
 
     def keep_up_to(self, server_round: int) -> None:
         """Drop the rounds after one: a resumed run does them again, and each appears once."""

@@ -22,13 +22,22 @@ from fedsplit.exchange.records import Request
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Peer, PeerLostError, Reply
 from fedsplit.server.roster import Roster
-from fedsplit.wire.protocol import EMBEDDED, Engine, ask_record
+from fedsplit.wire.protocol import BYTES_PER_S, EMBEDDED, Engine, ask_record
 
 log = logging.getLogger("fedsplit")
 
 # How many pieces are under way to clients at the same time: of each there are several copies in memory.
 _SENDERS = 8
 _LOOK_S = 1.0
+# How long an answer may take beyond the round's deadline: long enough to be told of it.
+_LATE_S = 5.0
+# What a transfer may take beyond the time that its bytes need on the slowest link.
+_TRANSFER_S = 30.0
+# An update has the entries of the state that it started from; its header may be longer.
+_HEADER_BYTES = 4_000_000
+
+
+_WAITED_FOR = {"trainer": "a trainer", "space": "space on its disk"}
 
 
 class _StoppedError(Exception):
@@ -63,6 +72,11 @@ class RoundContext:
         left = self.engine.hold_s if self.deadline is None else self.deadline - time.monotonic()
         return max(0.0, min(self.engine.hold_s, left))
 
+    @property
+    def most_s(self) -> float | None:
+        """Within how many seconds a question that is asked now must be answered; None without a deadline."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic()) + _LATE_S
+
     def check_stop(self) -> None:
         if self.stop.is_set():
             raise _StoppedError
@@ -81,15 +95,24 @@ class Conversation:
     # Seconds in which the client waited for a trainer.
     waited_s: float = 0.0
     _waiting_for: str | None = None
+    _heard_at: float = 0.0
 
     def until_done(self) -> Reply:
         """Ask until there is a result or a failure."""
+        self._heard_at = time.monotonic()
         while True:
             try:
                 peer = self._find_peer()
                 return self._ask(peer)
             except PeerLostError:
                 self.context.roster.drop(peer)
+                if self.context.is_late:
+                    return self._too_late()
+                # One that comes and goes and answers nothing is away all the same.
+                if time.monotonic() - self._heard_at > self.context.client_wait_s:
+                    return Reply(
+                        status="error", failure=f"no answer of its client for {self.context.client_wait_s:g} s"
+                    )
             except RecordError as exc:
                 return Reply(status="error", failure=str(exc))
 
@@ -98,6 +121,8 @@ class Conversation:
         store, remote = self.context.store, self.context.remote
         while True:
             digest = str(reply.digest)
+            if self.state and reply.payload_bytes > self.state.bytes + _HEADER_BYTES:
+                raise RecordError(f"its update has {reply.payload_bytes:,} bytes, the state {self.state.bytes:,}")
             if reply.via == "store":
                 if remote is None:
                     return store.map(digest)
@@ -133,7 +158,8 @@ class Conversation:
             record = ask_record(
                 self.request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=self.then
             )
-            reply = peer.ask(record, blob)
+            reply = peer.ask(record, blob, most_s=context.most_s)
+            self._heard_at = time.monotonic()
             if reply.status == "need":
                 peer.held, force_send = None, True
                 continue
@@ -143,7 +169,14 @@ class Conversation:
                 return reply
             if reply.status == "cancelled":
                 return self._too_late()
-            self._note(reply.waiting_for, time.monotonic() - asked)
+            if cancel:
+                # It was told that the time is over, and goes on: its rank is free for another client.
+                context.roster.turn_away(peer, "it did not give up a task whose time was over")
+                return self._too_late()
+            took_s = time.monotonic() - asked
+            self._note(reply.waiting_for, took_s)
+            # A client holds the question itself; one that does not must not make the server ask without a pause.
+            context.stop.wait(hold_s - took_s)
 
     def _too_late(self) -> Reply:
         return Reply(status="error", failure=f"not completed within {self.context.deadline_s:g} s")
@@ -158,9 +191,14 @@ class Conversation:
             self.context.check_stop()
             if self.context.is_late:
                 return None
+            piece = read_part(state.path, have, step)
             with self.context.sending:
-                before, have = have, peer.push(state.digest, size, have, read_part(state.path, have, step))
-            if have <= before:
+                taken = peer.push(state.digest, size, have, piece, most_s=self.context.most_s)
+            before, have = have, taken.have
+            if taken.waiting_for == "space":
+                self._note("space", 0.0)
+                self.context.stop.wait(_LOOK_S)
+            elif have <= before:
                 raise RecordError(f"the state could not be sent: the client of rank {self.rank} takes no more of it")
         return None
 
@@ -171,16 +209,25 @@ class Conversation:
         except ExchangeError as exc:
             # A size that a client made up must not end the run for everybody.
             raise RecordError(str(exc)) from exc
+        # Its own deadline, as the ranks before this one may have needed all of the round's.
+        over = time.monotonic() + _TRANSFER_S + size / BYTES_PER_S + self.context.client_wait_s
         try:
             while not incoming.is_whole:
                 peer = self._find_peer()
+                wanted = min(self.context.engine.piece_bytes, size - incoming.have)
+                if (left_s := over - time.monotonic()) <= 0:
+                    raise RecordError(f"its update did not arrive in time: {incoming.have:,} of {size:,} bytes came")
                 try:
-                    piece = peer.pull(digest, incoming.have, min(self.context.engine.piece_bytes, size - incoming.have))
+                    piece = peer.pull(digest, incoming.have, wanted, most_s=left_s)
                 except PeerLostError:
                     self.context.roster.drop(peer)
                     continue
                 if not piece:
                     return None
+                if len(piece) != wanted:
+                    raise RecordError(
+                        f"its update came in pieces of another length: {len(piece):,} for {wanted:,} bytes"
+                    )
                 incoming.add(incoming.have, piece)
             return incoming.map()
         finally:
@@ -209,6 +256,6 @@ class Conversation:
             self.waited_s += seconds
         if waiting_for != self._waiting_for:
             if waiting_for:
-                log.warning("rank %d: its client waits for a %s", self.rank, waiting_for)
+                log.warning("rank %d: its client waits for %s", self.rank, _WAITED_FOR[waiting_for])
             self.context.observer.waiting(self.rank, waiting_for)
         self._waiting_for = waiting_for

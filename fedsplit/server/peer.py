@@ -10,19 +10,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, TypeVar
 
 import flwr.common as flower
 from flwr.server.client_proxy import ClientProxy
 
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.disk.remote_store import RemoteStore
-from fedsplit.errors import AggregationError, RecordError
-from fedsplit.wire.join import Transcript, is_nonce, new_nonce
+from fedsplit.errors import AggregationError, RecordError, printable
+from fedsplit.exchange.records import LocalEntries, Scalar, read
+from fedsplit.wire.answers import Answer, Greeted, Joined, Taken, Told
+from fedsplit.wire.join import Transcript, new_nonce
 from fedsplit.wire.protocol import BYTES_PER_S, TENSOR_TYPE, pack, unpack
 
 log = logging.getLogger("fedsplit")
+
+Said = TypeVar("Said", Joined, Greeted, Taken, Told, Answer)
 
 _GREETING_S = 30.0
 # What a relay may take to answer beyond what it was told to hold: it never waits for the trainer any longer.
@@ -60,14 +64,16 @@ class Reply:
 
     # ``need`` (send the state), ``working``, ``cancelled``, ``ok`` or ``error``.
     status: str = "ok"
-    # What the client has to wait for: a ``trainer``.
+    # What the client has to wait for: a ``trainer``, or ``space`` on its disk.
     waiting_for: str | None = None
     failure: str | None = None
     traceback: str = ""
     # The result, if there was no failure.
     num_examples: int = 0
     loss: float | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Scalar] = field(default_factory=dict)
+    # Of ``initialize``: the entries that stay with the trainer.
+    local_entries: LocalEntries = field(default_factory=dict)
     # What the trainer says it took.
     seconds: float = 0.0
     digest: str | None = None
@@ -87,7 +93,7 @@ class Reply:
     @property
     def all_metrics(self) -> dict[str, Any]:
         """The metrics, the loss among them."""
-        return ({} if self.loss is None else {"loss": self.loss}) | self.metrics
+        return ({} if self.loss is None else {"loss": self.loss}) | {**self.metrics}
 
 
 class Peer:
@@ -118,15 +124,18 @@ class Peer:
         if transcript is not None and join_key is not None:
             record["proof"] = transcript.proof(join_key, "server")
         try:
-            hello = self._question(record)
+            hello = self._question(record, Greeted)
         finally:
             if store:
                 store.drop(nonce_name)
-        if hello.get("leaving"):
-            log.warning("rank %s: the client turned this server down: %s", hello.get("rank"), hello["leaving"])
-            raise TurnedAwayError(str(hello["leaving"]))
-        self.rank, self.exchange_id, self.held = int(hello["rank"]), str(hello["exchange_id"]), hello.get("held")
-        self.sees_store = bool(nonce) and hello.get("nonce") == nonce
+        if hello.leaving:
+            reason = printable(hello.leaving)
+            log.warning("rank %d: the client turned this server down: %s", hello.rank, reason)
+            raise TurnedAwayError(reason)
+        if hello.exchange_id is None:
+            raise RecordError("a client's greeting does not name its exchange directory")
+        self.rank, self.exchange_id, self.held = hello.rank, hello.exchange_id, hello.held
+        self.sees_store = bool(nonce) and hello.nonce == nonce
         if transcript and (self.rank, self.exchange_id) != (transcript.rank, transcript.exchange_id):
             raise RecordError("its greeting names another rank or exchange directory than its proof of the join token")
         self._last_heard = time.monotonic()
@@ -134,17 +143,17 @@ class Peer:
     def _challenge(self, run_id: str, key: bytes) -> Transcript:
         """Let the client prove that it knows the join token."""
         server_nonce = new_nonce()
-        reply = self._question({"op": "join", "run_id": run_id, "nonce": server_nonce})
-        if not reply.get("proof"):
-            log.warning("rank %s: turned away: its client has no join token", reply.get("rank"))
+        reply = self._question({"op": "join", "run_id": run_id, "nonce": server_nonce}, Joined)
+        if not reply.proof:
+            log.warning("rank %d: turned away: its client has no join token", reply.rank)
             raise TurnedAwayError("this server asks for a join token; start the client with its --join-token-file")
-        if not is_nonce(reply.get("nonce")):
-            raise RecordError("its answer has no challenge: expected 64 hexadecimal digits as nonce")
+        if reply.nonce is None or reply.exchange_id is None:
+            raise RecordError("its answer has no challenge, or does not name its exchange directory")
         transcript = Transcript(
-            run_id=run_id, rank=int(reply["rank"]), exchange_id=str(reply["exchange_id"]), server_nonce=server_nonce,
-            client_nonce=reply["nonce"],
+            run_id=run_id, rank=reply.rank, exchange_id=reply.exchange_id, server_nonce=server_nonce,
+            client_nonce=reply.nonce,
         )  # fmt: skip
-        if not transcript.is_proof(key, "client", reply["proof"]):
+        if not transcript.is_proof(key, "client", reply.proof):
             log.warning("rank %d: turned away: its client has another join token", transcript.rank)
             raise TurnedAwayError("wrong join token: the --join-token-file of server and client hold different tokens")
         return transcript
@@ -165,38 +174,40 @@ class Peer:
 
     def tell(self, record: Mapping[str, Any]) -> None:
         """Send ``finish`` or ``ping``."""
-        self._call(lambda: self._question(record))
+        self._call(lambda: self._question(record, Told))
 
-    def ask(self, record: Mapping[str, Any], blob: bytes | None) -> Reply:
-        """Ask for a task; ``blob`` is the state that goes along with the question."""
-        timeout = record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S
+    def ask(self, record: Mapping[str, Any], blob: bytes | None, *, most_s: float | None = None) -> Reply:
+        """Ask for a task; ``blob`` is the state that goes along. With ``most_s`` the answer must come within that."""
+        timeout = _least(record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S, most_s)
         if record["kind"] != "evaluate" or "then" in record:
-            return _reply(*self._fit(record, blob, timeout))
+            return _reply(*self._fit(record, blob, timeout, Answer))
         # Not for what may come along with the answer: Flower's answer to an evaluation has no room for that.
         ins = flower.EvaluateIns(_parameters(blob), pack(record))
-        return _reply(self._unpacked(self._call(lambda: self.proxy.evaluate(ins, timeout, None)).metrics), None)
+        found = self._call(lambda: self.proxy.evaluate(ins, timeout, None))
+        return _reply(self._read(found.metrics, Answer), None)
 
-    def push(self, digest: str, total_bytes: int, offset: int, piece: bytes) -> int:
+    def push(self, digest: str, total_bytes: int, offset: int, piece: bytes, *, most_s: float | None = None) -> Taken:
         """Send a piece of a state; returns how many bytes of it the client has."""
         record = {"op": "push", "digest": digest, "bytes": total_bytes, "offset": offset}
-        reply, _ = self._fit(record, piece, _GRACE_S + len(piece) / BYTES_PER_S)
-        if error := reply.get("error"):
-            raise RecordError(f"the state could not be sent: {error.get('message')}")
-        return int(reply.get("have", 0))
+        timeout = _least(_GRACE_S + len(piece) / BYTES_PER_S, most_s)
+        reply, _ = self._fit(record, piece, timeout, Taken)
+        if reply.error:
+            raise RecordError(f"the state could not be sent: {reply.failure}")
+        return reply
 
-    def pull(self, digest: str, offset: int, piece_bytes: int) -> bytes | None:
+    def pull(self, digest: str, offset: int, piece_bytes: int, *, most_s: float) -> bytes | None:
         """Fetch a piece of the payload of a result; None if the client no longer has it."""
-        timeout = _GRACE_S + piece_bytes / BYTES_PER_S
+        timeout = _least(_GRACE_S + piece_bytes / BYTES_PER_S, most_s)
         ins = flower.GetParametersIns(pack({"op": "pull", "digest": digest, "offset": offset, "bytes": piece_bytes}))
         reply = self._call(lambda: self.proxy.get_parameters(ins, timeout, None))
         return reply.parameters.tensors[0] if reply.status.code == flower.Code.OK and reply.parameters.tensors else None
 
     def _fit(
-        self, record: Mapping[str, Any], blob: bytes | None, timeout: float
-    ) -> tuple[dict[str, Any], bytes | None]:
+        self, record: Mapping[str, Any], blob: bytes | None, timeout: float, kind: type[Said]
+    ) -> tuple[Said, bytes | None]:
         ins = flower.FitIns(_parameters(blob), pack(record))
         found = self._call(lambda: self.proxy.fit(ins, timeout, None))
-        return self._unpacked(found.metrics), next(iter(found.parameters.tensors), None)
+        return self._read(found.metrics, kind), next(iter(found.parameters.tensors), None)
 
     def _call(self, call: Callable[[], Any]) -> Any:
         with self._lock:
@@ -210,32 +221,36 @@ class Peer:
     def _send(self, record: Mapping[str, Any]) -> flower.GetPropertiesRes:
         return self.proxy.get_properties(flower.GetPropertiesIns(pack(record)), _GREETING_S, None)
 
-    def _question(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        return self._unpacked(self._send(record).properties)
+    def _question(self, record: Mapping[str, Any], kind: type[Said]) -> Said:
+        return self._read(self._send(record).properties, kind)
 
-    def _unpacked(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return unpack(fields, "a client" if self.rank < 0 else f"the client of rank {self.rank}")
+    def _read(self, fields: Mapping[str, Any], kind: type[Said]) -> Said:
+        """Let an answer through the gate; raises RecordError that names the field."""
+        where = "a client" if self.rank < 0 else f"the client of rank {self.rank}"
+        return read(unpack(fields, where), kind, where)
 
 
 def _parameters(blob: bytes | None) -> flower.Parameters:
     return flower.Parameters([] if blob is None else [blob], TENSOR_TYPE)
 
 
-def _reply(record: Mapping[str, Any], blob: bytes | None) -> Reply:
-    status = record.get("status")
-    if status in ("need", "working", "cancelled"):
-        return Reply(status=status, waiting_for=record.get("waiting_for"))
-    if status != "ok":
-        error = record.get("error") or {}
-        failure = f"{error.get('type', 'an error')}: {error.get('message', '')}"
-        return Reply(status="error", failure=failure, traceback=str(error.get("traceback", "")))
-    payload, then = record.get("payload") or {}, record.get("then") or {}
+def _least(timeout_s: float, most_s: float | None) -> float:
+    # Flower takes a timeout of 0 for none at all.
+    return timeout_s if most_s is None else max(0.1, min(timeout_s, most_s))
+
+
+def _reply(answer: Answer, blob: bytes | None) -> Reply:
+    if answer.status in ("need", "working", "cancelled"):
+        return Reply(status=answer.status, waiting_for=answer.waiting_for)
+    if answer.status != "ok":
+        return Reply(status="error", failure=answer.failure, traceback=answer.traceback)
+    payload, then = answer.payload, answer.then
     # A blob that came along is the payload of the last of two tasks.
-    ahead = _reply({**then, "then": None}, blob) if then else None
+    ahead = _reply(replace(then, then=None), blob) if then else None
     return Reply(
-        num_examples=int(record.get("num_examples", 0)), loss=record.get("loss"),
-        metrics=dict(record.get("metrics") or {}), seconds=float(record.get("seconds", 0.0)),
-        digest=payload.get("digest"), payload_bytes=int(payload.get("bytes", 0)), via=str(payload.get("via", "")),
-        blob=blob if payload and not then else None, ahead=ahead if ahead and ahead.has_ended else None,
-        ahead_s=float(then.get("held_s", 0.0)),
+        num_examples=answer.num_examples, loss=answer.loss, metrics=answer.shown_metrics, seconds=answer.seconds,
+        local_entries=answer.local_entries, digest=payload.digest if payload else None,
+        payload_bytes=payload.bytes if payload else 0, via=payload.via if payload else "",
+        blob=blob if payload and payload.via == "inline" and not then else None,
+        ahead=ahead if ahead and ahead.has_ended else None, ahead_s=then.held_s if then else 0.0,
     )  # fmt: skip

@@ -78,6 +78,12 @@ class Roster(ClientManager):
                 log.warning("rank %d: the client is gone", peer.rank)
                 self._changed.notify_all()
 
+    def turn_away(self, peer: Peer, reason: str) -> None:
+        """Drop a peer that does not keep to the protocol, and end its connection."""
+        self.drop(peer)
+        log.warning("rank %d: its client was turned away: %s", peer.rank, reason)
+        threading.Thread(target=_refuse, args=(peer, reason), daemon=True).start()
+
     def connections(self) -> list[ClientProxy]:
         """Return every connection, also those that have not yet said who they are."""
         with self._changed:
@@ -184,7 +190,7 @@ class Roster(ClientManager):
             self._admit(peer)
         except TurnedAwayError as exc:
             _refuse(peer, str(exc))
-        except (RecordError, KeyError, TypeError, ValueError) as exc:
+        except RecordError as exc:
             log.warning("a client was turned away: %s", exc)
             _refuse(peer, f"this server speaks fedsplit: {exc}")
         except Exception as exc:  # noqa: BLE001  (the connection ended before it said who it is)

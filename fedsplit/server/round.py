@@ -16,7 +16,6 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -359,7 +358,7 @@ class Rounds:
             reply = conversation.until_done()
             if reply.failure is None and reply.digest:
                 content = conversation.fetch(reply)
-                self.run.note_local_entries(json.loads(str(reply.metrics.get("local_entries", "{}"))))
+                self.run.note_local_entries(reply.local_entries)
                 log.info("rank %d: gave the initial state (%s bytes)", rank, f"{reply.payload_bytes:,}")
                 return content
             failures.append(f"rank {rank}: {reply.failure or 'no payload'}")
@@ -380,4 +379,4 @@ def _evaluation(task: Task) -> EvaluateRes:
         return EvaluateRes(Status(Code.EVALUATE_NOT_IMPLEMENTED, task.refused), 0.0, 0, {})
     reply = task.reply
     loss = math.nan if reply.loss is None else reply.loss
-    return EvaluateRes(Status(Code.OK, ""), loss, reply.num_examples, reply.metrics)
+    return EvaluateRes(Status(Code.OK, ""), loss, reply.num_examples, {**reply.metrics})

@@ -17,7 +17,7 @@ from flwr.server import Server as FlowerServer
 from flwr.server.server import reconnect_clients
 
 from fedsplit.disk.checkpoints import BackgroundWriter
-from fedsplit.errors import FedSplitError, RunFailedError, RunStoppedError
+from fedsplit.errors import CheckpointError, ExchangeError, FedSplitError, RunFailedError, RunStoppedError
 from fedsplit.run.directory import Run
 from fedsplit.server.observer import Observer, Observers
 from fedsplit.server.roster import Roster
@@ -87,6 +87,9 @@ class Server(FlowerServer):
         except _SignalError as exc:
             done, rounds = self.run.history.last_round(), self._settings.rounds
             self.failure = RunStoppedError(f"stopped by {exc} after {done} of {rounds} rounds; --resume goes on")
+        except (ExchangeError, OSError) as exc:
+            # The server has no exchange: what it could not write or read is its run's.
+            self.failure = CheckpointError(str(exc))
         except FedSplitError as exc:
             self.failure = exc
         except Exception as exc:  # anything else must not leave the clients waiting and the port taken
@@ -118,7 +121,7 @@ class Server(FlowerServer):
         self._stop.set()
         try:
             self._writer.close()
-        except FedSplitError as exc:
+        except Exception as exc:  # noqa: BLE001  (whatever it is, the clients must be told)
             if exc is not failure:
                 log.error("%s", exc)
         self._tell_all("stopped" if isinstance(failure, RunStoppedError) else "failed", str(failure), 0.0)

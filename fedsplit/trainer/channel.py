@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
+from fedsplit.disk.files import wait_for_space
 from fedsplit.errors import PeerMissingError, RecordError, SchemaError
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord
+from fedsplit.exchange.records import FinishedRecord, LocalEntries, Scalar, TaskRecord
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.exchange.waiting import Watch
 from fedsplit.states.state_dict import StateDict, encode, map_file
@@ -40,6 +42,7 @@ class Answer:
     num_examples: int
     loss: float | None = None
     metrics: Mapping[str, Scalar] = field(default_factory=dict)
+    local_entries: LocalEntries = field(default_factory=dict)
     seconds: float = 0.0
     checksum: float | None = None
 
@@ -107,7 +110,7 @@ class ExchangeChannel(Channel):
                 if self._watch.has_changed():
                     if found := self._side.next():
                         if isinstance(found, FinishedRecord):
-                            self._side.leave(found)
+                            wait_for_space(partial(self._side.leave, found))
                         return found
                     bad_since = None
             except SchemaError:
@@ -140,13 +143,15 @@ class ExchangeChannel(Channel):
 
     def answer(self, record: TaskRecord, answer: Answer) -> bool:
         chunks = None if answer.state is None else encode(answer.state)
-        return self._side.answer(
-            record, chunks, num_examples=answer.num_examples, loss=answer.loss, metrics=answer.metrics,
-            seconds=answer.seconds,
+        return wait_for_space(
+            lambda: self._side.answer(
+                record, chunks, num_examples=answer.num_examples, loss=answer.loss, metrics=answer.metrics,
+                local_entries=answer.local_entries, seconds=answer.seconds,
+            )
         )  # fmt: skip
 
     def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
-        self._side.answer(record, error=error, seconds=seconds)
+        wait_for_space(lambda: self._side.answer(record, error=error, seconds=seconds))
 
     def _check_client(self, now: float) -> None:
         self._client_checked = now

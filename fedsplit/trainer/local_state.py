@@ -10,13 +10,14 @@ import io
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsplit.disk.checkpoints import BackgroundWriter, Checkpoint, CheckpointStore
-from fedsplit.disk.files import make_private_directory, write_chunks
+from fedsplit.disk.files import make_private_directory, wait_for_space, write_chunks
 from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.exchange.records import TaskRecord
 from fedsplit.states.state_dict import ModelSource, StateDict, encode, map_file, own_state
@@ -127,10 +128,11 @@ class LocalStates:
             if later > record.server_round:  # the server went back: these rounds are trained again
                 self._store.remove(later)
         before = base.checkpoint.server_round if base.checkpoint else None
-        self._store.save(
-            run_id=record.run_id, server_round=record.server_round, files=files, durable=False,
-            info={"base": before, "processes": self._channel.processes},
-        )  # fmt: skip
+        info = {"base": before, "processes": self._channel.processes}
+        write = partial(
+            self._store.save, run_id=record.run_id, server_round=record.server_round, files=files, info=info
+        )
+        wait_for_space(partial(write, durable=False))
         self._store.prune()
         return True
 

@@ -17,7 +17,6 @@ run in every process and act as one trainer.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import traceback
@@ -32,7 +31,7 @@ import torch
 
 from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
+from fedsplit.exchange.records import FinishedRecord, LocalEntries, Scalar, TaskRecord, scalars
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import ModelSource, StateDict, load_into, own_state
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
@@ -142,6 +141,7 @@ class Task:
         local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
         answer = Answer(
             state=None if state is None else {name: state[name] for name in state if name not in local_part},
+            local_entries=_described(local_part) if self.kind == "initialize" else {},
             num_examples=num_examples, loss=None if loss is None else float(loss), seconds=seconds,
             metrics=scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics"),
             checksum=_checksum(model) if self._trainer.processes > 1 else None,
@@ -247,7 +247,7 @@ class Trainer:
                 raise
             if task.kind == "initialize" and self._has_model:
                 state = self._local.initial_state()
-                task.reply(state, num_examples=0, metrics=_describe_local(task, state))
+                task.reply(state, num_examples=0)
                 continue
             yield task
             if not task.answered:
@@ -295,11 +295,9 @@ def _describe(exc: BaseException) -> dict[str, str]:
     return {"type": type(exc).__name__, **texts}
 
 
-def _describe_local(task: Task, state: StateDict) -> dict[str, str]:
+def _described(local_part: StateDict) -> LocalEntries:
     """Describe the entries that the server never sees: so it can show the whole split and check its patterns."""
-    local = {name: tensor for name, tensor in state.items() if task.is_local(name)}
-    shown = {name: (str(each.dtype).removeprefix("torch."), list(each.shape)) for name, each in local.items()}
-    return {"local_entries": json.dumps(shown)}
+    return {name: (str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in local_part.items()}
 
 
 def _plain(value: Any) -> Any:

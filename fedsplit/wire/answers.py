@@ -14,7 +14,17 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from fedsplit.errors import printable
-from fedsplit.exchange.records import Count, Digest, LocalEntries, Metrics, NumExamples, Seconds
+from fedsplit.exchange.records import (
+    MOST_NAME,
+    MOST_TEXT,
+    Count,
+    Digest,
+    LocalEntries,
+    Metrics,
+    NumExamples,
+    Scalar,
+    Seconds,
+)  # fmt: skip
 
 Rank = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 WaitingFor = Literal["trainer", "space"] | None
@@ -106,3 +116,11 @@ class Answer(Said):
     waiting_for: WaitingFor = None
     then: Answer | None = None
     held_s: Seconds = 0.0
+
+    @property
+    def shown_metrics(self) -> dict[str, Scalar]:
+        """The metrics, with names and texts that can be shown."""
+        return {
+            printable(name, MOST_NAME): printable(value, MOST_TEXT) if isinstance(value, str) else value
+            for name, value in self.metrics.items()
+        }

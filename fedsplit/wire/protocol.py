@@ -31,12 +31,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from fedsplit.errors import RecordError
 from fedsplit.exchange.records import SCHEMA, Count, Digest, Request, parse
 
 KEY = "fedsplit"
+# No server may make a client hold a question for longer.
+MOST_HOLD_S = 60
 TENSOR_TYPE = "safetensors"
 
 # Flower's default, and what gRPC can do at most.
@@ -96,7 +100,7 @@ class Ask(Request):
 
     digest: Digest | None = None
     bytes: Count = 0
-    hold_s: float = 0.0
+    hold_s: Annotated[float, Meta(ge=0, le=MOST_HOLD_S)] = 0.0
     cancel: bool = False
     then: Request | None = None
 
