@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fedsplit.run.paths import STATE_FILE
+from fedsplit.run.directory import STATE_FILE
 
 import client_main
 import model_main

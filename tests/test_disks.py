@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.errors import CheckpointError
+from fedsplit.errors import CheckpointError, NoSpaceError
 from fedsplit.run.history import History, read_history
 from fedsplit.states.state_dict import map_file
 from tests.bounds import BOUND_S
@@ -75,7 +75,7 @@ def test_a_line_that_does_not_fit_is_not_there_and_the_next_one_is_whole(disk: D
     line: dict[str, Any] = {"evaluate": {}, "clients": {}, "note": "x" * 6_000}
     history.append({"round": 1, **line})
     disk.fill()
-    with pytest.raises(CheckpointError, match=r"no space left to write .*history\.jsonl"):
+    with pytest.raises(NoSpaceError, match=r"no space left to write .*history\.jsonl"):
         for number in range(2, 10):
             history.append({"round": number, **line})
     kept = [found["round"] for found in read_history(history.path)]

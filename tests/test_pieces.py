@@ -17,7 +17,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.server.conversation import Conversation, RoundContext
 from fedsplit.server.peer import PeerLostError, Reply
-from fedsplit.wire.protocol import TENSOR_TYPE, ask_record, pack, unpack
+from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, ask_record, pack, unpack
 from tests.handoffs import blob, digest_of, names_in, request
 
 STATE = blob("a state", 100_000)

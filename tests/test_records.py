@@ -201,9 +201,7 @@ def test_metrics_hold_only_what_json_and_flower_can_carry():
 
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400])
 def test_a_number_beyond_64_bits_is_no_metric_for_a_writer_nor_for_a_reader(number):
-    with pytest.raises(
-        RecordError, match="metrics: 'big' cannot be sent: Integer out of range|metrics: 'big' cannot be sent: Expected"
-    ):
+    with pytest.raises(RecordError, match="metrics: 'big' cannot be sent: Expected `int`"):
         scalars({"big": number}, "metrics")
     with pytest.raises(RecordError, match="here: metrics"):
         changed(RESULT, "metrics", {"big": number})

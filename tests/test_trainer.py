@@ -319,8 +319,16 @@ def test_every_dtype_comes_back_with_its_bits_when_it_is_returned_unchanged(fede
         ("train", lambda task: task.reply({}, num_examples=True), "num_examples must be a whole number"),
         ("train", lambda task: task.reply({}, num_examples=-1), "num_examples must be a whole number"),
         ("train", lambda task: task.reply({}, num_examples=1, metrics={"x": [1]}), "'x' is a list"),
-        ("train", lambda task: task.reply({}, num_examples=1, metrics={"big": 10**400}), "'big' does not fit 64 bits"),
-        ("train", lambda task: task.reply({}, num_examples=1, metrics={"x": "y" * 5_000_000}), "would have 5,000,"),
+        (
+            "train",
+            lambda task: task.reply({}, num_examples=1, metrics={"big": 10**400}),
+            "'big' cannot be sent",
+        ),
+        (
+            "train",
+            lambda task: task.reply({}, num_examples=1, metrics={"x": "y" * 5_000_000}),
+            "'x' cannot be sent",
+        ),
         ("train", lambda task: task.reply({}, num_examples=2**63), "num_examples"),
         ("train", lambda task: task.reply({"x": 3}, num_examples=1), "'x' of the state_dict is a int"),
     ],
@@ -616,7 +624,7 @@ def test_local_entries_never_travel_and_come_back_after_a_restart(federation):
     with federation.script(script.serve, script.model):
         result = federation.wait(federation.ask("initialize", 0, split=LOCAL_HEAD))
         assert sorted(federation.state_of(result)) == sorted(travelling(start))
-        assert '"head.weight": ["float32", [2, 4]]' in result.metrics["local_entries"]
+        assert result.local_entries["head.weight"] == ("float32", (2, 4))
         first = federation.run("train", 1, travelling(start), split=LOCAL_HEAD)
         assert sorted(first) == sorted(travelling(start))
         head = script.model.head.weight.detach().clone()
