@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fedsplit.run.directory import STATE_FILE
 
 import client_main
 import model_main
@@ -18,7 +17,7 @@ from fedsplit import __main__ as command_line
 from fedsplit import cli
 from fedsplit.engines.processes import free_port
 from fedsplit.errors import MissingPackageError, UsageError
-from fedsplit.run.directory import Run
+from fedsplit.run.directory import STATE_FILE, Run
 from tests.in_process import Scripts
 from tests.programs import ROOT
 
