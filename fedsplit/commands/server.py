@@ -69,7 +69,8 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
     add("--train-config", action="append", type=cli.key_scalar, default=[], metavar="KEY=VALUE",
         help="reaches every trainer in task.config; repeatable")  # fmt: skip
     add("--round-timeout", type=cli.seconds, metavar="S",
-        help="seconds after which a round goes on without the results that are missing (default: never)")  # fmt: skip
+        help="seconds for the training of a round, and again for its evaluation, after which it goes on without the "
+             "results that are missing (default: never)")  # fmt: skip
     add("--client-wait", type=cli.seconds, default="300", metavar="S",
         help="seconds that a round waits for a client whose connection was lost")  # fmt: skip
     add("--seed", type=cli.natural, default=0, metavar="N",

@@ -155,6 +155,7 @@ class Exchange:
         The probe takes the role's lock for a moment. It does so under the hand-off lock, which a starting process takes
         too, so a probe never makes a starting process fail.
         """
+        self.check_is_there()
         if not self.directory.is_dir():
             return False
         with self.handoff():

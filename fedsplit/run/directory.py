@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.disk.files import Buffer, link_or_copy, make_private_directory, write_json
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
-from fedsplit.errors import CheckpointError
+from fedsplit.errors import CheckpointError, FedSplitError
 from fedsplit.run.history import History, PartRow
 
 if TYPE_CHECKING:
@@ -113,6 +113,9 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         try:
             self.payloads.clear()
+        except FedSplitError as error:
+            # On a disk that cannot be written nothing is lost by that; the next server clears them.
+            log.debug("%s", error)
         finally:
             self._lock.release()
 

@@ -107,20 +107,19 @@ class Rounds:
     def round(self, server_round: int, *, trained: bool) -> None:
         """Run one round; ``trained`` if its state is there already, as the server died before the round had ended."""
         settings, strategy, stages = self.settings, self.strategy, Stages()
-        deadline = None if settings.round_timeout is None else time.monotonic() + settings.round_timeout
         self.writer.check()
         self.roster.wait_for(settings.min_clients)
         self.roster.begin_round(settings.seed, server_round)
-        context = self._context(deadline)
         stages.end("wait for clients")
 
-        line = self.run.partial_line() if trained else self._train(server_round, context, stages)
+        line = self.run.partial_line() if trained else self._train(server_round, self._context(), stages)
         if not trained and not strategy.remembers_evaluations:
             self._save(server_round, line)
             stages.end("wait for the last checkpoint")
         # Where evaluations are remembered the checkpoint is written after them, with the whole line.
         if "seconds" not in line:
-            self._evaluate(server_round, context, stages, line)
+            # With a deadline of its own: one slow rank in training must not cost everybody the evaluation.
+            self._evaluate(server_round, self._context(), stages, line)
             if strategy.remembers_evaluations:
                 self.writer.wait()
                 stages.end("wait for the last checkpoint")
@@ -248,7 +247,10 @@ class Rounds:
         metrics = {key: line.get(key, {}) for key in ("train", "evaluate")}
         self.writer.submit(lambda: self.run.save(server_round, state.digest, files, metrics, dict(line), best))
 
-    def _context(self, deadline: float | None) -> RoundContext:
+    def _context(self, *, has_deadline: bool = True) -> RoundContext:
+        """Return what all ranks are asked with from now on; the deadline is counted from here."""
+        timeout_s = self.settings.round_timeout if has_deadline else None
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         hold_s = min(_MANY_HOLD_S, _RANK_HOLD_S * len(self.roster.ranks()))
         return RoundContext(
             roster=self.roster, store=self.run.payloads, remote=self.remote, client_wait_s=self.settings.client_wait,
@@ -354,7 +356,7 @@ class Rounds:
         failures = []
         request = self._request("initialize", 0, dict(self.settings.train_config))
         for rank in self.roster.ranks():
-            conversation = Conversation(context=self._context(None), rank=rank, request=request)
+            conversation = Conversation(context=self._context(has_deadline=False), rank=rank, request=request)
             reply = conversation.until_done()
             if reply.failure is None and reply.digest:
                 content = conversation.fetch(reply)
