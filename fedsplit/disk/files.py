@@ -198,6 +198,14 @@ def map_regular(path: Path) -> mmap.mmap:
         raise RecordError(f"cannot read the payload {path}: {exc}") from exc
 
 
+def unreadable_name(path: Path) -> Path:
+    """Return a free name beside a file, to keep it under if it cannot be read."""
+    count = 1
+    while (kept := path.with_name(f"{path.name}.unreadable-{count}")).exists():
+        count += 1
+    return kept
+
+
 def sync(path: Path) -> None:
     """Flush a finished file, or a directory's entries: without these a rename may be lost although the file is not."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -72,7 +72,7 @@ def choose_engine(wanted: str) -> str:
 def parse_address(address: str) -> tuple[str, int]:
     """Split ``HOST:PORT`` (an IPv6 host in brackets); raises UsageError."""
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not separator or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise UsageError(f"{address!r} is not an address; expected HOST:PORT, for example 127.0.0.1:8080")
     return host.strip("[]"), int(port)
 

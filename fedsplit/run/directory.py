@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 
 from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
-from fedsplit.disk.files import Buffer, link_or_copy, make_private_directory, write_json
+from fedsplit.disk.files import Buffer, link_or_copy, make_private_directory, unreadable_name, write_json
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.errors import CheckpointError, FedSplitError
 from fedsplit.run.history import History, PartRow
@@ -103,7 +103,8 @@ class Run:
         if self._resume and previous:
             self._record = previous
             self.resumed = self.checkpoints.newest(run_id=self.run_id)
-        else:
+        if self.resumed is None and (not self._record or self.checkpoints.rounds()):
+            # Also where there are checkpoints and none can be read.
             self._begin(previous)
         self.payloads.open()
         self.history = History(self.places.history)
@@ -172,19 +173,36 @@ class Run:
         }
 
     def _previous_record(self) -> dict[str, Any] | None:
-        try:
-            record = json.loads(self.places.run.read_bytes())
-            return record if isinstance(record.get("run_id"), str) else None
-        except (OSError, ValueError, AttributeError):
+        path = self.places.run
+        if not path.exists():
             return None
+        try:
+            record: dict[str, Any] = json.loads(path.read_bytes())
+            if isinstance(record["run_id"], str):
+                return record
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
+            log.debug("%s: %s", path, exc)
+        kept = unreadable_name(path)
+        try:
+            path.rename(kept)
+        except OSError as exc:
+            raise CheckpointError(f"{path} cannot be read, nor moved to {kept.name}: {exc.strerror}") from exc
+        log.warning("%s cannot be read; it is kept as %s", path, kept)
+        # What a resumed run needs of it is in the checkpoints too.
+        found = self.checkpoints.newest()
+        local = found.info.get("local_entries", {}) if found else {}
+        return (
+            {"run_id": found.run_id, "began": "", "settings": self._settings, "local_entries": local} if found else None
+        )
 
     def _begin(self, previous: dict[str, Any] | None) -> None:
         if self._resume:
             log.warning("there is no run to resume in %s: a new one begins", self.directory)
-        if previous:
-            places = self.places
-            self.checkpoints.put_aside(previous["run_id"], places.run, places.history, places.final_plot)
-            log.info("the run that was here is now in %s", places.old_runs / previous["run_id"])
+        places = self.places
+        if previous or places.history.exists():
+            old = previous["run_id"] if previous else "unknown"
+            self.checkpoints.put_aside(old, places.run, places.history, places.final_plot)
+            log.info("the run that was here is now in %s", places.old_runs / old)
         self._record = {"run_id": uuid.uuid4().hex[:16], "began": _now(), "settings": self._settings}
         self.checkpoints.begin_run(self.run_id)
         self._write_record()

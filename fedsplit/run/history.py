@@ -8,12 +8,15 @@ the server ``"central": {"loss": …}``. Numbers that are not finite stand as nu
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsplit.disk.files import append_line, write_chunks
+from fedsplit.disk.files import append_line, link_or_copy, unreadable_name, write_chunks
 from fedsplit.run.events import finite
+
+log = logging.getLogger("fedsplit")
 
 Line = dict[str, Any]
 
@@ -37,7 +40,12 @@ class History:
         self.path = path
         self.lines: list[Line] = []
         self._best: dict[str, tuple[float, int]] = {}
-        self._take(read_history(path))
+        lines = read_history(path)
+        if path.exists() and path.read_bytes().count(b"\n") > len(lines):
+            kept = unreadable_name(path)
+            link_or_copy(path, kept)
+            log.warning("%s has lines that cannot be read; as it is it is kept as %s", path, kept)
+        self._take(lines)
 
     def append(self, line: Line) -> None:
         """Add a round."""
@@ -75,14 +83,23 @@ def read_history(path: Path) -> list[Line]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("round"), int):
+        if _is_line(line):
             lines.append(line)
     return lines
+
+
+def _is_line(line: Any) -> bool:
+    mappings = ("train", "evaluate", "central", "clients", "refused")
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("round"), int)
+        and all(isinstance(line.get(name) or {}, dict) for name in mappings)
+    )
 
 
 def weighted_mean(rows: Iterable[tuple[float, Mapping[str, Any]]]) -> dict[str, float]:
