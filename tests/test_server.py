@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.common import Parameters
 
-from fedsplit.errors import AggregationError, RunFailedError
+from fedsplit.engines.embedded import claim_port
+from fedsplit.errors import AggregationError, ConnectionFailedError, RunFailedError
 from fedsplit.run.directory import Run
 from fedsplit.server.roster import Roster
 from fedsplit.server.server import Server
 from fedsplit.server.settings import ServerSettings
 from fedsplit.server.strategy import Strategy
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(("raised", "failure", "says"), [
@@ -108,3 +111,12 @@ def test_the_parameters_of_instructions_are_the_state_or_a_payload_of_their_own(
         state.drop([other.digest, same.digest, None])
         assert run.payloads.find(other.digest) is None
         assert run.payloads.find(same.digest), "what is the state's is kept"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names that end with their process")
+def test_of_two_servers_that_start_at_the_same_moment_one_has_the_port() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with claim_port(address), pytest.raises(ConnectionFailedError, match="another server has it"), claim_port(address):
+        pass
+    with claim_port(address):
+        """Given back."""

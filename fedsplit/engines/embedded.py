@@ -14,6 +14,7 @@ import logging
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -97,6 +98,26 @@ def check_port_is_free(address: str) -> None:
         ) from exc
 
 
+@contextmanager
+def claim_port(address: str) -> Iterator[None]:
+    """Hold an address for the length of the block; raises ConnectionFailedError if something else has it.
+
+    Of two servers that start at the same moment both would find the port free. So each first takes a name that the
+    kernel gives to one process of a machine and takes back when that ends; on Linux only, which has such names.
+    """
+    parse_address(address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
+        if sys.platform == "linux":
+            try:
+                claim.bind(f"\0fedsplit server at {address}")
+            except OSError as exc:
+                raise ConnectionFailedError(
+                    f"cannot listen at {address}: another server has it; stop that one, or choose another --address"
+                ) from exc
+        check_port_is_free(address)
+        yield
+
+
 def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, bytes] | None = None) -> None:
     """Run a Flower server at an address until its rounds are over.
 
@@ -111,13 +132,12 @@ def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, byt
     """
     from flwr.server import ServerConfig, start_server
 
-    parse_address(address)
-    check_port_is_free(address)
-    keep_freed_memory()
-    start_server(
-        server_address=address, server=server, config=ServerConfig(num_rounds=1), certificates=certificates,
-        grpc_max_message_length=MAX_MESSAGE_BYTES,
-    )  # fmt: skip
+    with claim_port(address):
+        keep_freed_memory()
+        start_server(
+            server_address=address, server=server, config=ServerConfig(num_rounds=1), certificates=certificates,
+            grpc_max_message_length=MAX_MESSAGE_BYTES,
+        )  # fmt: skip
 
 
 def connect(
