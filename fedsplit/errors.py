@@ -156,22 +156,3 @@ class RunFailedError(FedSplitError):
     """The run cannot go on."""
 
     exit_code = 15
-
-
-def printable(text: str, most: int = 2_000, *, lines: bool = False) -> str:
-    """Return a text of somebody else's as it may be shown: cut, and without what a terminal obeys.
-
-    Parameters
-    ----------
-    most
-        How many characters are kept.
-    lines
-        Whether line breaks and tabs stay; else they are escaped as everything that does not print.
-    """
-    cut = text if len(text) <= most else text[:most] + "…"
-    if cut.isprintable():
-        return cut
-    return "".join(
-        each if each.isprintable() or (lines and each in "\n\t") else each.encode("unicode_escape").decode()
-        for each in cut
-    )

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,6 +111,13 @@ class Programs:
             if time.monotonic() > deadline:
                 raise AssertionError(f"{text!r} did not appear in the log of {name}\n{self.tails()}")
             time.sleep(0.02)
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = BOUND_S) -> None:
+        """Wait for a condition."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, self.tails()
+            time.sleep(0.01)
 
     def log_path(self, name: str) -> Path:
         return self.directory / f"{name}.log"

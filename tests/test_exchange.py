@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import stat
 import subprocess
 import sys
@@ -12,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.errors import ExchangeError, FedSplitError, RecordError, RoleTakenError, SchemaError, UsageError
+from fedsplit.errors import (
+    DirectoryLostError,
+    ExchangeError,
+    FedSplitError,
+    RecordError,
+    RoleTakenError,
+    SchemaError,
+    UsageError,
+)
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import PayloadRecord
 from tests.bounds import BOUND_S
@@ -401,3 +411,41 @@ def test_every_error_of_the_exchange_is_one_that_a_program_reports_in_one_line(e
     with pytest.raises(FedSplitError) as caught:
         exchange.read_task()
     assert "\n" not in str(caught.value)
+
+
+HOLD_BOTH = """
+import sys, time
+from fedsplit.exchange.directory import Exchange
+
+exchange = Exchange(sys.argv[1], 1)
+with exchange.hold("trainer"), exchange.handoff():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux says who is stopped")
+def test_a_process_that_is_stopped_with_the_hand_off_lock_is_named_within_seconds(tmp_path, caplog):
+    with running(HOLD_BOTH, tmp_path) as holder:
+        holder.send_signal(signal.SIGSTOP)
+        waiting = threading.Thread(target=Exchange(tmp_path, 1).is_held, args=("client",))
+        waiting.start()
+        wait_until(lambda: "has been held for" in caplog.text)
+        holder.send_signal(signal.SIGCONT)
+        kill(holder)
+        waiting.join(BOUND_S)
+    said = rf"handoff\.lock has been held for 2 s, by the trainer \(process {holder.pid} on .*, stopped by a signal"
+    assert re.search(said, caplog.text)
+
+
+def test_a_directory_that_was_replaced_is_not_taken_for_the_one_that_is_held(tmp_path):
+    exchange = Exchange(tmp_path, 1)
+    with exchange.hold("client"):
+        exchange.directory.rename(tmp_path / "away")
+        with pytest.raises(DirectoryLostError, match="was removed or replaced"):
+            exchange.is_held("trainer")
+        with pytest.raises(DirectoryLostError), exchange.handoff():
+            pass
+        Path(exchange.directory).mkdir(mode=0o700)
+        with pytest.raises(DirectoryLostError):
+            exchange.is_held("trainer")

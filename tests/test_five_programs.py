@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,20 @@ def test_nothing_of_flower_calls_home_unless_the_environment_asks_for_it(tmp_pat
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
                                env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment})  # fmt: skip
         assert found.stdout.strip() == expected, found.stderr
+
+
+@pytest.mark.slow
+def test_metrics_may_be_called_as_the_entries_of_a_rounds_line(tmp_path: Path) -> None:
+    link_tests(tmp_path)
+    flags = ("--threads", "1", "--workload", "tests.unchanged:taken_names")
+    with programs(tmp_path, model_flags=flags) as federation:
+        federation.start_all()
+        codes = federation.wait()
+        assert codes == dict.fromkeys(codes, 0), federation.tails()
+        lines: Any = federation.history()
+        assert [line["accepted"] for line in lines] == [2, 2]
+        assert lines[0]["clients"]["1"]["num_examples"] == 1
+        assert isinstance(lines[0]["clients"]["1"]["stages"], dict)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -20,7 +20,8 @@ from fedsplit.wire.join import read_token
 from tests.bounds import BOUND_S
 from tests.depth import scaled
 from tests.hostile import ESCAPES, Grammar, HostileClient, attacking
-from tests.programs import ROOT, Programs
+from tests.programs import Programs
+from tests.test_five_programs import link_tests
 
 SHOWN_NOWHERE = ("\x1b", "\x07", "\x00", "\u202e")
 
@@ -28,7 +29,7 @@ SHOWN_NOWHERE = ("\x1b", "\x07", "\x00", "\u202e")
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Programs]:
     """Two honest ranks whose state is one more in every round."""
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    link_tests(tmp_path)
     found = Programs(tmp_path, model_flags=("--threads", "1", "--workload", "tests.unchanged:counting"))
     yield found
     found.stop()
@@ -136,6 +137,45 @@ def test_what_is_late_is_over_whatever_the_client_says(federation: Programs, how
     attack(federation, [client])
     assert_undisturbed(federation, rounds)
     assert "3" in federation.history()[0]["refused"], federation.log("server")  # type: ignore[operator]
+
+
+class First(HostileClient):
+    """Is the lowest rank, so it is asked for the initial state, and names what nothing can be made of."""
+
+    lie: ClassVar[dict[str, Any]] = {}
+
+    def honest(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        answer = super().honest(record)
+        if record["op"] == "ask" and record["kind"] == "initialize" and answer:
+            answer |= self.lie
+        return answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lie", [
+    {"payload": {"digest": "0" * 64, "bytes": 100, "via": "inline"}},
+    {"payload": {"digest": "0" * 64, "bytes": 100, "via": "store"}},
+    {"local_entries": {"own": ["int999", [3]]}},
+    {"local_entries": {"own": ["float32", [2**40] * 60]}},
+], ids=["digest", "store", "dtype", "size"])  # fmt: skip
+def test_an_initial_state_of_which_nothing_can_be_made_is_asked_of_another_rank(
+    federation: Programs, lie: dict[str, Any]
+) -> None:
+    federation.ranks, federation.server_flags = 2, ("--rounds", "1", "--min-clients", "2")
+    First.lie = lie
+    # The honest one is rank 2: a single client and trainer.
+    names = ("server", "client-2", "model-2")
+    client = First(f"127.0.0.1:{federation.port}", rank=1, spoils=0.0)
+    federation.start("server")
+    federation.wait_for("server", "waiting for clients")
+    with attacking(client):
+        federation.wait_for("server", "rank 1: client")
+        for name in names[1:]:
+            federation.start(name)
+        codes = federation.wait(names=names)
+    assert codes == dict.fromkeys(names, 0), "\n".join(federation.log(name) for name in names)
+    assert "no initial state from rank 1" in federation.log("server")
+    assert "rank 2: gave the initial state" in federation.log("server")
 
 
 def test_nothing_passes_the_gate_but_what_has_the_form_of_an_answer() -> None:

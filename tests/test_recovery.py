@@ -36,13 +36,6 @@ def trainings(directory: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_until(condition: Any, federation: Programs, timeout_s: float = BOUND_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, federation.tails()
-        time.sleep(0.01)
-
-
 def start_trainers_first(federation: Programs) -> None:
     """Start all programs such that no client misses its trainer, however short it waits for it."""
     for name in ("model-1", "model-2"):
@@ -74,9 +67,9 @@ def test_ten_kills_change_nothing_with_the_exchange_in_memory(tmp_path: Path, ra
 def test_a_finished_result_is_not_trained_again_when_its_client_dies(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "1")) as federation:
         federation.start_all()
-        wait_until(lambda: "rank 2 begins 1" in trainings(tmp_path), federation)
+        federation.wait_until(lambda: "rank 2 begins 1" in trainings(tmp_path))
         federation.kill("client-2")
-        wait_until(lambda: "rank 2 trained 1" in trainings(tmp_path), federation)
+        federation.wait_until(lambda: "rank 2 trained 1" in trainings(tmp_path))
         time.sleep(0.3)
         federation.start("client-2")
         assert set(federation.wait().values()) == {0}, federation.tails()
@@ -89,10 +82,10 @@ def test_a_finished_result_is_not_trained_again_when_its_client_dies(tmp_path: P
 def test_a_finished_result_is_not_trained_again_when_the_server_dies(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1.5", server_flags=("--rounds", "2")) as federation:
         federation.start_all()
-        wait_until(lambda: "rank 2 begins 2" in trainings(tmp_path), federation)
+        federation.wait_until(lambda: "rank 2 begins 2" in trainings(tmp_path))
         run_id = run_record(federation)["run_id"]
         federation.kill("server")
-        wait_until(lambda: {"rank 1 trained 2", "rank 2 trained 2"} <= set(trainings(tmp_path)), federation)
+        federation.wait_until(lambda: {"rank 1 trained 2", "rank 2 trained 2"} <= set(trainings(tmp_path)))
         federation.start("server", "--resume")
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert run_record(federation)["run_id"] == run_id
@@ -105,7 +98,7 @@ def test_a_finished_result_is_not_trained_again_when_the_server_dies(tmp_path: P
 def test_an_unfinished_training_is_done_again_from_the_same_state(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "2")) as federation:
         federation.start_all()
-        wait_until(lambda: "rank 1 begins 2" in trainings(tmp_path), federation)
+        federation.wait_until(lambda: "rank 1 begins 2" in trainings(tmp_path))
         federation.kill("model-1")
         federation.start("model-1")
         assert set(federation.wait().values()) == {0}, federation.tails()
@@ -119,7 +112,7 @@ def test_a_dead_trainer_is_noticed_although_its_child_lives_and_the_round_ends_w
     server_flags = ("--rounds", "2", "--evaluate-every", "0")
     with counting(tmp_path, "sleep=2", "fork=yes", client_flags=flags, server_flags=server_flags) as federation:
         start_trainers_first(federation)
-        wait_until(lambda: "rank 2 begins 1" in trainings(tmp_path), federation)
+        federation.wait_until(lambda: "rank 2 begins 1" in trainings(tmp_path))
         federation.kill("model-2")
         # Its child lives on until the end of the block, and still has the lock open.
         federation.wait_for("client-2", "no trainer holds")
@@ -158,7 +151,7 @@ def test_a_round_that_takes_too_long_is_cancelled_and_the_trainer_told(tmp_path:
 def test_a_second_live_client_of_a_rank_is_refused_and_told_why(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=8", server_flags=("--rounds", "1")) as federation:
         federation.start_all()
-        wait_until(lambda: "rank 1 begins 1" in trainings(tmp_path), federation)
+        federation.wait_until(lambda: "rank 1 begins 1" in trainings(tmp_path))
         second = subprocess.run([*federation.command("client-1"), "--exchange-dir", str(tmp_path / "elsewhere")],
                                 capture_output=True, text=True, timeout=BOUND_S, cwd=tmp_path)  # fmt: skip
         assert second.returncode == 8, second.stderr
@@ -170,7 +163,7 @@ def test_a_second_live_client_of_a_rank_is_refused_and_told_why(tmp_path: Path) 
 def test_sigterm_on_the_server_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     with counting(tmp_path, "sleep=1", server_flags=("--rounds", "3")) as federation:
         federation.start_all()
-        wait_until(lambda: "rank 1 begins 2" in trainings(tmp_path), federation)
+        federation.wait_until(lambda: "rank 1 begins 2" in trainings(tmp_path))
         federation.kill("server", signal.SIGTERM)
         assert federation.wait() == dict.fromkeys(federation.names, 14), federation.tails()
         for name in federation.names:

@@ -18,6 +18,7 @@ from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.run.directory import Places, Run, without_password
 from fedsplit.run.history import History, Line
 from tests.chromium import contrast, look_at, needs_chromium, run_chromium
+from tests.handoffs import blob
 from tests.programs import Programs
 
 RECORD = {
@@ -145,7 +146,10 @@ def test_each_start_of_a_resumed_run_is_told(tmp_path: Path) -> None:
     for resume in (False, True):
         with Run(tmp_path, resume=resume) as run:
             run.note_session(command=f"server_main.py --resume={resume}", software={"torch": "2.14.1"})
-            run.history.append(line(1))
+            if not resume:
+                payload = run.payloads.put([blob("state")])
+                run.save(1, payload.digest, {"state.safetensors": payload.path}, {}, line(1), None)
+                run.history.append(line(1))
     page = render(read_report(Places(tmp_path)))
     assert "2 sessions of the server" in page
     assert page.index("--resume=False") < page.index("--resume=True")

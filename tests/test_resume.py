@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_put_aside_whole(tmp_path: Pat
     old = server / "old-runs" / run_id
     assert (old / "history.jsonl").read_bytes() == history
     assert len([*old.glob("round-*")]) == 3
+
+
+def test_a_history_whose_checkpoints_were_removed_is_put_aside(tmp_path: Path) -> None:
+    run_id = begun(tmp_path)
+    server = tmp_path / "server"
+    history = (server / "history.jsonl").read_bytes()
+    for path in server.glob("round-*"):
+        shutil.rmtree(path)
+    with Run(tmp_path, resume=True) as run:
+        assert run.run_id != run_id
+    assert (server / "old-runs" / run_id / "history.jsonl").read_bytes() == history
 
 
 def test_a_history_without_record_and_checkpoints_is_put_aside(tmp_path: Path) -> None:

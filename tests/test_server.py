@@ -88,6 +88,25 @@ def test_a_round_whose_line_was_saved_whole_is_only_noted(tmp_path: Path) -> Non
         assert run.history.lines == [line]
 
 
+def test_a_metric_does_not_stand_in_for_what_the_line_has_a_name_for() -> None:
+    """Seen before: a trainer's metric called stages ended the run for everybody."""
+    from fedsplit.run.time_account import account, update_bytes
+    from fedsplit.server.peer import Reply
+    from fedsplit.server.round import _row
+    from fedsplit.watch.rounds import metrics_of, value
+    from fedsplit.watch.trackers import scalars_of
+    from tests.unchanged import TAKEN
+
+    row = _row(Reply(num_examples=3, seconds=1.5, metrics=TAKEN)) | {"bytes": 100, "stages": {"training": 1.0}}
+    assert (row["num_examples"], row["seconds"]) == (3, 1.5)
+    line: Any = {"round": 1, "seconds": 2.0, "stages": {"train": 1.0}, "train": {}, "clients": {"1": row}}
+    assert update_bytes(line) == 100
+    assert account(line)["training"] == 1.0
+    assert metrics_of([line]) == []
+    assert value(line, "evaluate", "loss", "1") != value(line, "evaluate", "loss", "1")
+    assert scalars_of(line)["seconds/round"] == 2.0
+
+
 class Waiting(Roster):
     """Whoever is waited for is there."""
 

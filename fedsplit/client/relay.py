@@ -99,6 +99,7 @@ class Relay(Client):
         self._last_heard = time.monotonic()
         self._busy = False
         self._incoming: Incoming | None = None
+        self._is_full = False
         self._announced: tuple[str, str, int] | None = None
 
     # -- the connection --------------------------------------------------------------------------------------------
@@ -219,14 +220,13 @@ class Relay(Client):
         try:
             piece = read(message, Piece, "the server's message")
             if self._incoming is None or (self._incoming.digest, self._incoming.size) != (piece.digest, piece.bytes):
+                self._incoming = None
                 self._incoming = Incoming(self._exchange.fetched_path, piece.digest, piece.bytes)
             if parameters.tensors:
                 self._incoming.add(piece.offset, parameters.tensors[0])
             return {"have": self._incoming.have}
         except NoSpaceError as exc:
-            log.warning("rank %d: %s; waiting for space", self._exchange.rank, exc)
-            time.sleep(self._engine.hold_s)
-            return {"have": self._incoming.have if self._incoming else 0, "waiting_for": "space"}
+            return {"have": self._incoming.have if self._incoming else 0, **self._wait_for_space(exc, 1.0)}
         except FedSplitError as exc:
             self._incoming = None
             return self._failed(exc)
@@ -236,7 +236,9 @@ class Relay(Client):
         try:
             reply, results = self._relay(ask, blobs)
         except NoSpaceError as exc:
-            return self._wait_for_space(exc, ask)
+            if ask.cancel:
+                return {"status": "cancelled"}, []
+            return {"status": "working", **self._wait_for_space(exc, ask.hold_s)}, []
         except FedSplitError as exc:
             self._exchange.check_is_there()
             # Any other exception would end the client and with it the rank; the server decides what a failure means.
@@ -256,6 +258,7 @@ class Relay(Client):
             remove(self._exchange.fetched_path)
         if version is None:
             return {"status": "need"}, []
+        self._is_full = False
         self._announce(ask, version)
         try:
             result = self._long_poll.wait(version, ask.hold_s)
@@ -271,13 +274,13 @@ class Relay(Client):
         waiting_for = "trainer" if self.missing_since is not None else None
         return {"status": "working", "waiting_for": waiting_for}, []
 
-    def _wait_for_space(self, exc: NoSpaceError, ask: Ask) -> _Reply:
-        """Let the server ask again, until there is space or it asks no more."""
-        if ask.cancel:
-            return {"status": "cancelled"}, []
-        log.warning("rank %d: %s; waiting for space", self._exchange.rank, exc)
-        time.sleep(ask.hold_s)
-        return {"status": "working", "waiting_for": "space"}, []
+    def _wait_for_space(self, exc: NoSpaceError, seconds: float) -> dict[str, Any]:
+        """Say that there is no space, once for each time that the disk is full, and pause."""
+        if not self._is_full:
+            log.warning("rank %d: %s; waiting for space", self._exchange.rank, exc)
+        self._is_full = True
+        time.sleep(seconds)
+        return {"waiting_for": "space"}
 
     def _fetch(self, digest: str, size: int, blobs: list[bytes]) -> Source | None:
         """Return where the state is: in the message, in the pieces that came before it, or in the store."""

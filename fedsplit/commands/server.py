@@ -117,14 +117,16 @@ def run(arguments: argparse.Namespace) -> int:
         files = tls.TlsFiles(
             ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile
         )
-    embedded.check_port_is_free(arguments.address)
     engine = SUPERLINK if embedded.choose_engine(arguments.engine) == "superlink" else EMBEDDED
     cli.check_keys(
         engine.name, join_token_file=arguments.join_token_file, keys=arguments.supernode_public_key,
         keys_flag="--supernode-public-key",
     )  # fmt: skip
     live = arguments.log_format == "text" and not arguments.verbose
-    with open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command()) as server:
+    with (
+        embedded.claim_port(arguments.address),
+        open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command()) as server,
+    ):
         if engine is SUPERLINK:
             from fedsplit.engines.superlink.serve import serve
 

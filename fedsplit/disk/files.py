@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
@@ -263,24 +264,24 @@ def check_space(directory: Path, needed_bytes: int) -> None:
 
 def wait_for_space(write: Callable[[], Done]) -> Done:
     """Call a function until it does not fail for want of space, and say so meanwhile."""
-    reminded = 0.0
+    reminded = -math.inf
     while True:
         try:
             return write()
         except FedSplitError as exc:
-            if not lacks_space(exc):
+            if not _lacks_space(exc):
                 raise
-            if time.monotonic() - reminded > _REMIND_S or not reminded:
+            if time.monotonic() - reminded > _REMIND_S:
                 reminded = time.monotonic()
                 log.warning("%s; waiting for space", exc)
             time.sleep(_SPACE_CHECK_S)
 
 
-def lacks_space(exc: BaseException | None) -> bool:
+def _lacks_space(exc: BaseException | None) -> bool:
     """Tell whether an error, or what it was raised from, says that a disk is full."""
     if isinstance(exc, OSError):
         return exc.errno in _FULL
-    return exc is not None and (isinstance(exc, NoSpaceError) or lacks_space(exc.__cause__))
+    return exc is not None and (isinstance(exc, NoSpaceError) or _lacks_space(exc.__cause__))
 
 
 def _temporary(path: Path) -> Path:

@@ -46,14 +46,19 @@ def open_server(
     command
         What the server was started with, for the report.
     """
+    from fedsplit.aggregation.spec import BUILTIN_RULES
     from fedsplit.disk.remote_store import open_remote
     from fedsplit.run.directory import Run
-    from fedsplit.server.server import Server
+    from fedsplit.server.server import Server, make_strategy
     from fedsplit.watch.attach import watching
 
     check_trackers(settings)
-    # Before the run is opened: opening puts the earlier run aside, and a mistake must not do that.
-    _check_merging(settings)
+    # What is not built in is made before the run is opened: opening puts the earlier run aside, and a mistake must not
+    # do that. The built-in rules were checked with the flags; to make them imports torch, and clients would wait.
+    is_built_in = settings.strategy is None and all(
+        (spec.inner or spec).name in BUILTIN_RULES for spec in settings.rules
+    )
+    strategy = None if is_built_in else make_strategy(settings)
     run = Run(
         settings.checkpoint_dir,
         keep_checkpoints=settings.keep_checkpoints,
@@ -62,26 +67,12 @@ def open_server(
         initial=_reader_of(settings.initial_checkpoint),
     )
     with run:
-        server = Server(run, settings, remote=open_remote(settings.payload_store), join_key=join_key, engine=engine)
+        server = Server(
+            run, settings, remote=open_remote(settings.payload_store), join_key=join_key, engine=engine,
+            strategy=strategy,
+        )  # fmt: skip
         with watching(server, live=live, rounds=settings.rounds, trackers=settings.tracker, command=command):
             yield server
-
-
-def _check_merging(settings: ServerSettings) -> None:
-    """Make the strategy or the rules once if one is not built in; raises UsageError if that cannot work.
-
-    The parser has checked the built-in rules, and to make those would only import torch before the server listens.
-    """
-    from fedsplit.aggregation.spec import BUILTIN_RULES
-
-    if settings.strategy is not None:
-        from fedsplit.server.foreign import ForeignStrategy
-
-        ForeignStrategy(settings)
-    elif any((spec.inner or spec).name not in BUILTIN_RULES for spec in settings.rules):
-        from fedsplit.server.strategy import Strategy
-
-        Strategy.of(settings)
 
 
 def _reader_of(path: Path | None) -> Callable[[], list[Buffer]] | None:

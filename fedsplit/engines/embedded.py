@@ -27,7 +27,7 @@ import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from call
 from fedsplit.engines.allocator import keep_freed_memory
 from fedsplit.engines.tls import check_server, client_context
 from fedsplit.errors import ConnectionFailedError, UsageError
-from fedsplit.wire.protocol import MAX_MESSAGE_BYTES
+from fedsplit.wire.protocol import EMBEDDED, MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -44,6 +44,8 @@ _REMIND_S = 30.0
 _CONNECT_S = 5.0
 # The server pings after 10 s, so this is several of its pings; a server busy with a merge still sends them.
 _SILENCE_S = 45.0
+# A message to or from the server holds one piece of a state, and a record.
+_MOST_MESSAGE_BYTES = 4 * EMBEDDED.piece_bytes
 
 
 class _SilentError(BaseException):
@@ -105,7 +107,6 @@ def claim_port(address: str) -> Iterator[None]:
     Of two servers that start at the same moment both would find the port free. So each first takes a name that the
     kernel gives to one process of a machine and takes back when that ends; on Linux only, which has such names.
     """
-    parse_address(address)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
         if sys.platform == "linux":
             try:
@@ -119,7 +120,7 @@ def claim_port(address: str) -> Iterator[None]:
 
 
 def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, bytes] | None = None) -> None:
-    """Run a Flower server at an address until its rounds are over.
+    """Run a Flower server at an address, which the caller has claimed, until its rounds are over.
 
     Parameters
     ----------
@@ -132,12 +133,11 @@ def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, byt
     """
     from flwr.server import ServerConfig, start_server
 
-    with claim_port(address):
-        keep_freed_memory()
-        start_server(
-            server_address=address, server=server, config=ServerConfig(num_rounds=1), certificates=certificates,
-            grpc_max_message_length=MAX_MESSAGE_BYTES,
-        )  # fmt: skip
+    keep_freed_memory()
+    start_server(
+        server_address=address, server=server, config=ServerConfig(num_rounds=1), certificates=certificates,
+        grpc_max_message_length=_MOST_MESSAGE_BYTES,
+    )  # fmt: skip
 
 
 def connect(

@@ -155,8 +155,8 @@ class Exchange:
         The probe takes the role's lock for a moment. It does so under the hand-off lock, which a starting process takes
         too, so a probe never makes a starting process fail.
         """
-        self.check_is_there()
         if not self.directory.is_dir():
+            self.check_is_there()
             return False
         with self.handoff():
             lock = self._lock_of(role)

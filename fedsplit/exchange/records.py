@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta, ValidationError, convert, to_builtins
 
-from fedsplit.errors import RecordError, SchemaError, printable
+from fedsplit.errors import RecordError, SchemaError
 
 SCHEMA = "fedsplit/1"
 # A record is small. The limit keeps a reader from being made to read for ever.
@@ -37,7 +37,7 @@ Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 LocalEntries = Mapping[
     str,
     tuple[
-        Annotated[str, Meta(pattern=r"^(bool|b?float\d\w*|u?int\d+|complex\d+)\Z", max_length=20)],
+        Annotated[str, Meta(max_length=20)],
         Annotated[tuple[Annotated[int, Meta(ge=0, le=2**40)], ...], Meta(max_length=64)],
     ],
 ]
@@ -187,10 +187,10 @@ def read(fields: Mapping[str, Any], kind: type[Checked], where: str) -> Checked:
     try:
         return convert(fields, kind)
     except ValidationError as exc:
-        # It may quote what was found, whatever that is.
-        problem, _, path = printable(str(exc), 500).partition(" - at `$.")
-        field = f"{path.rstrip('`')}: " if path else ""
-        raise RecordError(f"{where}: {field}{problem}") from exc
+        # It quotes what was found, whatever that is; the path is at its end.
+        problem, found, path = str(exc).rpartition(" - at `$.")
+        said = f"{path.rstrip('`')}: {printable(problem, 300)}" if found else printable(path, 300)
+        raise RecordError(f"{where}: {said}") from exc
     except UnicodeError as exc:
         raise RecordError(f"{where} has a key that is no text ({exc})") from exc
 
@@ -213,6 +213,25 @@ def scalars(values: Mapping[str, Any], where: str) -> dict[str, Scalar]:
         except ValidationError as exc:
             raise RecordError(f"{where}: {key!r} cannot be sent: {exc}") from exc
     return found
+
+
+def printable(text: str, most: int = 2_000, *, lines: bool = False) -> str:
+    """Return a text of somebody else's as it may be shown: cut, and without what a terminal obeys.
+
+    Parameters
+    ----------
+    most
+        How many characters are kept.
+    lines
+        Whether line breaks and tabs stay; else they are escaped as everything that does not print.
+    """
+    cut = text if len(text) <= most else text[:most] + "…"
+    if cut.isprintable():
+        return cut
+    return "".join(
+        each if each.isprintable() or (lines and each in "\n\t") else each.encode("unicode_escape").decode()
+        for each in cut
+    )
 
 
 def _check_name(payload: PayloadRecord | None, expected: str) -> None:

@@ -8,6 +8,7 @@
 ``plot.png``        loss, accuracy and time, drawn as the run ends
 ``payloads/``       the payload store; nothing in it outlives the run
 ``old-runs/<id>/``  what a run that was not resumed left here
+``….unreadable-1``  ``run.json`` or ``history.jsonl`` as it was when a resumed run could not read all of it
 ==================  ============================================================================================
 
 All of these are in ``<checkpoint_dir>/server/``. The demo keeps the logs of its programs beside it, in ``logs/``.
@@ -103,8 +104,8 @@ class Run:
         if self._resume and previous:
             self._record = previous
             self.resumed = self.checkpoints.newest(run_id=self.run_id)
-        if self.resumed is None and (not self._record or self.checkpoints.rounds()):
-            # Also where there are checkpoints and none can be read.
+        if self.resumed is None and (not self._record or self._has_results()):
+            # Also where there is something and no checkpoint of it can be read.
             self._begin(previous)
         self.payloads.open()
         self.history = History(self.places.history)
@@ -165,12 +166,9 @@ class Run:
 
     def local_entries(self) -> dict[str, torch.Tensor]:
         """Return the entries that stay with the trainers as tensors without data, to show and check the split."""
-        import torch
+        from fedsplit.states.state_dict import described_state
 
-        return {
-            name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            for name, (dtype, shape) in self._record.get("local_entries", {}).items()
-        }
+        return described_state(self._record.get("local_entries", {}))
 
     def _previous_record(self) -> dict[str, Any] | None:
         path = self.places.run
@@ -190,10 +188,14 @@ class Run:
         log.warning("%s cannot be read; it is kept as %s", path, kept)
         # What a resumed run needs of it is in the checkpoints too.
         found = self.checkpoints.newest()
-        local = found.info.get("local_entries", {}) if found else {}
-        return (
-            {"run_id": found.run_id, "began": "", "settings": self._settings, "local_entries": local} if found else None
-        )
+        if found is None:
+            return None
+        local = found.info.get("local_entries", {})
+        return {"run_id": found.run_id, "began": _now(), "settings": self._settings, "local_entries": local}
+
+    def _has_results(self) -> bool:
+        history = self.places.history
+        return bool(self.checkpoints.rounds()) or (history.exists() and history.stat().st_size > 0)
 
     def _begin(self, previous: dict[str, Any] | None) -> None:
         if self._resume:

@@ -18,15 +18,15 @@ from flwr.server.client_proxy import ClientProxy
 
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.disk.remote_store import RemoteStore
-from fedsplit.errors import AggregationError, RecordError, printable
-from fedsplit.exchange.records import LocalEntries, Scalar, read
-from fedsplit.wire.answers import Answer, Greeted, Joined, Taken, Told
+from fedsplit.errors import AggregationError, RecordError
+from fedsplit.exchange.records import LocalEntries, Scalar, printable, read
+from fedsplit.wire.answers import Answer, Greeted, Joined, Said, Taken, Told
 from fedsplit.wire.join import Transcript, new_nonce
 from fedsplit.wire.protocol import BYTES_PER_S, TENSOR_TYPE, pack, unpack
 
 log = logging.getLogger("fedsplit")
 
-Said = TypeVar("Said", Joined, Greeted, Taken, Told, Answer)
+AnySaid = TypeVar("AnySaid", bound=Said)
 
 _GREETING_S = 30.0
 # What a relay may take to answer beyond what it was told to hold: it never waits for the trainer any longer.
@@ -203,8 +203,8 @@ class Peer:
         return reply.parameters.tensors[0] if reply.status.code == flower.Code.OK and reply.parameters.tensors else None
 
     def _fit(
-        self, record: Mapping[str, Any], blob: bytes | None, timeout: float, kind: type[Said]
-    ) -> tuple[Said, bytes | None]:
+        self, record: Mapping[str, Any], blob: bytes | None, timeout: float, kind: type[AnySaid]
+    ) -> tuple[AnySaid, bytes | None]:
         ins = flower.FitIns(_parameters(blob), pack(record))
         found = self._call(lambda: self.proxy.fit(ins, timeout, None))
         return self._read(found.metrics, kind), next(iter(found.parameters.tensors), None)
@@ -221,10 +221,10 @@ class Peer:
     def _send(self, record: Mapping[str, Any]) -> flower.GetPropertiesRes:
         return self.proxy.get_properties(flower.GetPropertiesIns(pack(record)), _GREETING_S, None)
 
-    def _question(self, record: Mapping[str, Any], kind: type[Said]) -> Said:
+    def _question(self, record: Mapping[str, Any], kind: type[AnySaid]) -> AnySaid:
         return self._read(self._send(record).properties, kind)
 
-    def _read(self, fields: Mapping[str, Any], kind: type[Said]) -> Said:
+    def _read(self, fields: Mapping[str, Any], kind: type[AnySaid]) -> AnySaid:
         """Let an answer through the gate; raises RecordError that names the field."""
         where = "a client" if self.rank < 0 else f"the client of rank {self.rank}"
         return read(unpack(fields, where), kind, where)

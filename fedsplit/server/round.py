@@ -46,7 +46,7 @@ from fedsplit.server.state import GlobalState
 from fedsplit.server.strategy import EvaluateFailures, FitFailures, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import decode, encode
+from fedsplit.states.state_dict import decode, describe_state, described_state, encode
 from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
@@ -178,8 +178,7 @@ class Rounds:
         good = [task for task in tasks if not task.refused]
         clients = {
             str(task.rank): {
-                **_numbers(task.reply), "bytes": task.reply.payload_bytes, "stages": task.stages.seconds,
-                **task.reply.all_metrics,
+                **_row(task.reply), "bytes": task.reply.payload_bytes, "stages": task.stages.seconds,
             }
             for task in good
         }  # fmt: skip
@@ -227,7 +226,7 @@ class Rounds:
             if task.refused:
                 line["refused"].setdefault(rank, f"evaluate: {task.refused}")
             else:
-                line["clients"].setdefault(rank, {})["evaluate"] = _numbers(task.reply) | task.reply.all_metrics
+                line["clients"].setdefault(rank, {})["evaluate"] = _row(task.reply)
         ahead_s = max(task.reply.ahead_s for task in tasks)
         stages.end("evaluate", **({"train ahead": ahead_s} if ahead_s else {}))
 
@@ -347,9 +346,7 @@ class Rounds:
         """Take what stays with the trainers out of a state, and note what that was."""
         state = decode(b"".join(chunks), "the initial state")
         local = {name for name in state if is_local(name, self.settings.local_patterns)}
-        self.run.note_local_entries(
-            {name: (str(state[name].dtype).removeprefix("torch."), list(state[name].shape)) for name in local}
-        )
+        self.run.note_local_entries(describe_state({name: state[name] for name in local}))
         return encode({name: tensor for name, tensor in state.items() if name not in local})
 
     def _ask_for_initial_state(self) -> Any:
@@ -358,13 +355,20 @@ class Rounds:
         for rank in self.roster.ranks():
             conversation = Conversation(context=self._context(has_deadline=False), rank=rank, request=request)
             reply = conversation.until_done()
-            if reply.failure is None and reply.digest:
+            try:
+                if reply.failure or not reply.digest:
+                    raise RecordError(reply.failure or "no payload")
                 content = conversation.fetch(reply)
-                self.run.note_local_entries(reply.local_entries)
-                log.info("rank %d: gave the initial state (%s bytes)", rank, f"{reply.payload_bytes:,}")
-                return content
-            failures.append(f"rank {rank}: {reply.failure or 'no payload'}")
-            log.warning("no initial state from %s", failures[-1])
+                # Another rank is asked if this one's cannot be read.
+                decode(content, "the initial state")
+                described_state(reply.local_entries)
+            except RecordError as exc:
+                failures.append(f"rank {rank}: {exc}")
+                log.warning("no initial state from %s", failures[-1])
+                continue
+            self.run.note_local_entries(reply.local_entries)
+            log.info("rank %d: gave the initial state (%s bytes)", rank, f"{reply.payload_bytes:,}")
+            return content
         raise RunFailedError(f"no trainer gave an initial state ({'; '.join(failures)}); see --initial-checkpoint")
 
 
@@ -372,8 +376,9 @@ def _mean(tasks: Sequence[Task]) -> dict[str, float]:
     return weighted_mean((task.reply.num_examples, task.reply.all_metrics) for task in tasks)
 
 
-def _numbers(reply: Reply) -> dict[str, Any]:
-    return {"num_examples": reply.num_examples, "seconds": round(reply.seconds, 6)}
+def _row(reply: Reply) -> dict[str, Any]:
+    """Return a rank's metrics, and after them what the line has names for: a metric must not stand in for that."""
+    return {**reply.all_metrics, "num_examples": reply.num_examples, "seconds": round(reply.seconds, 6)}
 
 
 def _evaluation(task: Task) -> EvaluateRes:

@@ -17,6 +17,7 @@ from flwr.server import Server as FlowerServer
 from flwr.server.server import reconnect_clients
 
 from fedsplit.disk.checkpoints import BackgroundWriter
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import CheckpointError, ExchangeError, FedSplitError, RunFailedError, RunStoppedError
 from fedsplit.run.directory import Run
 from fedsplit.server.observer import Observer, Observers
@@ -26,8 +27,6 @@ from fedsplit.wire.protocol import EMBEDDED, Engine
 
 if TYPE_CHECKING:
     from fedsplit.server.strategy import StreamingStrategy
-
-from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -53,11 +52,13 @@ class Server(FlowerServer):
         The store at ``--payload-store URL``, for clients on other machines.
     join_key
         What a client must prove to know before it takes part; None lets everybody in who can connect.
+    strategy
+        What decides the rounds; None makes that of the settings, once the server listens.
     """
 
     def __init__(
         self, run: Run, settings: ServerSettings, *, remote: RemoteStore | None = None, join_key: bytes | None = None,
-        engine: Engine = EMBEDDED,
+        engine: Engine = EMBEDDED, strategy: StreamingStrategy | None = None,
     ) -> None:  # fmt: skip
         self.run = run
         self.failure: FedSplitError | None = None
@@ -68,6 +69,7 @@ class Server(FlowerServer):
         self._writer = BackgroundWriter()
         self._stop = threading.Event()
         self._told = False
+        self._given_strategy = strategy
         store = remote or (run.payloads if settings.payload_store == "auto" else None)
         self._roster = Roster(run.run_id, store, join_key=join_key, ping_s=engine.ping_s, observer=self._observer)
         super().__init__(client_manager=self._roster)
@@ -97,6 +99,10 @@ class Server(FlowerServer):
             self.failure = RunFailedError(f"the server failed: {type(exc).__name__}: {exc}")
         if self.failure:
             self._end_early(self.failure)
+        if threading.current_thread() is threading.main_thread():
+            # The run is over: what comes now, a plot, is ended like any other program.
+            for number in _SIGNALS[1:]:
+                signal.signal(number, signal.SIG_DFL)
         return FlowerHistory(), time.monotonic() - began
 
     def disconnect_all_clients(self, timeout: float | None) -> None:
@@ -104,16 +110,13 @@ class Server(FlowerServer):
         reconnect_clients([(each, ReconnectIns(seconds=None)) for each in self._roster.connections()], None, 10.0)
 
     def _run_rounds(self) -> None:
-        # Here and not at the top: these import torch, and the clients can connect meanwhile.
-        from fedsplit.server.foreign import ForeignStrategy
+        # Here and not at the top: it imports torch, and the clients can connect meanwhile.
         from fedsplit.server.round import Rounds
-        from fedsplit.server.strategy import Strategy
 
-        settings = self._settings
-        strategy: StreamingStrategy = ForeignStrategy(settings) if settings.strategy else Strategy.of(settings)
+        strategy = self._given_strategy or make_strategy(self._settings)
         self.set_strategy(strategy)
         Rounds(
-            run=self.run, settings=settings, strategy=strategy, roster=self._roster, engine=self._engine,
+            run=self.run, settings=self._settings, strategy=strategy, roster=self._roster, engine=self._engine,
             remote=self._remote, observer=self._observer, writer=self._writer, stop=self._stop,
         ).run_all()  # fmt: skip
 
@@ -151,3 +154,14 @@ class Server(FlowerServer):
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def make_strategy(settings: ServerSettings) -> StreamingStrategy:
+    """Make the strategy that the settings name, or that of their rules; raises UsageError. Imports torch."""
+    if settings.strategy is not None:
+        from fedsplit.server.foreign import ForeignStrategy
+
+        return ForeignStrategy(settings)
+    from fedsplit.server.strategy import Strategy
+
+    return Strategy.of(settings)

@@ -12,7 +12,7 @@ import mmap
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -155,6 +155,23 @@ def named(names: Iterable[str]) -> str:
     known = list(names)
     more = f" and {len(known) - _SHOWN_KEYS} more" if len(known) > _SHOWN_KEYS else ""
     return ", ".join(map(repr, known[:_SHOWN_KEYS])) + more
+
+
+def describe_state(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype, as torch names it, and the shape of each entry."""
+    return {name: (str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in state.items()}
+
+
+def described_state(entries: Mapping[str, tuple[str, Sequence[int]]]) -> StateDict:
+    """Return tensors without data for what `describe_state` returned; raises RecordError if there is no such tensor."""
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
+    found = {}
+    for name, (dtype, shape) in entries.items():
+        try:
+            found[name] = torch.empty(tuple(shape), dtype=dtypes[dtype], device="meta")
+        except (KeyError, RuntimeError) as exc:  # torch has no such dtype, or nothing has such a size
+            raise RecordError(f"{name!r} cannot be of dtype {dtype} and shape {list(shape)}") from exc
+    return found
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:

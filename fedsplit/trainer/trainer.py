@@ -31,9 +31,9 @@ import torch
 
 from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.records import FinishedRecord, LocalEntries, Scalar, TaskRecord, scalars
+from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import ModelSource, StateDict, load_into, own_state
+from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, own_state
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
 from fedsplit.trainer.local_state import Base, LocalStates
 
@@ -141,7 +141,7 @@ class Task:
         local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
         answer = Answer(
             state=None if state is None else {name: state[name] for name in state if name not in local_part},
-            local_entries=_described(local_part) if self.kind == "initialize" else {},
+            local_entries=describe_state(local_part) if self.kind == "initialize" else {},
             num_examples=num_examples, loss=None if loss is None else float(loss), seconds=seconds,
             metrics=scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics"),
             checksum=_checksum(model) if self._trainer.processes > 1 else None,
@@ -293,11 +293,6 @@ def _describe(exc: BaseException) -> dict[str, str]:
         if (left_out := len(text) - 2 * _HALF) > 0:
             texts[name] = f"{text[:_HALF]}\n… {left_out:,} characters …\n{text[-_HALF:]}"
     return {"type": type(exc).__name__, **texts}
-
-
-def _described(local_part: StateDict) -> LocalEntries:
-    """Describe the entries that the server never sees: so it can show the whole split and check its patterns."""
-    return {name: (str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in local_part.items()}
 
 
 def _plain(value: Any) -> Any:

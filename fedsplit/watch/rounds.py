@@ -22,8 +22,9 @@ _ORDER = {"loss": 0, "accuracy": 1}
 def metrics_at(line: Line, phase: str, rank: str | None = None) -> dict[str, Any]:
     """Return what a round measured in a phase of `PHASES`: a rank's numbers, or the means over all."""
     row: dict[str, Any] = line if rank is None else line.get("clients", {}).get(rank, {})
-    # A rank's training metrics stand in its row itself.
-    return row if rank is not None and phase == "train" else row.get(phase, {})
+    # A rank's training metrics stand in its row itself, where one of them may have the name of a phase.
+    found = row if rank is not None and phase == "train" else row.get(phase)
+    return found if isinstance(found, dict) else {}
 
 
 def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:

@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from fedsplit.errors import printable
 from fedsplit.exchange.records import (
     MOST_NAME,
     MOST_TEXT,
@@ -24,6 +23,7 @@ from fedsplit.exchange.records import (
     NumExamples,
     Scalar,
     Seconds,
+    printable,
 )  # fmt: skip
 
 Rank = Annotated[int, Meta(ge=1, le=2**31 - 1)]

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from fedsplit.errors import RunFailedError, RunStoppedError, StateMismatchError
+from fedsplit.errors import ExchangeError, RecordError, RunFailedError, RunStoppedError, StateMismatchError
 from fedsplit.trainer.progress import Progress
 from fedsplit.trainer.trainer import Task, Trainer
 from fedsplit.workloads import StatefulWorkload, Workload
@@ -32,7 +32,10 @@ def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> No
         except StateMismatchError as exc:
             task.fail(exc)
             raise
-        except Exception as exc:  # noqa: BLE001  (the workload is the user's; whatever it raises is reported whole)
+        except Exception as exc:  # the workload is the user's; whatever it raises is reported whole
+            if isinstance(exc, ExchangeError) and not isinstance(exc, RecordError):
+                # The exchange cannot be used: no fault of the workload, and no way to report anything.
+                raise
             text = "".join(traceback.format_exception(exc)).rstrip()
             log.error("%s of round %d failed; it is reported to the server\n%s", task.kind, task.server_round, text)
             task.fail(exc)
