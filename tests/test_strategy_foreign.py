@@ -27,7 +27,6 @@ from fedsplit.states.state_dict import StateDict, map_file
 from fedsplit.states.state_dict import encode as encode_state
 from tests.programs import programs
 from tests.test_five_programs import link_tests
-from tests.test_recovery import wait_until
 
 STATE = {
     "w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -381,7 +380,7 @@ def test_what_it_remembers_goes_on_after_the_server_was_killed(tmp_path: Path, n
         with programs(directory, server_flags=("--rounds", "4", "--strategy", name)) as federation:
             federation.start_all()
             if stops:
-                wait_until(lambda: len(federation.history()) >= 2, federation)
+                federation.wait_until(lambda: len(federation.history()) >= 2)
                 federation.kill("server", signal.SIGKILL)
                 federation.start("server", "--resume")
             assert set(federation.wait().values()) == {0}, federation.tails()
