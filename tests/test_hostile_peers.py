@@ -73,6 +73,8 @@ def test_whatever_a_trainer_writes_the_client_says_what_the_server_takes(relay: 
             exchange.payload_path("result", task.version).write_bytes(payload)
         # What it cannot believe it waits for; what it can is an answer of the right form.
         ask(relay, question(number), None)
+    # The last one may be a record of another version of fedsplit, which is an error until it is gone.
+    exchange.result_path.unlink()
     answer = ask(relay, question(10**6))
     assert answer.status == "working"
     task = exchange.read_task()
