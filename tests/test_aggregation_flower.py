@@ -172,8 +172,8 @@ def test_the_moments_are_kept_and_the_first_rounds_differ_from_a_plain_mean():
     adam = run(Split.resolve(parse_rules(["flower.FedAdam(eta=0.05)"]), state), state, [1, 2], memory)
     mean = run(Split.resolve(parse_rules(["flower.FedAvg"]), state), state, [1, 2], {})
     assert not same(adam[0], mean[0])
-    assert memory["*"]["merges"] == 2
-    assert {"m_t", "v_t", "current_weights"} == set(memory["*"]["attributes"])
+    assert memory["*=flower.FedAdam"]["merges"] == 2
+    assert {"m_t", "v_t", "current_weights"} == set(memory["*=flower.FedAdam"]["attributes"])
     assert run(Split.resolve(parse_rules(["flower.FedMedian"]), state), state, [1], (kept := {}))
     assert kept["*"] == {"merges": 1, "attributes": {}}
 

@@ -97,8 +97,8 @@ def test_the_rule_inside_keeps_its_own_memory():
     previous, memory = {"w": torch.zeros(2)}, {}
     for _ in range(2):
         run("dp(flower.FedAvgM(server_momentum=0.9), clip=1.0, noise=1.0)", previous, [previous], memory)
-    assert memory["*"]["inner"]["merges"] == 2
-    assert memory["*"]["privacy"]["steps"] == 2
+    assert memory["*=dp(flower.FedAvgM)"]["inner"]["merges"] == 2
+    assert memory["*=dp(flower.FedAvgM)"]["privacy"]["steps"] == 2
 
 
 def gaussian_epsilon(multiplier, rounds, delta):
@@ -112,7 +112,7 @@ def test_the_epsilon_of_fedavg_is_that_of_the_noise_multiplier():
     previous, memory = {"w": torch.zeros(2)}, {}
     for _ in range(5):
         run("dp(fedavg, clip=0.5, noise=2.0)", previous, [previous] * 3, memory)
-    spent = memory["*"]["privacy"]
+    spent = memory["*=dp(fedavg)"]["privacy"]
     exact = gaussian_epsilon(2.0, 5, 1e-5)
     assert exact <= spent["epsilon"] <= 1.15 * exact
     assert (spent["delta"], spent["steps"]) == (1e-5, 5)
@@ -124,7 +124,7 @@ def test_any_other_rule_is_accounted_for_with_what_it_may_move_by():
     previous, memory = {"w": torch.zeros(2)}, {}
     run("dp(median, clip=0.5, noise=12.0)", previous, [previous] * 3, memory)
     exact = gaussian_epsilon(12.0 / 6, 1, 1e-5)
-    assert exact <= memory["*"]["privacy"]["epsilon"] <= 1.15 * exact
+    assert exact <= memory["*=dp(median)"]["privacy"]["epsilon"] <= 1.15 * exact
 
 
 def test_parts_are_composed_and_the_smallest_delta_counts():

@@ -57,8 +57,8 @@ class AggregationContext:
     generator : torch.Generator
         Seeded from the run's seed, the round and the part: the same in a resumed run.
     memory : dict
-        Kept between rounds and in the checkpoints. It may hold None, bool, int, float, str, torch.Tensor, and lists and
-        dicts (with str keys) of these.
+        Kept between rounds and in the checkpoints, for this part and this kind of rule. It may hold None, bool, int,
+        float, str, torch.Tensor, and lists and dicts (with str keys) of these.
     """
 
     server_round: int

@@ -82,6 +82,11 @@ class RuleSpec:
         return f"{self.name}({', '.join(arguments)})" if arguments else self.name
 
     @property
+    def kind(self) -> str:
+        """The rule without its parameters: what it remembers is of use to another rule of the same kind."""
+        return f"{self.name}({self.inner.kind})" if self.inner is not None else self.name
+
+    @property
     def part(self) -> str:
         """The name of the part that this rule merges: its pattern, or ``"*"``."""
         return "*" if self.pattern is None else self.pattern

@@ -32,11 +32,15 @@ from fedsplit.states.state_dict import named
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The keys that one rule takes; `name` is its pattern or ``"*"``, `rule` is None if it stays with the clients."""
+    """The keys that one rule takes; `name` is its pattern or ``"*"``, `rule` is None if it stays with the clients.
+
+    Its rule remembers under `memory_key`: another kind of rule for the same part does not find that.
+    """
 
     name: str
     keys: tuple[str, ...]
     rule: Rule | None
+    memory_key: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,8 @@ class Split:
             if not taken and not (local and local_withheld):
                 raise UsageError(_matches_nothing(spec, reference))
             size = sum(reference[key].nbytes for key in taken)
-            parts.append(Part(name=spec.part, keys=tuple(taken), rule=None if local else load_rule(spec)))
+            rule, memory_key = None if local else load_rule(spec), f"{spec.part}={spec.kind}"
+            parts.append(Part(name=spec.part, keys=tuple(taken), rule=rule, memory_key=memory_key))
             rows.append(PartRow(part=spec.part, entries=len(taken), bytes=size, rule=spec.rule))
         if reference and all(part.rule is None for part in parts):
             raise UsageError("every entry is local: nothing is left for the server to merge")
@@ -93,14 +98,14 @@ class Split:
         """Begin the merging of one round; rounds count from 1.
 
         `previous` is the global state that the clients started from, `seed` the run's, and `memory` what the rules
-        remember, by part: it is changed in place, and saved with the checkpoint of the round.
+        remember, by `Part.memory_key`: it is changed in place, and saved with the checkpoint of the round.
         """
         mergers, local_keys = [], self.local_keys
         for part in self.parts:
             if part.rule is not None:
                 context = AggregationContext(
                     server_round=server_round, total_rounds=total_rounds, part=part.name,
-                    previous={key: previous[key] for key in part.keys}, memory=memory.setdefault(part.name, {}),
+                    previous={key: previous[key] for key in part.keys}, memory=memory.setdefault(part.memory_key, {}),
                     generator=seeded_generator(seed, server_round, part.name),
                 )  # fmt: skip
                 mergers.append(_PartMerger(part.rule, context))

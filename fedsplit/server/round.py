@@ -322,9 +322,10 @@ class Rounds:
             log.info("run %s goes on after round %d of %d", run.run_id, resumed.server_round, self.settings.rounds)
         elif run.initial:
             self._state.put(self._without_local(run.initial()))
-        self.roster.wait_for(self.settings.min_clients)
         if self._state.payload is None:
+            self.roster.wait_for(self.settings.min_clients)
             self._state.put([self._ask_for_initial_state()])
+        # With a state that is there already, before anybody is waited for: what is wrong with the rules shows now.
         rows = strategy.begin_run(self._state.entries, run.local_entries())
         run.note_split(rows)
         self.observer.split_resolved(rows)
@@ -335,6 +336,7 @@ class Rounds:
             if strategy.memory_file in resumed.files:
                 strategy.load_memory(resumed.path(strategy.memory_file))
             return
+        self.roster.wait_for(self.settings.min_clients)
         if (given := strategy.initialize_parameters(self.roster)) is not None:
             log.info("the strategy gave the initial values")
             self._state.put(given.tensors)

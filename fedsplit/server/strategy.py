@@ -254,6 +254,12 @@ class Strategy(StreamingStrategy):
 
     def load_memory(self, path: Path) -> None:
         self.memory = torch.load(path, weights_only=True, map_location="cpu")
+        for key in self.memory.keys() - {part.memory_key for part in self.split.parts}:
+            # What dp(…) has spent stays spent, whichever rule follows.
+            kept = {name: value for name, value in self.memory[key].items() if name == "privacy"}
+            if kept != self.memory[key]:
+                log.warning("no part has the rule %s any more: what it remembered is given to no other rule", key)
+            self.memory[key] = kept
 
     def line_entries(self) -> dict[str, Any]:
         """Return epsilon and delta over all private parts so far, as ``privacy``; nothing without such a part."""
