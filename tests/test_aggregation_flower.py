@@ -175,7 +175,7 @@ def test_the_moments_are_kept_and_the_first_rounds_differ_from_a_plain_mean():
     assert memory["*=flower.FedAdam"]["merges"] == 2
     assert {"m_t", "v_t", "current_weights"} == set(memory["*=flower.FedAdam"]["attributes"])
     assert run(Split.resolve(parse_rules(["flower.FedMedian"]), state), state, [1], (kept := {}))
-    assert kept["*"] == {"merges": 1, "attributes": {}}
+    assert kept["*=flower.FedMedian"] == {"merges": 1, "attributes": {}}
 
 
 def test_a_state_that_was_changed_outside_is_what_the_next_round_starts_from():

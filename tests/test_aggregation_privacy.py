@@ -131,7 +131,7 @@ def test_parts_are_composed_and_the_smallest_delta_counts():
     previous, memory = {"a": torch.zeros(1), "b": torch.zeros(1), "c": torch.zeros(1)}, {}
     rules = ["a=dp(fedavg, clip=1.0, noise=2.0)", "b=dp(fedavg, clip=1.0, noise=2.0, delta=1e-6)", "fedavg"]
     run(rules, previous, [previous], memory)
-    both, one = privacy_spent(memory), memory["a"]["privacy"]["epsilon"]
+    both, one = privacy_spent(memory), memory["a=dp(fedavg)"]["privacy"]["epsilon"]
     assert both["steps"] == 2
     assert both["delta"] == 1e-6
     assert both["epsilon"] >= gaussian_epsilon(2.0, 2, 1e-6) > one

@@ -199,10 +199,10 @@ def rule(updates, context, *, step):
 """
     )
     split = split_of(f"body.*={name}(step=0.5)", "fedavg")
-    memory = {"body.*": {"calls": 3}}
+    memory = {f"body.*={name}": {"calls": 3}}
     updates = [update(1, 1.0), update(2, 2.0, num_examples=7)]
     result = merged(split, *updates, server_round=2, memory=memory)
-    assert memory["body.*"] == {"calls": 4}
+    assert memory[f"body.*={name}"] == {"calls": 4}
     again = merged(split, *updates, server_round=2)
     assert torch.equal(result["body.weight"], again["body.weight"])
     other = merged(split, *updates, server_round=2, seed=1)

@@ -157,12 +157,25 @@ def test_a_strategy_that_cannot_be_read_is_told_of_before_anything_starts() -> N
 def test_what_rules_remember_survives_the_checkpoint(tmp_path: Path) -> None:
     strategy = strategy_for({"a": torch.ones(2)})
     assert strategy.dump_memory() is None
-    strategy.memory["*"] = {"momentum": [torch.arange(3.0)], "step": 4}
+    strategy.memory["*=fedavg"] = {"momentum": [torch.arange(3.0)], "step": 4}
     (tmp_path / "rules.pt").write_bytes(strategy.dump_memory() or b"")
     other = strategy_for({"a": torch.ones(2)})
     other.load_memory(tmp_path / "rules.pt")
-    assert other.memory["*"]["step"] == 4
-    assert torch.equal(other.memory["*"]["momentum"][0], torch.arange(3.0))
+    assert other.memory["*=fedavg"]["step"] == 4
+    assert torch.equal(other.memory["*=fedavg"]["momentum"][0], torch.arange(3.0))
+
+
+def test_another_kind_of_rule_starts_with_an_empty_memory_and_what_was_spent_stays_spent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = strategy_for({"a": torch.ones(2)})
+    spent = {"steps": 3, "multipliers": {"2.0": 3}, "delta": 1e-5}
+    strategy.memory = {"*=dp(flower.FedAdam)": {"inner": {"merges": 3}, "privacy": spent}, "*=median": {"x": 1}}
+    (tmp_path / "rules.pt").write_bytes(strategy.dump_memory() or b"")
+    other = strategy_for({"a": torch.ones(2)})
+    other.load_memory(tmp_path / "rules.pt")
+    assert other.memory == {"*=dp(flower.FedAdam)": {"privacy": spent}, "*=median": {}}
+    assert "no part has the rule *=median any more" in caplog.text
 
 
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
