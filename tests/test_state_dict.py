@@ -21,6 +21,8 @@ from fedsplit.states.state_dict import (
     decode,
     describe_difference,
     encode,
+    find_shared,
+    find_ties,
     load_into,
     map_file,
     own_state,
@@ -74,7 +76,7 @@ def states() -> dict[str, StateDict]:
         "odd sizes mixed": {
             "u8": torch.arange(3, dtype=torch.uint8), "f64": wide.double()[0], "b": wide[0] > 0, "h": wide.half()[0],
         },
-        "names": {"": wide, "ünï.cöde": wide, 'a"b\n': wide, "x" * 300: wide},
+        "names": {"": wide.clone(), "ünï.cöde": wide.clone(), 'a"b\n': wide.clone(), "x" * 300: wide.clone()},
     }  # fmt: skip
 
 
@@ -84,6 +86,8 @@ STATES = states()
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES.keys())
 def test_bits_names_order_dtypes_and_shapes_survive(state, tmp_path):
     expected = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in state.items()}
+    # A further name of a tied weight comes last.
+    expected = {name: expected[name] for name in sorted(expected, key=lambda name: name in find_ties(state))}
     assert_same(decode(bytearray(payload(state))), expected)
     write_chunks(tmp_path / "a.safetensors", encode(state))
     assert_same(map_file(tmp_path / "a.safetensors"), expected)
@@ -92,6 +96,8 @@ def test_bits_names_order_dtypes_and_shapes_survive(state, tmp_path):
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES.keys())
 def test_the_safetensors_library_reads_what_we_write(state):
     expected = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in state.items()}
+    for name in find_ties(state):
+        del expected[name]
     found = safetensors.torch.load(payload(state))
     assert_same({name: found[name] for name in expected}, expected)
     assert len(found) == len(expected)
@@ -386,3 +392,56 @@ def test_a_loaded_state_may_come_straight_from_a_mapped_file(tmp_path):
     write_chunks(tmp_path / "a.safetensors", encode(own_state(source)))
     load_into(model, map_file(tmp_path / "a.safetensors"))
     assert_same(own_state(model), own_state(source))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(5, 3)
+        self.hidden = nn.Linear(3, 3)
+        self.lm_head = nn.Linear(3, 5, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+def test_tied_weights_are_one_copy_and_stay_tied():
+    state = own_state(Tied())
+    assert find_ties(state) == {"lm_head.weight": "wte.weight"}
+    content = payload(state)
+    assert len(content) < 4 * (15 + 9 + 3) + 400
+    found = decode(bytearray(content))
+    assert find_ties(found) == find_ties(state)
+    assert payload(found) == content
+    assert_same({name: found[name] for name in state}, state)
+
+
+def test_loading_tied_weights_keeps_the_tie_and_refuses_two_values_for_it():
+    model = Tied()
+    sent = {name: torch.ones_like(tensor) for name, tensor in own_state(model).items()}
+    load_into(model, sent)
+    assert model.lm_head.weight is model.wte.weight and model.wte.weight.unique().tolist() == [1.0]
+    sent["lm_head.weight"] = torch.zeros(5, 3)
+    with pytest.raises(StateMismatchError, match="the model ties 'lm_head.weight' to 'wte.weight', received has diff"):
+        load_into(model, sent)
+    assert model.wte.weight.unique().tolist() == [1.0]
+
+
+def test_the_files_of_the_safetensors_library_keep_their_ties(tmp_path):
+    model = Tied()
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    found = map_file(tmp_path / "model.safetensors")
+    assert set(found) == set(model.state_dict()) and len(find_ties(found)) == 1
+
+
+def test_metadata_that_names_no_tie_is_not_read():
+    tensor = torch.ones(2)
+    for metadata in ({"format": "a"}, {"b": "c"}, {"a": "a"}):
+        found = decode(bytearray(safetensors.torch.save({"a": tensor}, metadata)))
+        assert list(found) == ["a"]
+
+
+def test_memory_that_two_entries_share_is_found_wherever_it_begins():
+    whole = torch.zeros(10)
+    state = {"a": whole[:5], "b": whole[5:], "c": torch.zeros(5), "none": torch.empty(0)}
+    assert find_shared(state, lambda one, other: True) is None
+    assert find_shared({**state, "d": whole[3:4]}, lambda one, other: True) == ("a", "d")
+    assert find_shared({**state, "d": whole[3:4]}, lambda one, other: False) is None

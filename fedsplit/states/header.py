@@ -7,7 +7,10 @@ The format: https://github.com/huggingface/safetensors#format.
 As in the safetensors library, entries must not overlap, leave holes or reach past the end, their lengths must fit their
 shapes, and the header has at most 100 MB. Refused here and accepted there: two entries of one name, of which the
 library drops one; dtypes of less than a byte (F4, F6_E2M3, F6_E3M2); more than 64 dimensions; beside a size of 0, a
-size of 2**63 and more, and sizes whose product overflows. Metadata is not read, so it may be anything.
+size of 2**63 and more, and sizes whose product overflows.
+
+Tied weights are written once. The metadata maps each further name to the one that was written, as that library's
+`save_model` does, and a reader finds both. Metadata that says anything else is not read.
 """
 
 from __future__ import annotations
@@ -44,14 +47,17 @@ class Entry:
     end: int
 
 
-def build_header(sizes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
+def build_header(
+    sizes: Mapping[str, tuple[str, tuple[int, ...]]], ties: Mapping[str, str] = MappingProxyType({})
+) -> tuple[bytes, list[str]]:
     """Lay out a payload of names with their safetensors dtypes and shapes, in the order that a reader is to see.
 
-    Returns the header (the length field and the JSON, padded to 8 bytes), and the names in the order of their bytes:
-    wide dtypes first, so that each tensor is aligned.
+    `ties` maps each further name of an entry to its name in `sizes`. Returns the header (the length field and the JSON,
+    padded to 8 bytes), and the names in the order of their bytes: wide dtypes first, so that each tensor is aligned.
     """
     order = sorted(sizes, key=lambda name: -ITEM_BYTES[sizes[name][0]])
-    record: dict[str, Any] = {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in sizes.items()}
+    record: dict[str, Any] = {"__metadata__": dict(ties)} if ties else {}
+    record |= {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in sizes.items()}
     position = 0
     for name in order:
         dtype, shape = sizes[name]
@@ -84,8 +90,10 @@ def _entries(header: bytes, payload_bytes: int) -> Mapping[str, Entry]:
     try:
         # Decoded here: given bytes, json would also take UTF-16 and lone surrogates.
         record = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
-        found = {name: _entry(fields, data_begin) for name, fields in record.items() if name != "__metadata__"}
-        "".join(found).encode()
+        metadata = record.pop("__metadata__", {})
+        found = {name: _entry(fields, data_begin) for name, fields in record.items()}
+        ties = _ties(metadata, found)
+        "".join([*found, *ties]).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise RecordError(f"not a safetensors header ({type(exc).__name__}: {exc})") from exc
     position = data_begin
@@ -95,7 +103,7 @@ def _entries(header: bytes, payload_bytes: int) -> Mapping[str, Entry]:
         position = entry.end
     if position != payload_bytes:
         raise RecordError(f"the entries end at byte {position}, the payload has {payload_bytes}")
-    return MappingProxyType(found)
+    return MappingProxyType(found | ties)
 
 
 def header_bytes(length_field: bytes | memoryview, payload_bytes: int, where: str) -> int:
@@ -141,6 +149,17 @@ def _entry(fields: Any, data_begin: int) -> Entry:
     if end - begin != ITEM_BYTES[dtype] * math.prod(shape):
         raise ValueError(f"{end - begin} bytes do not hold shape {shape} of {dtype}")
     return Entry(dtype=dtype, shape=tuple(shape), begin=data_begin + begin, end=data_begin + end)
+
+
+def _ties(metadata: Any, found: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the further names of entries. ``format`` is what other writers call the framework."""
+    if not isinstance(metadata, dict):
+        return {}
+    return {
+        name: found[kept]
+        for name, kept in metadata.items()
+        if isinstance(kept, str) and kept in found and name not in found and name != "format"
+    }
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """state_dict to payload and back, without pickle and without a needless copy.
 
-Names, dtypes (bfloat16, 0-d integer counters, bool), shapes and bits survive. Tied weights are written once for each
-name. Tensors that are not contiguous or not on the CPU are copied. What cannot travel (a sparse or quantised tensor, an
-entry that is not a tensor) is refused by name.
+Names, dtypes (bfloat16, 0-d integer counters, bool), shapes, bits and tied weights survive. Tensors that are not
+contiguous or not on the CPU are copied. What cannot travel (a sparse or quantised tensor, an entry that is not a
+tensor) is refused by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fedsplit.disk.files import Buffer, map_regular
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError, StateMismatchError, UsageError
-from fedsplit.states.header import build_header, parse_header
+from fedsplit.states.header import Entry, build_header, parse_header
 
 StateDict = dict[str, torch.Tensor]
 ModelSource = (
@@ -51,9 +51,10 @@ def encode(state_dict: Mapping[str, torch.Tensor]) -> list[Buffer]:
     Most buffers share memory with the tensors: write them before the tensors change. Raises UsageError, naming the
     entry, for what cannot travel.
     """
-    tensors = {name: _plain(name, tensor) for name, tensor in state_dict.items()}
+    ties = find_ties(state_dict)
+    tensors = {name: _plain(name, tensor) for name, tensor in state_dict.items() if name not in ties}
     sizes = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    header, order = build_header(sizes)
+    header, order = build_header(sizes, ties)
     return [header, *(tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in order)]
 
 
@@ -64,21 +65,66 @@ def decode(payload: Buffer | mmap.mmap, where: str = "payload") -> StateDict:
     """
     entries = parse_header(memoryview(payload), len(payload), where)
     flat = torch.frombuffer(payload, dtype=torch.uint8)
-    found = {}
+    found: StateDict = {}
+    # Tied weights are one entry under several names, and one tensor.
+    laid: dict[Entry, torch.Tensor] = {}
     for name, entry in entries.items():
+        if entry in laid:
+            found[name] = laid[entry]
+            continue
         raw = flat[entry.begin : entry.end]
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
             raise RecordError(f"{where}: entry {name!r} has dtype {entry.dtype}, which torch {torch.__version__} lacks")
         if entry.begin % dtype.itemsize:  # other writers of the format need not align
             raw = raw.clone()
-        found[name] = raw.view(dtype).reshape(entry.shape)
+        found[name] = laid[entry] = raw.view(dtype).reshape(entry.shape)
     return found
 
 
 def map_file(path: Path) -> StateDict:
     """Map a payload file and lay tensors over it: writing to one never reaches the file. Raises RecordError."""
     return decode(map_regular(path), str(path))
+
+
+def find_ties(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Map each entry that is the same memory as an earlier one, a tied weight, to that one."""
+    first: dict[object, str] = {}
+    ties = {}
+    for name, tensor in state_dict.items():
+        if (begin := _address(tensor)) is not None:
+            kind = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
+            same = (tensor.device, begin, tensor.shape, tensor.stride(), kind)
+            if (kept := first.setdefault(same, name)) != name:
+                ties[name] = kept
+    return ties
+
+
+def find_shared(state_dict: Mapping[str, torch.Tensor], apart: Callable[[str, str], bool]) -> tuple[str, str] | None:
+    """Return two entries that share memory, wholly or in part, and that `apart` wants separated; None without any."""
+    spans = []
+    for name, tensor in state_dict.items():
+        if (begin := _address(tensor)) is not None:
+            steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.append((str(tensor.device), begin, begin + (steps + 1) * tensor.itemsize, name))
+    spans.sort()
+    for index, (device, _, end, name) in enumerate(spans):
+        for other_device, other_begin, _, other in spans[index + 1 :]:
+            if other_device != device or other_begin >= end:
+                break
+            if apart(name, other):
+                return name, other
+    return None
+
+
+def _address(tensor: object) -> int | None:
+    """Return where a tensor's elements begin in memory; None if it has none, or memory of another kind."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    assert isinstance(tensor, torch.Tensor)  # for the type checker
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+        return None
+    return tensor.data_ptr() or None
 
 
 def own_state(source: ModelSource) -> StateDict:
@@ -121,13 +167,37 @@ def travel_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def load_into(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], *, where: str = "received") -> None:
-    """Copy every tensor into the model in place; if they do not fit, raises StateMismatchError and copies none."""
+    """Copy every tensor into the model in place; if they do not fit, raises StateMismatchError and copies none.
+
+    Weights that the model ties stay tied; different values for them do not fit.
+    """
     own = own_state(model)
-    if difference := describe_difference(own, state_dict, expected="the model", found=where):
+    ties = find_ties(own)
+    difference = describe_difference(own, state_dict, expected="the model", found=where)
+    difference = difference or broken_tie(ties, state_dict, expected="the model", found=where)
+    if difference:
         raise StateMismatchError(difference)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+            if name not in ties:
+                tensor.copy_(state_dict[name])
+
+
+def broken_tie(
+    ties: Mapping[str, str], state: Mapping[str, torch.Tensor], *, expected: str, found: str
+) -> str | None:
+    """Say in one line which tie of another state's does not hold in this one, or return None."""
+    own_ties = find_ties(state) if ties else {}
+    for name, kept in ties.items():
+        if own_ties.get(name, name) == own_ties.get(kept, kept):
+            continue
+        if not torch.equal(_bits(state[name]), _bits(state[kept])):
+            return f"{expected} ties {name!r} to {kept!r}, {found} has different values for them"
+    return None
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 def describe_difference(

@@ -33,7 +33,7 @@ from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageErro
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, own_state
+from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, find_shared, load_into, own_state
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
 from fedsplit.trainer.local_state import Base, LocalStates
 
@@ -91,9 +91,12 @@ class Task:
     def load_into(self, model: torch.nn.Module) -> None:
         """Copy the received state into a model, by name; entries that the rules keep local stay as they are.
 
-        Raises StateMismatchError if keys, shapes or dtypes differ; the model has not changed then.
+        Raises StateMismatchError if keys, shapes or dtypes differ; the model has not changed then. Raises UsageError if
+        the rules keep one name of a tied weight local and not the other.
         """
-        kept = {name: tensor for name, tensor in own_state(model).items() if self.is_local(name)}
+        own = own_state(model)
+        self._check_shared(own)
+        kept = {name: tensor for name, tensor in own.items() if self.is_local(name)}
         if kept and self.restore:
             saved = self._base.load_local_part()
             if saved is None:
@@ -106,8 +109,8 @@ class Task:
         self,
         model: ModelSource | None = None,
         *,
-        num_examples: int,
-        loss: float | None = None,
+        num_examples: float | torch.Tensor,
+        loss: float | torch.Tensor | None = None,
         metrics: Mapping[str, Scalar] | None = None,
         local_state: Any = None,
     ) -> None:
@@ -118,7 +121,7 @@ class Task:
         model
             The module or state_dict after training; none for ``evaluate``.
         num_examples
-            How many examples this answer speaks for: its weight in the merge.
+            How many examples this answer speaks for, a whole number: its weight in the merge.
         loss
             Mean loss over them; needed for ``evaluate``.
         metrics
@@ -134,21 +137,32 @@ class Task:
             raise UsageError("an evaluation is answered with task.reply(loss=…, num_examples=…)")
         if self.kind != "evaluate" and model is None:
             raise UsageError(f"{self.kind} is answered with task.reply(model, num_examples=…)")
-        if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 0:
+        examples = _plain(num_examples)
+        if isinstance(examples, bool) or not isinstance(examples, int | float) or not 0 <= examples == examples // 1:
             raise UsageError(f"num_examples must be a whole number of examples, not {num_examples!r}")
         seconds = time.monotonic() - self._began
         state = None if self.kind == "evaluate" or model is None else own_state(model)
+        self._check_shared(state or {})
         local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
         answer = Answer(
             state=None if state is None else {name: state[name] for name in state if name not in local_part},
             local_entries=describe_state(local_part) if self.kind == "initialize" else {},
-            num_examples=num_examples, loss=None if loss is None else float(loss), seconds=seconds,
+            num_examples=int(examples), loss=None if loss is None else float(loss), seconds=seconds,
             metrics=scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics"),
             checksum=_checksum(model) if self._trainer.processes > 1 else None,
         )  # fmt: skip
         self._trainer._answer(self, answer, local_part, local_state)
         # Not before: if the reply cannot be given, the client must hear of that error.
         self.answered = True
+
+    def _check_shared(self, state: StateDict) -> None:
+        """Refuse rules that separate what is one memory: what stays at home would travel under the other name."""
+        if pair := find_shared(state, lambda one, other: self.is_local(one) != self.is_local(other)):
+            local, other = sorted(pair, key=self.is_local, reverse=True)
+            raise UsageError(
+                f"{local!r} and {other!r} share their memory (tied weights), but under the server's rules {local!r} "
+                f"stays local and {other!r} does not; give both the same rule: --aggregate '{other}=local'"
+            )
 
     def fail(self, exc: BaseException) -> None:
         """Report that the task cannot be done; the error and its traceback reach the client and the server."""
