@@ -420,7 +420,9 @@ def test_loading_tied_weights_keeps_the_tie_and_refuses_two_values_for_it():
     load_into(model, sent)
     assert model.lm_head.weight is model.wte.weight and model.wte.weight.unique().tolist() == [1.0]
     sent["lm_head.weight"] = torch.zeros(5, 3)
-    with pytest.raises(StateMismatchError, match="the model ties 'lm_head.weight' to 'wte.weight', received has diff"):
+    with pytest.raises(
+        StateMismatchError, match=r"the model ties 'lm_head\.weight' to 'wte\.weight', received has different"
+    ):
         load_into(model, sent)
     assert model.wte.weight.unique().tolist() == [1.0]
 

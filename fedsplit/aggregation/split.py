@@ -15,7 +15,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from fedsplit.aggregation.spec import RuleSpec, first_match
 from fedsplit.aggregation.validation import Watched, check_memory, check_output
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.history import PartRow
-from fedsplit.states.state_dict import named
+from fedsplit.states.state_dict import find_ties, named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ class Split:
 
     parts: tuple[Part, ...]
     rows: tuple[PartRow, ...]
+    # Each further name of a tied weight, and the one under which it is merged.
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def resolve(
@@ -59,9 +61,17 @@ class Split:
         With `local_withheld` it lacks the entries that stay with the clients, so a `local` pattern may match nothing.
         Raises UsageError for any other pattern that matches nothing, a key without a rule, or nothing left to merge.
         """
+        ties = find_ties(reference)
         keys: dict[RuleSpec | None, list[str]] = {spec: [] for spec in specs}
         for key in reference:
-            keys.setdefault(first_match(specs, key), []).append(key)
+            spec = first_match(specs, key)
+            if key not in ties:
+                keys.setdefault(spec, []).append(key)
+            elif spec and (other := first_match(specs, ties[key])) and spec.rule != other.rule:
+                raise UsageError(
+                    f"{ties[key]!r} and {key!r} are one tensor (tied weights), but {other} and {spec} separate them; "
+                    "give both the same rule"
+                )
         if without := keys.get(None):
             raise UsageError(
                 f"no rule for {named(without)}: no pattern matches; add one without a pattern, such as fedavg"
@@ -71,15 +81,17 @@ class Split:
             local, taken = spec.name == "local", keys[spec]
             if not taken and spec.pattern is None:
                 continue
-            if not taken and not (local and local_withheld):
+            if not taken and not (local and local_withheld) and not any(first_match([spec], key) for key in ties):
                 raise UsageError(_matches_nothing(spec, reference))
+            if not taken and not local:  # it took further names of tied weights only
+                continue
             size = sum(reference[key].nbytes for key in taken)
             rule, memory_key = None if local else load_rule(spec), f"{spec.part}={spec.kind}"
             parts.append(Part(name=spec.part, keys=tuple(taken), rule=rule, memory_key=memory_key))
             rows.append(PartRow(part=spec.part, entries=len(taken), bytes=size, rule=spec.rule))
         if reference and all(part.rule is None for part in parts):
             raise UsageError("every entry is local: nothing is left for the server to merge")
-        return cls(parts=tuple(parts), rows=tuple(rows))
+        return cls(parts=tuple(parts), rows=tuple(rows), ties=ties)
 
     @property
     def local_keys(self) -> frozenset[str]:
@@ -109,15 +121,17 @@ class Split:
                     generator=seeded_generator(seed, server_round, part.name),
                 )  # fmt: skip
                 mergers.append(_PartMerger(part.rule, context))
-        return RoundMerger(mergers, {key: tensor for key, tensor in previous.items() if key not in local_keys})
+        kept = {key: tensor for key, tensor in previous.items() if key not in local_keys}
+        return RoundMerger(mergers, kept, self.ties)
 
 
 class RoundMerger:
     """The merging of one round, part by part; `count` is how many updates were added."""
 
-    def __init__(self, parts: Sequence[_PartMerger], previous: StateDict) -> None:
+    def __init__(self, parts: Sequence[_PartMerger], previous: StateDict, ties: Mapping[str, str]) -> None:
         self._parts = parts
         self._previous = previous
+        self._ties = ties
         self.count = 0
         # Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
         self.retains = not all(part.rule.one_pass for part in parts)
@@ -137,7 +151,7 @@ class RoundMerger:
         merged = dict(self._previous)
         for part in self._parts if self.count else ():
             merged |= part.finish()
-        return merged
+        return merged | {key: merged[kept] for key, kept in self._ties.items()}
 
 
 class _PartMerger:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsplit.aggregation.base import Update
 from fedsplit.aggregation.numeric import real_view, same, surely_finite, widened
 from fedsplit.errors import AggregationError
-from fedsplit.states.state_dict import named
+from fedsplit.states.state_dict import broken_tie, find_ties, named
 
 
 def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
@@ -31,6 +31,8 @@ def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
     for key, expected in reference.items():
         if reason := _form_difference(state[key], expected):
             return f"{key!r} {reason}"
+    if broken := broken_tie(find_ties(reference), state, expected="the global state", found="it"):
+        return broken
     bad = [key for key, tensor in state.items() if _new_non_finite(tensor, reference[key])]
     return f"NaN or Inf in {named(bad)}" if bad else None
 

@@ -80,7 +80,8 @@ class ClientSide:
             return None
         record = TaskRecord(
             version=version, run_id=request.run_id, kind=request.kind, server_round=request.server_round,
-            total_rounds=request.total_rounds, config=request.config, split=request.split, payload=payload,
+            total_rounds=request.total_rounds, config=request.config, split=request.split, refused=request.refused,
+            payload=payload,
         )  # fmt: skip
         with self.exchange.handoff():
             self.exchange.write(self.exchange.task_path, record)

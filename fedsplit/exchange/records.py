@@ -63,6 +63,8 @@ class Request:
     split
         ``(pattern, local)`` in the order of the server's rules: a key whose first matching pattern is local never
         leaves the trainer.
+    refused
+        Why the rank's last answer did not count; None if it did.
     """
 
     run_id: str
@@ -71,6 +73,7 @@ class Request:
     total_rounds: Count
     config: Mapping[str, Scalar] = field(default_factory=dict)
     split: tuple[tuple[str, bool], ...] = ()
+    refused: Annotated[str, Meta(max_length=MOST_TEXT)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ from fedsplit.server.strategy import (
     dump,
     to_payload,
 )
-from fedsplit.states.state_dict import StateDict
+from fedsplit.states.state_dict import StateDict, find_ties
 from fedsplit.states.state_dict import decode as decode_state
 
 log = logging.getLogger("fedsplit")
@@ -77,7 +77,9 @@ class ForeignStrategy(StreamingStrategy):
         self._name = self._class.__name__
         self._warned: set[str] = set()
         self._clients: dict[int, ClientProxy] = {}
+        # The state without the further names of tied weights, which are one array, and those names.
         self._reference: StateDict = {}
+        self._ties: Mapping[str, str] = {}
         self._given: Parameters | None = None
         # A state as our payload and as Flower's arrays: converted once for all that a round does with it.
         self._state: tuple[Parameters, Parameters] | None = None
@@ -89,9 +91,9 @@ class ForeignStrategy(StreamingStrategy):
 
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
         """Make the strategy, if it wants the initial parameters, and say what of it cannot be kept."""
-        self._reference = state
+        self._take_up(state)
         if self._wants_initial_parameters():
-            self._given = _to_arrays(state)
+            self._given = _to_arrays(self._reference)
             self._make(initial_parameters=self._given)
         self._warn_of_what_is_lost()
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -204,10 +206,14 @@ class ForeignStrategy(StreamingStrategy):
                 f"the strategy {self._name} failed in {method}: {type(exc).__name__}: {exc}"
             ) from exc
 
+    def _take_up(self, state: StateDict) -> None:
+        self._ties = find_ties(state)
+        self._reference = {key: tensor for key, tensor in state.items() if key not in self._ties}
+
     def _arrays(self, parameters: Parameters) -> Parameters:
         """Return the global state as Flower's arrays."""
         if self._state is None or self._state[0] is not parameters:
-            self._reference = decode_state(parameters.tensors[0], "the global state")
+            self._take_up(decode_state(parameters.tensors[0], "the global state"))
             self._state = parameters, _to_arrays(self._reference)
         return self._state[1]
 
@@ -249,7 +255,7 @@ class ForeignStrategy(StreamingStrategy):
             check_output(state, self._reference)
         except AggregationError as exc:
             raise AggregationError(f"the strategy {self._name} in {method}: {exc}") from exc
-        return state
+        return state | {key: state[kept] for key, kept in self._ties.items()}
 
     def _config(self, client: ClientProxy, config: Mapping[str, Any], method: str) -> Metrics:
         for key, value in config.items():

@@ -32,7 +32,7 @@ from fedsplit.disk.checkpoints import BackgroundWriter
 from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import RecordError, RunFailedError
-from fedsplit.exchange.records import Request
+from fedsplit.exchange.records import Request, printable
 from fedsplit.run.directory import STATE_FILE, Run
 from fedsplit.run.events import event
 from fedsplit.run.history import Line, weighted_mean
@@ -46,7 +46,7 @@ from fedsplit.server.state import GlobalState
 from fedsplit.server.strategy import EvaluateFailures, FitFailures, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import decode, describe_state, described_state, encode
+from fedsplit.states.state_dict import check_shared, decode, describe_state, described_state, encode
 from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
@@ -87,6 +87,9 @@ class Rounds:
         self._state = GlobalState(self.run.payloads, self.remote)
         # What came along with the evaluation of the round before.
         self._ahead: dict[int, Reply] = {}
+        # Why a rank's last answer did not count: it is told with its next task.
+        last = self.run.history.lines[-1] if self.run.history.lines else {}
+        self._refused = {int(rank): str(why) for rank, why in last.get("refused", {}).items() if rank.isdecimal()}
 
     def run_all(self) -> None:
         """Run every round that is left."""
@@ -97,10 +100,12 @@ class Rounds:
         if run.resumed and done >= settings.rounds and not unfinished:
             log.info("run %s is complete: %d of %d rounds are done", run.run_id, done, settings.rounds)
             self.roster.wait_for(settings.min_clients, _FAREWELL_S)
+            self._check_that_something_was_merged()
             return
         self._begin()
         for server_round in range(max(done, 1) if unfinished else done + 1, settings.rounds + 1):
             self.round(server_round, trained=server_round == done)
+        self._check_that_something_was_merged()
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -158,6 +163,7 @@ class Rounds:
                     self._refuse(task, update)
                 else:
                     merge.add(update)
+                    self._refused.pop(rank, None)
                     task.stages.end("merging")
             finally:
                 turns.done(rank)
@@ -184,7 +190,8 @@ class Rounds:
         }  # fmt: skip
         return {
             "train": _mean(good) | {**metrics}, "evaluate": {}, "clients": clients, "asked": len(tasks),
-            "accepted": len(good), "refused": {str(task.rank): task.refused for task in tasks if task.refused},
+            "accepted": len(good), "merged": state is not None,
+            "refused": {str(task.rank): task.refused for task in tasks if task.refused},
             **strategy.line_entries(), **central,
         }  # fmt: skip
 
@@ -209,6 +216,7 @@ class Rounds:
             if reason := reply.failure or (None if reply.num_examples > 0 else "it evaluated no examples"):
                 self._refuse(task, reason)
             else:
+                self._refused.pop(task.rank, None)
                 self.observer.answered(task.rank, None)
 
         in_parallel(evaluate, tasks)
@@ -273,7 +281,8 @@ class Rounds:
             self.writer.wait()
         tasks = [
             Task(
-                context=context, rank=int(client.cid), request=self._request(kind, server_round, ins.config),
+                context=context, rank=(rank := int(client.cid)),
+                request=replace(self._request(kind, server_round, ins.config), refused=self._refused.get(rank)),
                 state=self._state.payload_of(ins.parameters), client=client,
             )
             for client, ins in chosen
@@ -302,11 +311,23 @@ class Rounds:
 
     def _refuse(self, task: Task, reason: str) -> None:
         task.refused, rank, kind = reason, task.rank, task.request.kind
+        self._refused[rank] = printable(reason)
         fields = event("refused", rank=rank, kind=kind, reason=reason)
         log.warning("rank %d: %s not counted: %s", rank, kind, reason, extra=fields)
         self.observer.answered(rank, reason)
         if task.reply.traceback:
             log.warning("rank %d: the trainer's traceback:\n%s", rank, task.reply.traceback.rstrip())
+
+    def _check_that_something_was_merged(self) -> None:
+        """Raise RunFailedError if no round of the run changed the state: then something is wrong with every answer."""
+        lines = self.run.history.lines
+        if any(line.get("merged", True) for line in lines):
+            return
+        reasons = [f"rank {rank}: {why}" for rank, why in lines[-1].get("refused", {}).items()]
+        raise RunFailedError(
+            f"nothing was merged in any of {len(lines)} rounds: the state is the initial one "
+            f"({'; '.join(reasons) or 'nobody trained'})"
+        )
 
     def _drop_payloads(self, tasks: Sequence[Task]) -> None:
         """Remove the results of a round, and the states that were sent to single ranks."""
@@ -347,6 +368,7 @@ class Rounds:
     def _without_local(self, chunks: Sequence[Any]) -> list[Any]:
         """Take what stays with the trainers out of a state, and note what that was."""
         state = decode(b"".join(chunks), "the initial state")
+        check_shared(state, lambda name: is_local(name, self.settings.local_patterns))
         local = {name for name in state if is_local(name, self.settings.local_patterns)}
         self.run.note_local_entries(describe_state({name: state[name] for name in local}))
         return encode({name: tensor for name, tensor in state.items() if name not in local})

@@ -117,6 +117,16 @@ def find_shared(state_dict: Mapping[str, torch.Tensor], apart: Callable[[str, st
     return None
 
 
+def check_shared(state: Mapping[str, torch.Tensor], is_local: Callable[[str], bool]) -> None:
+    """Refuse rules that keep one name of a tied weight local and not the other; raises UsageError naming both."""
+    if pair := find_shared(state, lambda one, other: is_local(one) != is_local(other)):
+        local, other = sorted(pair, key=is_local, reverse=True)
+        raise UsageError(
+            f"{local!r} and {other!r} share their memory (tied weights), but under the server's rules {local!r} stays "
+            f"local and {other!r} does not; give both the same rule, for example --aggregate '{other}=local'"
+        )
+
+
 def _address(tensor: object) -> int | None:
     """Return where a tensor's elements begin in memory; None if it has none, or memory of another kind."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -183,9 +193,7 @@ def load_into(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], *,
                 tensor.copy_(state_dict[name])
 
 
-def broken_tie(
-    ties: Mapping[str, str], state: Mapping[str, torch.Tensor], *, expected: str, found: str
-) -> str | None:
+def broken_tie(ties: Mapping[str, str], state: Mapping[str, torch.Tensor], *, expected: str, found: str) -> str | None:
     """Say in one line which tie of another state's does not hold in this one, or return None."""
     own_ties = find_ties(state) if ties else {}
     for name, kept in ties.items():

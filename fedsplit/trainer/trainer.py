@@ -33,7 +33,7 @@ from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageErro
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, find_shared, load_into, own_state
+from fedsplit.states.state_dict import ModelSource, StateDict, check_shared, describe_state, load_into, own_state
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
 from fedsplit.trainer.local_state import Base, LocalStates
 
@@ -54,6 +54,8 @@ class Task:
         The round, counted from 1, and how many there will be.
     config : Mapping[str, bool | int | float | str]
         What the server's ``--train-config`` gave.
+    refused : str or None
+        Why the server did not count this rank's last answer; None if it did, and for the first task.
     restore : bool
         Whether `local_state` has to be read: this process is not itself at the end of the round before.
     answered, failed : bool
@@ -65,6 +67,7 @@ class Task:
         self.server_round = record.server_round
         self.total_rounds = record.total_rounds
         self.config: Mapping[str, Scalar] = record.config
+        self.refused = record.refused
         self.restore = base.restore
         self.answered = self.failed = False
         self._trainer, self._record, self._base = trainer, record, base
@@ -95,7 +98,7 @@ class Task:
         the rules keep one name of a tied weight local and not the other.
         """
         own = own_state(model)
-        self._check_shared(own)
+        check_shared(own, self.is_local)
         kept = {name: tensor for name, tensor in own.items() if self.is_local(name)}
         if kept and self.restore:
             saved = self._base.load_local_part()
@@ -142,7 +145,7 @@ class Task:
             raise UsageError(f"num_examples must be a whole number of examples, not {num_examples!r}")
         seconds = time.monotonic() - self._began
         state = None if self.kind == "evaluate" or model is None else own_state(model)
-        self._check_shared(state or {})
+        check_shared(state or {}, self.is_local)
         local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
         answer = Answer(
             state=None if state is None else {name: state[name] for name in state if name not in local_part},
@@ -154,15 +157,6 @@ class Task:
         self._trainer._answer(self, answer, local_part, local_state)
         # Not before: if the reply cannot be given, the client must hear of that error.
         self.answered = True
-
-    def _check_shared(self, state: StateDict) -> None:
-        """Refuse rules that separate what is one memory: what stays at home would travel under the other name."""
-        if pair := find_shared(state, lambda one, other: self.is_local(one) != self.is_local(other)):
-            local, other = sorted(pair, key=self.is_local, reverse=True)
-            raise UsageError(
-                f"{local!r} and {other!r} share their memory (tied weights), but under the server's rules {local!r} "
-                f"stays local and {other!r} does not; give both the same rule: --aggregate '{other}=local'"
-            )
 
     def fail(self, exc: BaseException) -> None:
         """Report that the task cannot be done; the error and its traceback reach the client and the server."""
@@ -259,6 +253,8 @@ class Trainer:
                 # No loop body runs that could report this, and the client must hear of it too.
                 self._channel.fail(record, _describe(exc), 0.0)
                 raise
+            if task.refused and self.process == 0:
+                log.warning("rank %d: the server did not count its last answer: %s", self.exchange.rank, task.refused)
             if task.kind == "initialize" and self._has_model:
                 state = self._local.initial_state()
                 task.reply(state, num_examples=0)
