@@ -21,14 +21,13 @@ from fedsplit.states.state_dict import (
     decode,
     describe_difference,
     encode,
-    find_shared,
-    find_ties,
     load_into,
     map_file,
     own_state,
     travel_names,
     unwrap,
 )  # fmt: skip
+from fedsplit.states.ties import find_ties
 
 torch.set_num_threads(1)
 
@@ -392,58 +391,3 @@ def test_a_loaded_state_may_come_straight_from_a_mapped_file(tmp_path):
     write_chunks(tmp_path / "a.safetensors", encode(own_state(source)))
     load_into(model, map_file(tmp_path / "a.safetensors"))
     assert_same(own_state(model), own_state(source))
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(5, 3)
-        self.hidden = nn.Linear(3, 3)
-        self.lm_head = nn.Linear(3, 5, bias=False)
-        self.lm_head.weight = self.wte.weight
-
-
-def test_tied_weights_are_one_copy_and_stay_tied():
-    state = own_state(Tied())
-    assert find_ties(state) == {"lm_head.weight": "wte.weight"}
-    content = payload(state)
-    assert len(content) < 4 * (15 + 9 + 3) + 400
-    found = decode(bytearray(content))
-    assert find_ties(found) == find_ties(state)
-    assert payload(found) == content
-    assert_same({name: found[name] for name in state}, state)
-
-
-def test_loading_tied_weights_keeps_the_tie_and_refuses_two_values_for_it():
-    model = Tied()
-    sent = {name: torch.ones_like(tensor) for name, tensor in own_state(model).items()}
-    load_into(model, sent)
-    assert model.lm_head.weight is model.wte.weight and model.wte.weight.unique().tolist() == [1.0]
-    sent["lm_head.weight"] = torch.zeros(5, 3)
-    with pytest.raises(
-        StateMismatchError, match=r"the model ties 'lm_head\.weight' to 'wte\.weight', received has different"
-    ):
-        load_into(model, sent)
-    assert model.wte.weight.unique().tolist() == [1.0]
-
-
-def test_the_files_of_the_safetensors_library_keep_their_ties(tmp_path):
-    model = Tied()
-    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
-    found = map_file(tmp_path / "model.safetensors")
-    assert set(found) == set(model.state_dict()) and len(find_ties(found)) == 1
-
-
-def test_metadata_that_names_no_tie_is_not_read():
-    tensor = torch.ones(2)
-    for metadata in ({"format": "a"}, {"b": "c"}, {"a": "a"}):
-        found = decode(bytearray(safetensors.torch.save({"a": tensor}, metadata)))
-        assert list(found) == ["a"]
-
-
-def test_memory_that_two_entries_share_is_found_wherever_it_begins():
-    whole = torch.zeros(10)
-    state = {"a": whole[:5], "b": whole[5:], "c": torch.zeros(5), "none": torch.empty(0)}
-    assert find_shared(state, lambda one, other: True) is None
-    assert find_shared({**state, "d": whole[3:4]}, lambda one, other: True) == ("a", "d")
-    assert find_shared({**state, "d": whole[3:4]}, lambda one, other: False) is None

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from fedsplit import EvaluateResult, TrainResult, Update, WorkloadContext
 from fedsplit.aggregation import Split, parse_rules
 from fedsplit.aggregation.validation import check_update
-from fedsplit.errors import UsageError
-from fedsplit.states.state_dict import StateDict, decode, encode, find_ties, map_file, own_state
+from fedsplit.errors import StateMismatchError, UsageError
+from fedsplit.states.state_dict import StateDict, decode, encode, load_into, map_file, own_state
+from fedsplit.states.ties import check_shared, find_ties
 from tests.programs import programs
 from tests.test_five_programs import link_tests
 
@@ -63,6 +65,51 @@ def merged(rules: list[str], *values: float) -> StateDict:
     for rank, value in enumerate(values, start=1):
         merger.add(Update(rank=rank, state_dict=state_of(value), num_examples=1))
     return merger.finish()
+
+
+def test_tied_weights_are_one_copy_and_stay_tied() -> None:
+    state = own_state(Language())
+    assert find_ties(state) == {"lm_head.weight": "wte.weight"}
+    content = b"".join(encode(state))
+    assert len(content) < 4 * (28 + 20) + 500
+    found = decode(content)
+    assert find_ties(found) == find_ties(state)
+    assert b"".join(encode(found)) == content
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_loading_tied_weights_keeps_the_tie_and_refuses_two_values_for_it() -> None:
+    model = Language()
+    sent = {name: torch.ones_like(tensor) for name, tensor in own_state(model).items()}
+    load_into(model, sent)
+    assert model.lm_head.weight is model.wte.weight and model.wte.weight.unique().tolist() == [1.0]
+    sent["lm_head.weight"] = torch.zeros(7, 4)
+    with pytest.raises(
+        StateMismatchError, match=r"the model ties 'lm_head\.weight' to 'wte\.weight', received has diff"
+    ):
+        load_into(model, sent)
+    assert model.wte.weight.unique().tolist() == [1.0]
+
+
+def test_a_file_of_the_safetensors_library_keeps_its_ties(tmp_path: Path) -> None:
+    model = Language()
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    found = map_file(tmp_path / "model.safetensors")
+    assert set(found) == set(model.state_dict()) and len(find_ties(found)) == 1
+
+
+@pytest.mark.parametrize("metadata", [{"format": "a"}, {"b": "c"}, {"a": "a"}])
+def test_metadata_that_names_no_tie_is_not_read(metadata: dict[str, str]) -> None:
+    assert list(decode(safetensors.torch.save({"a": torch.ones(2)}, metadata))) == ["a"]
+
+
+def test_memory_that_a_local_entry_shares_with_another_is_found_wherever_it_begins() -> None:
+    whole = torch.zeros(10)
+    state = {"a": whole[:5], "b": whole[5:], "c": torch.zeros(5), "none": torch.empty(0)}
+    check_shared(state, lambda name: name == "a")
+    with pytest.raises(UsageError, match="'d' and 'a' share their memory"):
+        check_shared({**state, "d": whole[3:4]}, lambda name: name == "d")
+    check_shared({**state, "d": whole[3:4]}, lambda name: name in ("a", "d"))
 
 
 @pytest.mark.parametrize("rules", [

@@ -27,7 +27,8 @@ from fedsplit.aggregation.spec import RuleSpec, first_match
 from fedsplit.aggregation.validation import Watched, check_memory, check_output
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.history import PartRow
-from fedsplit.states.state_dict import find_ties, named
+from fedsplit.states.state_dict import named
+from fedsplit.states.ties import find_ties
 
 
 @dataclass(frozen=True, kw_only=True)

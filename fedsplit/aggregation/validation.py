@@ -12,7 +12,8 @@ from torch import Tensor
 from fedsplit.aggregation.base import Update
 from fedsplit.aggregation.numeric import real_view, same, surely_finite, widened
 from fedsplit.errors import AggregationError
-from fedsplit.states.state_dict import broken_tie, find_ties, named
+from fedsplit.states.state_dict import named
+from fedsplit.states.ties import broken_tie, find_ties
 
 
 def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:

@@ -52,8 +52,9 @@ from fedsplit.server.strategy import (
     dump,
     to_payload,
 )
-from fedsplit.states.state_dict import StateDict, find_ties
+from fedsplit.states.state_dict import StateDict
 from fedsplit.states.state_dict import decode as decode_state
+from fedsplit.states.ties import find_ties
 
 log = logging.getLogger("fedsplit")
 

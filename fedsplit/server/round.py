@@ -46,7 +46,8 @@ from fedsplit.server.state import GlobalState
 from fedsplit.server.strategy import EvaluateFailures, FitFailures, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import check_shared, decode, describe_state, described_state, encode
+from fedsplit.states.state_dict import decode, describe_state, described_state, encode
+from fedsplit.states.ties import check_shared
 from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")

@@ -21,6 +21,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fedsplit.disk.files import Buffer, map_regular
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError, StateMismatchError, UsageError
 from fedsplit.states.header import Entry, build_header, parse_header
+from fedsplit.states.ties import broken_tie, find_ties
 
 StateDict = dict[str, torch.Tensor]
 ModelSource = (
@@ -87,56 +88,6 @@ def map_file(path: Path) -> StateDict:
     return decode(map_regular(path), str(path))
 
 
-def find_ties(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Map each entry that is the same memory as an earlier one, a tied weight, to that one."""
-    first: dict[object, str] = {}
-    ties = {}
-    for name, tensor in state_dict.items():
-        if (begin := _address(tensor)) is not None:
-            kind = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
-            same = (tensor.device, begin, tensor.shape, tensor.stride(), kind)
-            if (kept := first.setdefault(same, name)) != name:
-                ties[name] = kept
-    return ties
-
-
-def find_shared(state_dict: Mapping[str, torch.Tensor], apart: Callable[[str, str], bool]) -> tuple[str, str] | None:
-    """Return two entries that share memory, wholly or in part, and that `apart` wants separated; None without any."""
-    spans = []
-    for name, tensor in state_dict.items():
-        if (begin := _address(tensor)) is not None:
-            steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            spans.append((str(tensor.device), begin, begin + (steps + 1) * tensor.itemsize, name))
-    spans.sort()
-    for index, (device, _, end, name) in enumerate(spans):
-        for other_device, other_begin, _, other in spans[index + 1 :]:
-            if other_device != device or other_begin >= end:
-                break
-            if apart(name, other):
-                return name, other
-    return None
-
-
-def check_shared(state: Mapping[str, torch.Tensor], is_local: Callable[[str], bool]) -> None:
-    """Refuse rules that keep one name of a tied weight local and not the other; raises UsageError naming both."""
-    if pair := find_shared(state, lambda one, other: is_local(one) != is_local(other)):
-        local, other = sorted(pair, key=is_local, reverse=True)
-        raise UsageError(
-            f"{local!r} and {other!r} share their memory (tied weights), but under the server's rules {local!r} stays "
-            f"local and {other!r} does not; give both the same rule, for example --aggregate '{other}=local'"
-        )
-
-
-def _address(tensor: object) -> int | None:
-    """Return where a tensor's elements begin in memory; None if it has none, or memory of another kind."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return None
-    assert isinstance(tensor, torch.Tensor)  # for the type checker
-    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
-        return None
-    return tensor.data_ptr() or None
-
-
 def own_state(source: ModelSource) -> StateDict:
     """Return a module's or mapping's state_dict under the names that travel, sharing memory with it.
 
@@ -191,21 +142,6 @@ def load_into(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], *,
         for name, tensor in own.items():
             if name not in ties:
                 tensor.copy_(state_dict[name])
-
-
-def broken_tie(ties: Mapping[str, str], state: Mapping[str, torch.Tensor], *, expected: str, found: str) -> str | None:
-    """Say in one line which tie of another state's does not hold in this one, or return None."""
-    own_ties = find_ties(state) if ties else {}
-    for name, kept in ties.items():
-        if own_ties.get(name, name) == own_ties.get(kept, kept):
-            continue
-        if not torch.equal(_bits(state[name]), _bits(state[kept])):
-            return f"{expected} ties {name!r} to {kept!r}, {found} has different values for them"
-    return None
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 def describe_difference(

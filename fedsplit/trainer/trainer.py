@@ -33,7 +33,8 @@ from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageErro
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import ModelSource, StateDict, check_shared, describe_state, load_into, own_state
+from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, own_state
+from fedsplit.states.ties import check_shared
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
 from fedsplit.trainer.local_state import Base, LocalStates
 
