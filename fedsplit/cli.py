@@ -169,14 +169,11 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         return int(arguments.run(arguments))
     except FedSplitError as exc:
         log.debug("where it came from", exc_info=exc)
-        code, text, fields = exc.exit_code, f"error: {exc}", {"error": type(exc).__name__}
+        _say_last(program, log_format, f"error: {exc}", error=type(exc).__name__, exit_code=exc.exit_code)
+        return exc.exit_code
     except KeyboardInterrupt:
-        code, text, fields = EXIT_INTERRUPTED, "interrupted", {}
-    if log_format == "json":
-        log.error("%s", text, extra=event("exit", **fields, exit_code=code))
-    else:
-        print(f"{program}: {text}", file=sys.stderr)
-    return code
+        _say_last(program, log_format, "interrupted", exit_code=EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
 
 
 def typed_command() -> list[str]:
@@ -198,3 +195,15 @@ def set_up_logging(program: str, *, verbose: bool, log_format: str = "text") -> 
     if log_format == "json":
         # An exception that nobody caught is one line too.
         sys.excepthook = lambda kind, exc, tb: log.critical("%s: %s", kind.__name__, exc, exc_info=(kind, exc, tb))
+
+
+def _say_last(program: str, log_format: str, text: str, **data: object) -> None:
+    if log_format == "json":
+        log.error("%s", text, extra=event("exit", **data))
+    else:
+        print(f"{program}: {text}", file=sys.stderr)
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun: ``1 round``, ``2 rounds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

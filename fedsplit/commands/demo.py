@@ -27,7 +27,7 @@ from fedsplit.engines.processes import Child, free_port
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, RunStoppedError
 from fedsplit.run.directory import Places
 from fedsplit.run.history import Line, read_history
-from fedsplit.watch.rounds import count, judged, refusals
+from fedsplit.watch.rounds import refusals, value
 
 _POLL_S = 0.05
 # How long a program has to end by itself once it is asked to.
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     places = Places(arguments.checkpoint_dir)
     make_private_directory(places.logs, CheckpointError)
     _check_roles_are_free(arguments.exchange_dir, arguments.clients)
-    programs = f"a server, {count(arguments.clients, 'client')} and {count(arguments.clients, 'trainer')}"
+    programs = f"a server, {cli.count(arguments.clients, 'client')} and {cli.count(arguments.clients, 'trainer')}"
     print(f"starting {programs}; all but the server write logs in {places.logs}", flush=True)
     children = plan(arguments, places)
     with _received_signals() as received:
@@ -158,10 +158,14 @@ def _conclude(lines: Sequence[Line], places: Places) -> None:
     """Say what came out; a run in which nothing was ever learned is a failed one."""
     if not any(line.get("accepted") for line in lines):
         reasons = [f"round {number}: rank {rank}: {reason}" for number, rank, reason in refusals(lines)[-2:]]
-        reason = "; ".join(reasons) or "no round was run"
-        raise RunFailedError(f"no update of any trainer was accepted ({reason}); see the logs in {places.logs}")
-    found = (f"final {name} {number:.4f}" for name in ("accuracy", "loss") for _, number in judged(lines[-1:], name))
-    print(f"{next(found, 'finished')} after {count(lines[-1]['round'], 'round')}")
+        raise RunFailedError(
+            f"no update of any trainer was accepted ({'; '.join(reasons) or 'no round was run'}); "
+            f"see the logs in {places.logs}"
+        )
+    judged = {name: value(lines[-1], "evaluate", name) for name in ("accuracy", "loss")}
+    name, number = next(((name, number) for name, number in judged.items() if number == number), ("", 0.0))
+    shown = f"final {name} {number:.4f}" if name else "finished"
+    print(f"{shown} after {cli.count(lines[-1]['round'], 'round')}")
     for title, path in (("checkpoints", places.server), ("plot", places.final_plot), ("logs", places.logs)):
         if path.exists():
             print(f"{title + ':':<12} {path}", flush=True)

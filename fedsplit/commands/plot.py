@@ -16,7 +16,6 @@ from fedsplit.errors import CheckpointError
 from fedsplit.run.directory import Places
 from fedsplit.run.history import Line, read_history
 from fedsplit.watch.plot import write_plot
-from fedsplit.watch.rounds import count
 
 _ENDINGS = (".png",)
 
@@ -33,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = Places(arguments.checkpoint_dir).history
     lines = read_rounds(path)
     write_plot(lines, arguments.output)
-    print(f"{arguments.output}: {count(len(lines), 'round')} of {path}")
+    print(f"{arguments.output}: {cli.count(len(lines), 'round')} of {path}")
     return 0
 
 

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     cli.check_output(arguments.output, _ENDINGS)
     report = read_report(Places(arguments.checkpoint_dir))
     write_chunks(arguments.output, [render(report).encode()])
-    print(f"{arguments.output}: {rounds.count(len(report.lines), 'round')} of run {report.record.get('run_id')}")
+    print(f"{arguments.output}: {cli.count(len(report.lines), 'round')} of run {report.record.get('run_id')}")
     return 0
 
 
@@ -86,7 +86,7 @@ def render(report: Report) -> str:
     )  # fmt: skip
     return environment.get_template("report.html").render(
         run_id=record.get("run_id"), began=record.get("began", "at an unknown time"),
-        sessions=rounds.count(len(sessions) or 1, "session"), tiles=_tiles(lines),
+        sessions=cli.count(len(sessions) or 1, "session"), tiles=_tiles(lines),
         charts=charts, charts_left_out=len({name for _, name in rounds.metrics_of(lines)}) - len(charts),
         time_chart=time_chart, stages=_stages(lines),
         rank_headings=("rank", *_RANK_STAGES), seconds_by_rank=list(_seconds_by_rank(lines)),

@@ -19,7 +19,7 @@ from fedsplit.disk.files import write_chunks
 from fedsplit.errors import MissingPackageError
 from fedsplit.run.history import Line
 from fedsplit.run.time_account import STAGES, account
-from fedsplit.watch.rounds import count, judged, metrics_of, ranks_of, value
+from fedsplit.watch.rounds import judged, metrics_of, ranks_of, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,8 @@ def make_figure(lines: Sequence[Line]) -> Figure:
 
     names = ["loss", *[name for _, name in metrics_of(lines) if name != "loss"][:1]]
     figure = Figure(figsize=(4.0 * len(names) + 5.0, 4.2), layout="constrained")
-    title = f"{count(len(lines), 'round')}, {count(len(ranks_of(lines)), 'client')}"
+    clients = len(ranks_of(lines))
+    title = f"{len(lines)} round{'s' * (len(lines) != 1)}, {clients} client{'s' * (clients != 1)}"
     for server_round, number in judged(lines, names[-1])[-1:]:
         title += f", test {names[-1]} {number:.4f} after round {server_round}"
     figure.suptitle(title)

@@ -17,11 +17,6 @@ _ACCURACY = ("evaluate", "accuracy")
 _ORDER = {"loss": 0, "accuracy": 1}
 
 
-def count(number: int, noun: str) -> str:
-    """Return a number and its noun: ``1 round``, ``2 rounds``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def metrics_at(line: Line, phase: str, rank: str | None = None) -> dict[str, Any]:
     """Return what a round measured in a phase of `PHASES`: a rank's numbers, or the means over all."""
     row: dict[str, Any] = line if rank is None else line.get("clients", {}).get(rank, {})
