@@ -19,36 +19,22 @@ if TYPE_CHECKING:
     from fedsplit.workloads import EvaluateResult, TrainResult, WorkloadContext
 
 __all__ = [
-    "AggregationContext",
-    "EvaluateResult",
-    "FedSplitError",
-    "Progress",
-    "Strategy",
-    "Task",
-    "TrainResult",
-    "Trainer",
-    "Update",
-    "WorkloadContext",
-]
+    "AggregationContext", "EvaluateResult", "FedSplitError", "Progress", "Strategy", "Task", "TrainResult", "Trainer",
+    "Update", "WorkloadContext",
+]  # fmt: skip
 
 _HOMES = {
-    "AggregationContext": "fedsplit.aggregation.base",
-    "EvaluateResult": "fedsplit.workloads",
-    "FedSplitError": "fedsplit.errors",
-    "Progress": "fedsplit.trainer.progress",
-    "Strategy": "fedsplit.server.strategy",
-    "Task": "fedsplit.trainer.trainer",
-    "TrainResult": "fedsplit.workloads",
-    "Trainer": "fedsplit.trainer.trainer",
-    "Update": "fedsplit.aggregation.base",
-    "WorkloadContext": "fedsplit.workloads",
-}
+    "AggregationContext": "aggregation.base", "Update": "aggregation.base", "FedSplitError": "errors",
+    "Strategy": "server.strategy", "Progress": "trainer.progress", "Task": "trainer.trainer",
+    "Trainer": "trainer.trainer", "EvaluateResult": "workloads", "TrainResult": "workloads",
+    "WorkloadContext": "workloads",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"fedsplit.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

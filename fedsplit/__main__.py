@@ -19,12 +19,14 @@ from fedsplit.commands import checkpoints, client, demo, export, new, plot, repo
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    prog = "fedsplit" if Path(sys.argv[0]).name == "fedsplit" else "python -m fedsplit"
-    parser = cli.make_parser(__doc__, prog)
+    """Return the parser of all commands: a module each, whose docstring is its help and begins with its summary."""
+    parser = cli.make_parser(__doc__, "fedsplit" if Path(sys.argv[0]).name == "fedsplit" else "python -m fedsplit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for command in (demo, server, client, trainer, new, status, checkpoints, export, plot, report):
-        command.add_to(commands)
+    for module in (demo, server, client, trainer, new, status, checkpoints, export, plot, report):
+        name, doc = module.__name__.rpartition(".")[2], str(module.__doc__)
+        summary, style = doc.splitlines()[0].rstrip("."), cli.HelpFormatter
+        command = commands.add_parser(name, help=summary, description=doc, formatter_class=style, allow_abbrev=False)
+        module.add_flags(command)
     return parser
 
 

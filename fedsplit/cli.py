@@ -1,4 +1,4 @@
-"""What all programs share: parsers and the types of flags, logging, exit codes."""
+"""What all programs share: parsers, flags and their types, logging, exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ log = logging.getLogger("fedsplit")
 
 EXIT_INTERRUPTED = 130
 N = TypeVar("N", int, float)
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Runner: TypeAlias = Callable[[argparse.Namespace], int]
 
 
@@ -50,53 +49,33 @@ def make_parser(doc: str, prog: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def add_parser(commands: Commands, name: str, doc: str) -> argparse.ArgumentParser:
-    """Add the parser of a command of ``python -m fedsplit``; the docstring's first line is its line in the list."""
-    summary = doc.splitlines()[0].rstrip(".")
-    return commands.add_parser(name, help=summary, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
-
-
-def add_command(commands: Commands, name: str, doc: str, run: Runner) -> argparse.ArgumentParser:
-    """Add a command that looks at a run or makes something of one; its module's docstring is its help."""
-    parser = add_parser(commands, name, doc)
+def make_tool(parser: argparse.ArgumentParser, run: Runner) -> None:
+    """Make a parser that of a command which looks at a run or makes something of one."""
     parser.set_defaults(run=run, program="fedsplit", log_format="text")
     parser.add_argument("-v", "--verbose", action="store_true", help="show debug lines too")
-    return parser
 
 
 def make_program(parser: argparse.ArgumentParser, program: str, run: Runner, *, flower: bool = False) -> None:
-    """Add to a parser what the server, the clients and the trainers have in common: what is run, and how it logs.
+    """Make a parser that of the server, a client or a trainer: `run` takes the parsed flags, returns the exit code.
 
-    Parameters
-    ----------
-    program
-        What its log lines begin with.
-    run
-        Takes the parsed flags, returns the exit code.
-    flower
-        Whether Flower is part of the program, and logs too.
+    Log lines begin with the name of the `program`. With `flower`, Flower is part of it and logs too.
     """
     parser.set_defaults(run=run, program=program)
     flowers = ", and in text what Flower logs" if flower else ""
     parser.add_argument("-v", "--verbose", action="store_true", help=f"show debug lines too{flowers}")
-    parser.add_argument(
-        "--log-format", choices=("text", "json"), default="text",
-        help="text: for people; json: for machines, one object a line on stderr",
-    )  # fmt: skip
+    parser.add_argument("--log-format", choices=("text", "json"), default="text",
+        help="text: for people; json: for machines, one object a line on stderr")  # fmt: skip
 
 
-def add_files(parser: argparse.ArgumentParser, *, endings: Sequence[str]) -> None:
+def add_files(parser: argparse.ArgumentParser, endings: Sequence[str]) -> None:
     """Add ``--checkpoint-dir`` and ``--output`` to a command that makes a file of a run."""
-    parser.add_argument(
-        "--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="the server's --checkpoint-dir"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE",
-        help=f"the file to write; its name ends in {' or '.join(endings)}",
-    )  # fmt: skip
+    parser.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
+        help="the server's --checkpoint-dir")  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE",
+        help=f"the file to write; its name ends in {' or '.join(endings)}")  # fmt: skip
 
 
-def check_output(output: Path, *, endings: Sequence[str]) -> None:
+def check_output(output: Path, endings: Sequence[str]) -> None:
     """Raise UsageError for a file name with another ending, or in a directory that does not exist."""
     if output.suffix not in endings:
         raise UsageError(f"--output {output}: expected a name that ends in {' or '.join(endings)}")
@@ -120,6 +99,13 @@ def natural(text: str) -> int:
 def seconds(text: str) -> float:
     """Seconds, more than 0."""
     return _number(text, float, lambda value: value > 0, "a number of seconds above 0")
+
+
+def _number(text: str, kind: Callable[[str], N], is_allowed: Callable[[N], bool], expected: str) -> N:
+    with contextlib.suppress(ValueError):
+        if is_allowed(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
 
 
 def key_value(text: str) -> tuple[str, str]:
@@ -146,13 +132,6 @@ def scalar(text: str) -> Scalar:
     return text
 
 
-def _number(text: str, kind: Callable[[str], N], is_allowed: Callable[[N], bool], expected: str) -> N:
-    with contextlib.suppress(ValueError):
-        if is_allowed(value := kind(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
-
-
 def check_keys(engine: str, *, join_token_file: Path | None, keys: object, keys_flag: str) -> None:
     """Refuse the flag that tells the clients of the other engine apart."""
     if engine == "superlink" and join_token_file:
@@ -165,10 +144,8 @@ def check_keys(engine: str, *, join_token_file: Path | None, keys: object, keys_
 
 def read_file(path: Path | None, flag: str) -> bytes | None:
     """Read the file that a flag names; None if the flag was not given, UsageError if the file cannot be read."""
-    if path is None:
-        return None
     try:
-        return path.read_bytes()
+        return None if path is None else path.read_bytes()
     except OSError as exc:
         raise UsageError(f"{flag} {path}: {exc.strerror}") from exc
 
@@ -181,13 +158,6 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
 
     Anything else that is raised is a bug here or in the user's own code, and is shown with its traceback. Argparse
     raises SystemExit: 2 for flags that it does not take, 0 after ``--help``.
-
-    Parameters
-    ----------
-    parser
-        With the defaults ``run`` and ``program``, and the flags of logging.
-    argv
-        The words after the program's name; by default those of this process.
     """
     arguments = parser.parse_args(argv)
     program, log_format = arguments.program, arguments.log_format
@@ -211,9 +181,7 @@ def typed_command() -> list[str]:
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         return ["python", "-m", "fedsplit", *sys.argv[1:]]
-    if program.suffix == ".py":
-        return ["python", *sys.argv]
-    return [program.name, *sys.argv[1:]]
+    return ["python", *sys.argv] if program.suffix == ".py" else [program.name, *sys.argv[1:]]
 
 
 def set_up_logging(program: str, *, verbose: bool, log_format: str = "text") -> None:

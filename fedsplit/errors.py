@@ -34,34 +34,24 @@ class FedSplitError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        # A class without a code of its own has its parent's.
+        cls.exit_code = cls.exit_code if exit_code is None else exit_code
 
-class UsageError(FedSplitError, ValueError):
+
+class UsageError(FedSplitError, ValueError, exit_code=2):
     """A flag or an argument cannot work."""
-
-    exit_code = 2
 
 
 class MissingPackageError(UsageError):
-    """An optional package is needed and not installed.
-
-    Parameters
-    ----------
-    wanted_by
-        What needs it, as the user named it: ``the workload digits``.
-    package
-        The package's name in the index: ``scikit-learn``.
-    extra
-        The extra of fedsplit that brings it: ``digits``.
-    """
+    """An optional package is not installed; `wanted_by` is what needs it, such as ``the workload digits``."""
 
     def __init__(self, wanted_by: str, package: str, extra: str) -> None:
         super().__init__(f"{wanted_by} needs {package}, which is not installed: pip install 'fedsplit[{extra}]'")
 
 
-class ExchangeError(FedSplitError):
+class ExchangeError(FedSplitError, exit_code=3):
     """The exchange directory cannot be used."""
-
-    exit_code = 3
 
 
 class NoSpaceError(ExchangeError):
@@ -72,87 +62,57 @@ class DirectoryLostError(ExchangeError):
     """The exchange directory was removed or replaced while it was in use."""
 
 
-class RoleTakenError(ExchangeError):
+class RoleTakenError(ExchangeError, exit_code=4):
     """A live process already holds this role of this rank."""
 
-    exit_code = 4
 
-
-class RecordError(ExchangeError):
+class RecordError(ExchangeError, exit_code=5):
     """A record or a payload is not what the protocol says."""
-
-    exit_code = 5
 
 
 class SchemaError(RecordError):
     """A record is of another version of the protocol: waiting will not mend it."""
 
 
-class StateMismatchError(FedSplitError):
+class StateMismatchError(FedSplitError, exit_code=6):
     """Two state_dicts do not have the same keys, shapes or dtypes."""
 
-    exit_code = 6
 
-
-class ConnectionFailedError(FedSplitError):
+class ConnectionFailedError(FedSplitError, exit_code=7):
     """The server cannot be reached, or cannot listen."""
 
-    exit_code = 7
 
-
-class RefusedError(ConnectionFailedError):
+class RefusedError(ConnectionFailedError, exit_code=8):
     """The server turned this client away."""
 
-    exit_code = 8
 
-
-class PeerMissingError(FedSplitError):
+class PeerMissingError(FedSplitError, exit_code=9):
     """The process on the other side stayed away longer than allowed."""
 
-    exit_code = 9
 
-
-class TrainingError(FedSplitError):
-    """The trainer's own code failed.
-
-    Attributes
-    ----------
-    trainer_traceback : str
-        The traceback as the trainer printed it; empty if there was none.
-    """
-
-    exit_code = 10
+class TrainingError(FedSplitError, exit_code=10):
+    """The trainer's own code failed; `trainer_traceback` is as the trainer printed it, empty if there was none."""
 
     def __init__(self, message: str, trainer_traceback: str = "") -> None:
         super().__init__(message)
         self.trainer_traceback = trainer_traceback
 
 
-class WorkloadError(FedSplitError):
+class WorkloadError(FedSplitError, exit_code=11):
     """A workload cannot be loaded, lacks a method, or its data is not there."""
 
-    exit_code = 11
 
-
-class AggregationError(FedSplitError):
+class AggregationError(FedSplitError, exit_code=12):
     """A rule of aggregation cannot work, or returned what it must not."""
 
-    exit_code = 12
 
-
-class CheckpointError(FedSplitError):
+class CheckpointError(FedSplitError, exit_code=13):
     """A checkpoint cannot be written or read."""
 
-    exit_code = 13
 
-
-class RunStoppedError(FedSplitError):
+class RunStoppedError(FedSplitError, exit_code=14):
     """The server was stopped before the run was complete."""
 
-    exit_code = 14
 
-
-class RunFailedError(FedSplitError):
+class RunFailedError(FedSplitError, exit_code=15):
     """The run cannot go on."""
-
-    exit_code = 15

@@ -16,7 +16,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedsplit.engines.certificates import make_certificates
+from examples.make_certificates import make_certificates
 from tests.bounds import BOUND_S
 from tests.programs import ROOT, free_port
 

@@ -216,22 +216,22 @@ def test_status_follows_a_task_from_the_offer_to_the_end_of_the_run(tmp_path: Pa
         version = client.offer(request(1), None, lambda _: None)
         assert version is not None
         waiting = read_status(tmp_path, 3)
-        assert f"process {os.getpid()} on " in waiting.describe_role("client")
-        assert waiting.describe_role("trainer") == "nobody"
-        assert waiting.describe_task() == f"version {version}: train, round 1 of 5"
-        assert waiting.describe_now().startswith("waiting for a trainer, 0.")
+        assert f"process {os.getpid()} on " in waiting["client"]
+        assert waiting["trainer"] == "nobody"
+        assert waiting["newest task"] == f"version {version}: train, round 1 of 5"
+        assert waiting["now"].startswith("waiting for a trainer, 0.")
         with exchange.hold("trainer"):
-            assert read_status(tmp_path, 3).describe_now().startswith("the trainer trains, for 0.")
+            assert read_status(tmp_path, 3)["now"].startswith("the trainer trains, for 0.")
             task = trainer.next()
             assert isinstance(task, TaskRecord)
             trainer.answer(task, num_examples=1, seconds=75.0)
         answered = read_status(tmp_path, 3)
-        assert answered.describe_result() == f"version {version}: train, round 1, ok, took 1 min 15 s"
-        assert answered.describe_now().startswith("answered 0.")
+        assert answered["last result"] == f"version {version}: train, round 1, ok, took 1 min 15 s"
+        assert answered["now"].startswith("answered 0.")
         client.cancel(client.offer(request(2), None, lambda _: None) or 0)
-        assert read_status(tmp_path, 3).describe_task().endswith("round 2 of 5, cancelled")
+        assert read_status(tmp_path, 3)["newest task"].endswith("round 2 of 5, cancelled")
         client.finish("abc", "stopped", "by SIGINT")
-    assert read_status(tmp_path, 3).describe_now() == "the run is over: stopped (by SIGINT)"
+    assert read_status(tmp_path, 3)["now"] == "the run is over: stopped (by SIGINT)"
 
 
 def test_status_shows_how_long_a_step_has_lasted(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_status_shows_how_long_a_step_has_lasted(tmp_path: Path) -> None:
         ClientSide(exchange).offer(request(1, "evaluate"), None, lambda _: None)
         before = exchange.task_path.stat().st_mtime - 2 * 3600
         os.utime(exchange.task_path, (before, before))
-        assert read_status(tmp_path, 1).describe_now() == "the trainer evaluates, for 2 h 0 min"
+        assert read_status(tmp_path, 1)["now"] == "the trainer evaluates, for 2 h 0 min"
 
 
 def test_status_shows_an_error_of_the_trainer(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_status_shows_an_error_of_the_trainer(tmp_path: Path) -> None:
         task = TrainerSide(exchange).next()
         assert isinstance(task, TaskRecord)
         TrainerSide(exchange).answer(task, error={"type": "ValueError", "message": "no data"})
-    assert "error (ValueError: no data)" in read_status(tmp_path, 1).describe_result()
+    assert "error (ValueError: no data)" in read_status(tmp_path, 1)["last result"]
 
 
 def test_status_makes_nothing_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

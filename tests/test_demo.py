@@ -17,7 +17,7 @@ import pytest
 
 from fedsplit.__main__ import main
 from fedsplit.commands import demo
-from fedsplit.commands.status import read_statuses
+from fedsplit.commands.status import find_ranks, read_status
 from fedsplit.engines.processes import Child
 from fedsplit.errors import RoleTakenError, RunFailedError
 from fedsplit.exchange.directory import Exchange
@@ -88,9 +88,10 @@ def test_a_run_ends_with_the_accuracy_the_checkpoints_and_the_plot(tmp_path: Pat
     assert "plot:        checkpoints/server/plot.png" in lines
     logs = {path.name for path in (tmp_path / "checkpoints/logs").iterdir()}
     assert logs == {"client-1.log", "client-2.log", "trainer-1.log", "trainer-2.log"}
-    for status in read_statuses(tmp_path / "exchange"):
-        assert status.describe_role("client") == status.describe_role("trainer") == "nobody"
-        assert status.describe_now() == "the run is over: complete"
+    for place in find_ranks(tmp_path / "exchange"):
+        status = read_status(*place)
+        assert status["client"] == status["trainer"] == "nobody"
+        assert status["now"] == "the run is over: complete"
 
 
 @pytest.mark.slow
@@ -100,11 +101,11 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_running(started: Demo, tmp
     started.wait_for_children()
     # What status tells while the run is on: the processes that hold the roles are the demo's children.
     ids = {child.pid for child in started.children}
-    for status in read_statuses(tmp_path / "exchange"):
-        holders = {role: status.holders[role] for role in ("client", "trainer")}
-        assert all(getattr(holder, "pid", None) in ids for holder in holders.values()), holders
-        assert status.task is not None
-        assert not status.is_over
+    for place in find_ranks(tmp_path / "exchange"):
+        status = read_status(*place)
+        assert {int(status[role].split()[1]) for role in ("client", "trainer")} <= ids, status
+        assert status["newest task"].startswith("version ")
+        assert "the run is over" not in status["now"]
     os.kill(started.process.pid, signal.SIGINT)
     output, errors = started.process.communicate(timeout=BOUND_S)
     assert started.process.returncode == 128 + signal.SIGINT, errors

@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit.engines.certificates import make_certificates
+from examples.make_certificates import make_certificates
 from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import ROOT, Programs

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from fedsplit.__main__ import main
-from fedsplit.commands.report import read_report
-from fedsplit.commands.report_page import Report, render
+from fedsplit.commands.report import Report, read_report, render
 from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.run.directory import Places, Run, without_password
 from fedsplit.run.history import History, Line
@@ -163,7 +162,7 @@ def test_the_report_of_a_real_run_says_how_it_was_started_and_what_it_ran_on(tmp
     output = tmp_path / "report.html"
     assert main(["report", "--checkpoint-dir", str(programs.checkpoints), "--output", str(output)]) == 0
     page = output.read_text()
-    assert "--rounds 1 --train-config &#x27;note=a b&#x27;" in page
+    assert "--rounds 1 --train-config &#39;note=a b&#39;" in page
     assert re.search(r"torch</td><td>\d", page)
     assert re.search(r"fedavg</td><td class=n>8<", page)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.engines.certificates import make_certificates
+from examples.make_certificates import make_certificates
 from fedsplit.engines.tls import check_exposure, check_server, check_server_files, client_context, is_loopback
 from fedsplit.errors import ConnectionFailedError, UsageError
 from tests.bounds import BOUND_S

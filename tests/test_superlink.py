@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from fedsplit.engines.certificates import make_certificates
+from examples.make_certificates import make_certificates
 from fedsplit.engines.superlink.serve import Only, let_in
 from fedsplit.errors import UsageError
 from fedsplit.run.history import read_history

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,16 @@ _STORE = re.compile(r"server|rank-[1-9][0-9]*")
 _HEADINGS = ("store", "round", "run", "files", "bytes", "metrics", "state")
 
 
-def add_to(commands: cli.Commands) -> None:
-    """Add the command's parser."""
-    parser = cli.add_command(commands, "checkpoints", __doc__, run)
-    parser.add_argument(
-        "checkpoint_dir", nargs="?", type=Path, default=Path("checkpoints"), metavar="CHECKPOINT_DIR",
-        help="the --checkpoint-dir of the programs, or one store in it, such as checkpoints/server",
-    )  # fmt: skip
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, and what is run."""
+    cli.make_tool(parser, run)
+    parser.add_argument("checkpoint_dir", nargs="?", type=Path, default=Path("checkpoints"), metavar="CHECKPOINT_DIR",
+        help="the --checkpoint-dir of the programs, or one store in it, such as checkpoints/server")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the list; raises CheckpointError at its end if a checkpoint is corrupt."""
-    rows = [row for store in find_stores(arguments.checkpoint_dir) for row in read_store(store)]
+    rows = [row for store in _find_stores(arguments.checkpoint_dir) for row in _read_store(store)]
     corrupt = [f"{row[0]} round {row[1]}" for row in rows if row[-1] != "valid"]
     styles = ["" if row[-1] == "valid" else "bold red" for row in rows]
     print_table(rows, _HEADINGS, styles=styles, numbers=("round", "files", "bytes"))
@@ -46,33 +44,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def find_stores(directory: Path) -> list[CheckpointStore]:
-    """Return the stores of a checkpoint directory, the server's first; or the one store that it is.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none.
-    """
+def _find_stores(directory: Path) -> list[CheckpointStore]:
+    """Return the stores of a checkpoint directory, the server's first; or the one store that it is."""
     if CheckpointStore(directory).rounds():
         return [CheckpointStore(directory)]
     try:
         found = [path for path in directory.iterdir() if path.is_dir() and _STORE.fullmatch(path.name)]
     except OSError as exc:
-        raise CheckpointError(
-            f"cannot look into {directory}: {exc.strerror}; give the programs' --checkpoint-dir"
-        ) from exc
+        reason = f"{exc.strerror}; give the programs' --checkpoint-dir"
+        raise CheckpointError(f"cannot look into {directory}: {reason}") from exc
     if not found:
         raise CheckpointError(f"{directory} holds no checkpoints: neither server nor rank-K is in it")
     found.sort(key=lambda path: (path.name != "server", len(path.name), path.name))
     return [CheckpointStore(path) for path in found]
 
 
-def read_store(store: CheckpointStore) -> Iterator[list[str]]:
+def _read_store(store: CheckpointStore) -> Iterator[list[str]]:
     """Read and check every round of a store; yields the cells of its row, the last is ``valid`` or what is wrong."""
     # A round's checkpoint is written before the round is evaluated: only the history has its test metrics.
     history = read_history(store.directory / HISTORY_FILE)
-    evaluated = {line["round"]: line.get("evaluate", {}) for line in history}
+    evaluated = {line["round"]: line.get("evaluate") for line in history}
     for server_round in store.rounds():
         first = [store.directory.name, str(server_round)]
         try:
@@ -83,15 +74,12 @@ def read_store(store: CheckpointStore) -> Iterator[list[str]]:
             if store.round_directory(server_round).exists():
                 yield [*first, "", "", "", "", f"corrupt: {exc}"]
         else:
-            metrics = _describe({**checkpoint.metrics, "test": evaluated.get(server_round)})
+            phases = {**checkpoint.metrics, "test": evaluated.get(server_round)}
+            metrics = ", ".join(text for phase, numbers in phases.items() for text in _describe(phase, numbers))
             yield [*first, checkpoint.run_id, str(len(checkpoint.files)), f"{size:,}", metrics, "valid"]
 
 
-def _describe(metrics_by_phase: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{phase} {name} {value:.4f}"
-        for phase, metrics in metrics_by_phase.items()
-        if isinstance(metrics, dict)
-        for name, value in metrics.items()
-        if isinstance(value, int | float)
-    )
+def _describe(phase: str, numbers: Any) -> Iterator[str]:
+    for name, value in numbers.items() if isinstance(numbers, dict) else ():
+        if isinstance(value, int | float):
+            yield f"{phase} {name} {value:.4f}"

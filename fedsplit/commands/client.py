@@ -21,13 +21,8 @@ if TYPE_CHECKING:
     from fedsplit.exchange.records import FinishedRecord
 
 
-def add_to(commands: cli.Commands) -> None:
-    """Add the command's parser."""
-    add_flags(cli.add_parser(commands, "client", __doc__))
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the client's flags, and that it is the client which runs."""
+    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this client and its trainer")
     add("--server-address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where the server listens")

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 
 from fedsplit import cli
-from fedsplit.commands.status import read_status
+from fedsplit.commands.status import NOBODY, UNKNOWN, read_status
+from fedsplit.commands.trainer import add_workload
 from fedsplit.disk.files import make_private_directory
 from fedsplit.engines.processes import Child, free_port
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, RunStoppedError
@@ -40,22 +41,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FOLLOWED = (RunStoppedError.exit_code, RunFailedError.exit_code)
 
 
-def add_to(commands: cli.Commands) -> None:
-    """Add the command's parser."""
-    parser = cli.add_command(commands, "demo", __doc__, run)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, and what is run."""
+    cli.make_tool(parser, run)
     add = parser.add_argument
     add("-r", "--rounds", type=cli.positive_int, default=5, metavar="N", help="rounds to run in all")
     add("--clients", type=cli.positive_int, default=2, metavar="N", help="how many clients, each with its trainer")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
         help="where checkpoints and logs go; what an earlier run left there is put aside")  # fmt: skip
-    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
-        help="where clients and trainers meet; a RAM disk such as /dev/shm is fastest")  # fmt: skip
     add("--aggregate", action="append", default=[], metavar="RULE",
         help="how the state_dict is merged, as for the server; repeatable (default: fedavg)")  # fmt: skip
-    add("--workload", default="digits", metavar="MODULE:FACTORY", help="what to train, as for the trainer")
-    add("--workload-option", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
-        help="tell the workload, for example partition=dirichlet; repeatable")  # fmt: skip
-    add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
+    add_workload(parser)
     add("--seed", type=cli.natural, default=0, metavar="N",
         help="seed for the initial model, the partitioning and the server")  # fmt: skip
 
@@ -65,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     places = Places(arguments.checkpoint_dir)
     make_private_directory(places.logs, CheckpointError)
     _check_roles_are_free(arguments.exchange_dir, arguments.clients)
-    counted = [cli.count(arguments.clients, noun) for noun in ("client", "trainer")]
-    print(f"starting a server, {' and '.join(counted)}; all but the server write logs in {places.logs}", flush=True)
+    programs = f"a server, {cli.count(arguments.clients, 'client')} and {cli.count(arguments.clients, 'trainer')}"
+    print(f"starting {programs}; all but the server write logs in {places.logs}", flush=True)
     children = plan(arguments, places)
     with _received_signals() as received:
         try:
@@ -86,30 +82,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
     """Return the programs: the server, then client and trainer of each rank."""
-    address, seed, clients = f"127.0.0.1:{free_port()}", str(arguments.seed), str(arguments.clients)
-    store, exchange = str(arguments.checkpoint_dir), str(arguments.exchange_dir)
+    address, clients = f"127.0.0.1:{free_port()}", str(arguments.clients)
+    program = [sys.executable, "-m", "fedsplit"]
+    verbose = ["--verbose"] if arguments.verbose else []
+    exchange = ["--exchange-dir", str(arguments.exchange_dir), *verbose]
+    kept = ["--checkpoint-dir", str(arguments.checkpoint_dir), "--seed", str(arguments.seed)]
     server = [
-        "--address", address, "--rounds", str(arguments.rounds), "--min-clients", clients, "--checkpoint-dir",
-        store, "--seed", seed, *(f"--aggregate={rule}" for rule in arguments.aggregate),
+        "server", "--address", address, "--rounds", str(arguments.rounds), "--min-clients", clients, *kept,
+        *(f"--aggregate={rule}" for rule in arguments.aggregate), *verbose,
     ]  # fmt: skip
-    client = ["--server-address", address, "--exchange-dir", exchange]
+    client = ["client", "--server-address", address, *exchange]
     trainer = [
-        "--exchange-dir", exchange, "--checkpoint-dir", store, "--num-partitions", clients, "--seed", seed,
-        f"--workload={arguments.workload}",
+        "trainer", *exchange, *kept, "--num-partitions", clients, f"--workload={arguments.workload}",
         *(f"--workload-option={key}={value}" for key, value in arguments.workload_option),
         *(["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []),
     ]  # fmt: skip
-    verbose = ["--verbose"] if arguments.verbose else []
-    programs = [Child("server", _command("server", [*server, *verbose]))]
-    for rank in map(str, range(1, arguments.clients + 1)):
-        for role, flags in (("client", client), ("trainer", trainer)):
-            command = _command(role, ["--rank", rank, *flags, *verbose])
-            programs.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
-    return programs
-
-
-def _command(program: str, flags: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "fedsplit", program, *flags]
+    children = [Child("server", [*program, *server])]
+    for rank in range(1, arguments.clients + 1):
+        for words in (client, trainer):
+            command, log = [*program, *words, "--rank", str(rank)], places.logs / f"{words[0]}-{rank}.log"
+            children.append(Child(f"{words[0]} of rank {rank}", command, log))
+    return children
 
 
 def _watch(children: Sequence[Child], received: Sequence[signal.Signals]) -> list[Child]:
@@ -126,10 +119,10 @@ def _watch(children: Sequence[Child], received: Sequence[signal.Signals]) -> lis
         if 0 in codes:
             over_since = over_since or time.monotonic()
             if time.monotonic() - over_since > _FAREWELL_S:
-                running = [child.name for child in children if child.is_running]
+                running = ", ".join(child.name for child in children if child.is_running)
                 raise RunFailedError(
-                    f"the run is over, but {_FAREWELL_S:.0f} s later these still ran and were stopped: "
-                    f"{', '.join(running)}; see their logs"
+                    f"the run is over, but {_FAREWELL_S:.0f} s later these still ran and were stopped: {running}; "
+                    "see their logs"
                 )
         time.sleep(_POLL_S)
     return []
@@ -182,10 +175,10 @@ def _check_roles_are_free(exchange_dir: Path, clients: int) -> None:
     # Before the logs of programs that are at work here are overwritten.
     for rank in range(1, clients + 1):
         status = read_status(exchange_dir, rank)
-        for role, holder in status.holders.items():
-            if holder is not None:
+        for role in ("client", "trainer"):
+            if status[role] not in (NOBODY, UNKNOWN):
                 raise RoleTakenError(
-                    f"rank {rank} already has a {role} in {status.directory}: {holder}; stop that one, "
+                    f"rank {rank} already has a {role} in {exchange_dir}: {status[role]}; stop that one, "
                     "or take another --exchange-dir"
                 )
 

@@ -17,23 +17,19 @@ from fedsplit import cli
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import UsageError
 
-# Of the template to of the project; PROJECT stands for its name, in the texts too.
-_FILES = {
-    "README.md.in": "README.md",
-    "pyproject.toml.in": "pyproject.toml",
-    "workload.py": "PROJECT/workload.py",
-    "rules.py": "PROJECT/rules.py",
-}
+# Stands for the project's name in the template's files, and here in the paths that they get.
 _PLACEHOLDER = "PROJECT"
+_FILES = {
+    "README.md.in": "README.md", "pyproject.toml.in": "pyproject.toml", "workload.py": "PROJECT/workload.py",
+    "rules.py": "PROJECT/rules.py",
+}  # fmt: skip
 
 
-def add_to(commands: cli.Commands) -> None:
-    """Add the command's parser."""
-    parser = cli.add_command(commands, "new", __doc__, run)
-    parser.add_argument(
-        "project", type=Path, metavar="NAME",
-        help="the directory to make; its last part is the name of the project and of its package",
-    )  # fmt: skip
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, and what is run."""
+    cli.make_tool(parser, run)
+    parser.add_argument("project", type=Path, metavar="NAME",
+        help="the directory to make; its last part is the name of the project and of its package")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,14 +20,15 @@ from fedsplit.watch.plot import write_plot
 _ENDINGS = (".png",)
 
 
-def add_to(commands: cli.Commands) -> None:
-    """Add the command's parser."""
-    cli.add_files(cli.add_command(commands, "plot", __doc__, run), endings=_ENDINGS)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, and what is run."""
+    cli.make_tool(parser, run)
+    cli.add_files(parser, _ENDINGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the picture."""
-    cli.check_output(arguments.output, endings=_ENDINGS)
+    cli.check_output(arguments.output, _ENDINGS)
     path = Places(arguments.checkpoint_dir).history
     lines = read_rounds(path)
     write_plot(lines, arguments.output)
@@ -37,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def read_rounds(history: Path) -> list[Line]:
     """Read a history; raises CheckpointError if it has no round."""
-    lines = read_history(history)
-    if not lines:
-        raise CheckpointError(f"no rounds in {history} yet; is it the server's --checkpoint-dir?")
-    return lines
+    if lines := read_history(history):
+        return lines
+    raise CheckpointError(f"no rounds in {history} yet; is it the server's --checkpoint-dir?")

@@ -19,18 +19,12 @@ from fedsplit import cli
 from fedsplit.errors import UsageError
 
 
-def add_to(commands: cli.Commands) -> None:
-    """Add the command's parser."""
-    add_flags(cli.add_parser(commands, "server", __doc__))
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the server's flags, and that it is the server which runs."""
+    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen")
     _add_rounds(parser)
-    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
-        help="the run is kept in DIR/server")  # fmt: skip
+    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="the run is kept in DIR/server")
     add("--keep-checkpoints", type=cli.positive_int, default=3, metavar="N",
         help="how many of the newest rounds are kept, at least 2; the best one is kept too")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --checkpoint-dir")
@@ -111,12 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     tls.check_exposure(
         host, encrypted=certificates is not None, insecure=arguments.insecure, has_token=join_key is not None
     )
-    files = None
     if certificates is not None:
         tls.check_server_files(certificates)
-        files = tls.TlsFiles(
-            ca=arguments.ssl_ca_certfile, certificate=arguments.ssl_certfile, key=arguments.ssl_keyfile
-        )
     engine = SUPERLINK if embedded.choose_engine(arguments.engine) == "superlink" else EMBEDDED
     cli.check_keys(
         engine.name, join_token_file=arguments.join_token_file, keys=arguments.supernode_public_key,
@@ -130,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
         if engine is SUPERLINK:
             from fedsplit.engines.superlink.serve import serve
 
+            ca, certificate, key = arguments.ssl_ca_certfile, arguments.ssl_certfile, arguments.ssl_keyfile
+            files = tls.TlsFiles(ca=ca, certificate=certificate, key=key) if certificates else None
             serve(server, arguments.address, tls=files, node_keys=arguments.supernode_public_key)
         else:
             embedded.serve(server, arguments.address, certificates=certificates)
@@ -140,11 +132,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read_certificates(arguments: argparse.Namespace) -> tuple[bytes, bytes, bytes] | None:
     """Read the three TLS files: CA, certificate, key; None without them, UsageError for only some."""
-    flags = ("--ssl-ca-certfile", "--ssl-certfile", "--ssl-keyfile")
-    paths = (arguments.ssl_ca_certfile, arguments.ssl_certfile, arguments.ssl_keyfile)
-    ca, certificate, key = (cli.read_file(path, flag) for flag, path in zip(flags, paths, strict=True))
-    if ca is None and certificate is None and key is None:
-        return None
-    if ca is None or certificate is None or key is None:
-        raise UsageError(f"TLS needs all of {', '.join(flags)}")
-    return ca, certificate, key
+    paths = {"--ssl-ca-certfile": arguments.ssl_ca_certfile, "--ssl-certfile": arguments.ssl_certfile,
+             "--ssl-keyfile": arguments.ssl_keyfile}  # fmt: skip
+    match [content for flag, path in paths.items() if (content := cli.read_file(path, flag)) is not None]:
+        case []:
+            return None
+        case [ca, certificate, key]:
+            return ca, certificate, key
+    raise UsageError(f"TLS needs all of {', '.join(paths)}")

@@ -11,171 +11,88 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, get_args
 
 from fedsplit import cli
 from fedsplit.commands.tables import format_seconds, print_table
 from fedsplit.errors import ExchangeError, FedSplitError
-from fedsplit.exchange.directory import Exchange, Owner, Role
+from fedsplit.exchange.directory import Exchange, Role
 from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord
 
+NOBODY, UNKNOWN = "nobody", "unknown"
 _RANK = re.compile(r"rank-([1-9][0-9]*)")
 _DOING = {"initialize": "gives the initial state", "train": "trains", "evaluate": "evaluates"}
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankStatus:
-    """What one rank's exchange directory tells.
-
-    Attributes
-    ----------
-    holders
-        Who holds each role now; None for nobody. A role that could not be looked at is missing.
-    task_age_s, result_age_s : float
-        Seconds since the newest task and the newest result were written; 0 without one.
-    problems
-        What could not be read, and why.
-    """
-
-    rank: int
-    directory: Path
-    holders: Mapping[Role, Owner | str | None]
-    task: TaskRecord | None
-    result: ResultRecord | None
-    finished: FinishedRecord | None
-    task_age_s: float
-    result_age_s: float
-    problems: tuple[str, ...] = ()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the newest thing that the client said is that the run is over."""
-        return self.finished is not None and self.finished.version > (self.task.version if self.task else 0)
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether the newest task has its answer."""
-        return bool(self.task and self.result and self.result.version >= self.task.version)
-
-    def describe_role(self, role: Role) -> str:
-        """Say who holds a role."""
-        holder = self.holders.get(role, "unknown")
-        return "nobody" if holder is None else str(holder)
-
-    def describe_task(self) -> str:
-        """Say what was asked last."""
-        if self.task is None:
-            return "none"
-        asked = self.task
-        what = f"version {self.task.version}: {asked.kind}, round {asked.server_round} of {asked.total_rounds}"
-        return what + (", cancelled" if self.task.cancelled else "")
-
-    def describe_result(self) -> str:
-        """Say what was answered last, and how long it took."""
-        if self.result is None:
-            return "none"
-        answer = self.result
-        text = f"version {answer.version}: {answer.kind}, round {answer.server_round}, {answer.status}"
-        if answer.error:
-            text += f" ({answer.error.get('type', 'error')}: {answer.error.get('message', '')})"
-        return f"{text}, took {format_seconds(answer.seconds)}"
-
-    def describe_now(self) -> str:
-        """Say what is going on, and for how long."""
-        if self.is_over and self.finished:
-            reason = f" ({self.finished.reason})" if self.finished.reason else ""
-            return f"the run is over: {self.finished.outcome}{reason}"
-        if self.task is None:
-            return "no task yet"
-        if self.task.cancelled:
-            return f"cancelled {format_seconds(self.task_age_s)} ago"
-        if self.is_answered:
-            return f"answered {format_seconds(self.result_age_s)} ago, waiting for the next task"
-        if self.holders.get("trainer", "unknown") is None:
-            return f"waiting for a trainer, {format_seconds(self.task_age_s)} since the task came"
-        return f"the trainer {_DOING[self.task.kind]}, for {format_seconds(self.task_age_s)}"
-
-    def rows(self) -> dict[str, str]:
-        """Return everything that is shown, by its heading."""
-        return {
-            "client": self.describe_role("client"),
-            "trainer": self.describe_role("trainer"),
-            "newest task": self.describe_task(),
-            "last result": self.describe_result(),
-            "now": "; ".join([self.describe_now(), *self.problems]),
-        }
-
-
-def add_to(commands: cli.Commands) -> None:
-    """Add the command's parser."""
-    parser = cli.add_command(commands, "status", __doc__, run)
-    parser.add_argument(
-        "exchange_dir", nargs="?", type=Path, default=Path("exchange"), metavar="EXCHANGE_DIR",
-        help="the --exchange-dir of the programs, or one rank's directory in it",
-    )  # fmt: skip
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, and what is run."""
+    cli.make_tool(parser, run)
+    parser.add_argument("exchange_dir", nargs="?", type=Path, default=Path("exchange"), metavar="EXCHANGE_DIR",
+        help="the --exchange-dir of the programs, or one rank's directory in it")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the status of every rank."""
-    shown = [(status.rank, heading, text) for status in read_statuses(arguments.exchange_dir)
-             for heading, text in status.rows().items()]  # fmt: skip
-    styles = ["yellow" if text == "nobody" else "bold" if heading == "now" else "" for _, heading, text in shown]
-    print_table([(f"rank {rank}", *rest) for rank, *rest in shown], styles=styles, separator=": ")
+    rows = [(f"rank {rank}", heading, text) for directory, rank in find_ranks(arguments.exchange_dir)
+            for heading, text in read_status(directory, rank).items()]  # fmt: skip
+    styles = ["yellow" if text == NOBODY else "bold" if heading == "now" else "" for _, heading, text in rows]
+    print_table(rows, styles=styles, separator=": ")
     return 0
 
 
-def read_statuses(directory: Path) -> list[RankStatus]:
-    """Read every rank of an exchange directory, or the one rank whose directory it is.
+def find_ranks(directory: Path) -> list[tuple[Path, int]]:
+    """Return exchange directory and rank of every rank in it, or of the one whose directory it is.
 
-    Raises
-    ------
-    ExchangeError
-        If it is no exchange directory.
+    Raises ExchangeError if it is no exchange directory.
     """
     try:
         ranks = sorted(int(match[1]) for path in directory.iterdir() if (match := _RANK.fullmatch(path.name)))
     except OSError as exc:
         raise ExchangeError(f"cannot look into {directory}: {exc.strerror}; give the programs' --exchange-dir") from exc
     if ranks:
-        return [read_status(directory, rank) for rank in ranks]
+        return [(directory, rank) for rank in ranks]
     if match := _RANK.fullmatch(directory.resolve().name):
-        return [read_status(directory.resolve().parent, int(match[1]))]
+        return [(directory.resolve().parent, int(match[1]))]
     raise ExchangeError(f"no client and no trainer has used {directory} yet: it has no rank-K; is it the right one?")
 
 
-def read_status(exchange_dir: Path, rank: int) -> RankStatus:
-    """Read one rank."""
-    exchange = Exchange(exchange_dir, rank)
-    problems: list[str] = []
-    holders: dict[Role, Owner | str | None] = {}
-    for role in get_args(Role):
-        try:
+def read_status(exchange_dir: Path, rank: int) -> dict[str, str]:
+    """Return what the directory of a rank tells, by heading: who is there, what was asked and answered last, and now.
+
+    A role that nobody holds is `NOBODY`, and `UNKNOWN` if that cannot be told.
+    """
+    exchange, problems = Exchange(exchange_dir, rank), list[str]()
+    holders = dict.fromkeys(get_args(Role), UNKNOWN)
+    try:
+        for role in get_args(Role):
             holders[role] = _holder(exchange, role)
-        except (OSError, FedSplitError) as exc:
-            problems.append(f"cannot tell who is there: {exc}")
-            break  # the other role's lock would take as long to fail
-    return RankStatus(
-        rank=rank,
-        directory=exchange.directory,
-        holders=holders,
-        task=_read(exchange.read_task, problems),
-        result=_read(exchange.read_result, problems),
-        finished=_read(exchange.read_finished, problems),
-        task_age_s=_age_s(exchange.task_path),
-        result_age_s=_age_s(exchange.result_path),
-        problems=tuple(problems),
-    )
+    except (OSError, FedSplitError) as exc:
+        # The other role's lock would take as long to fail.
+        problems.append(f"cannot tell who is there: {exc}")
+    task = _read(exchange.read_task, problems)
+    result = _read(exchange.read_result, problems)
+    finished = _read(exchange.read_finished, problems)
+    asked = answered = "none"
+    if task:
+        asked = f"version {task.version}: {task.kind}, round {task.server_round} of {task.total_rounds}"
+        asked += ", cancelled" if task.cancelled else ""
+    if result:
+        answered = f"version {result.version}: {result.kind}, round {result.server_round}, {result.status}"
+        if result.error:
+            answered += f" ({result.error.get('type', 'error')}: {result.error.get('message', '')})"
+        answered += f", took {format_seconds(result.seconds)}"
+    now = _describe_now(exchange, task, result, finished, has_trainer=holders["trainer"] != NOBODY)
+    return {**holders, "newest task": asked, "last result": answered, "now": "; ".join([now, *problems])}
 
 
-def _holder(exchange: Exchange, role: Role) -> Owner | str | None:
+def _holder(exchange: Exchange, role: Role) -> str:
     # Probing a lock that is not there would make it.
     if not exchange.lock_path(role).exists() or not exchange.is_held(role):
-        return None
-    return exchange.owner(role) or "a process that has not written its name yet"
+        return NOBODY
+    return str(exchange.owner(role) or "a process that has not written its name yet")
 
 
 def _read(read: Callable[[], T | None], problems: list[str]) -> T | None:
@@ -186,8 +103,26 @@ def _read(read: Callable[[], T | None], problems: list[str]) -> T | None:
         return None
 
 
-def _age_s(path: Path) -> float:
+def _describe_now(
+    exchange: Exchange, task: TaskRecord | None, result: ResultRecord | None, finished: FinishedRecord | None, *,
+    has_trainer: bool,
+) -> str:  # fmt: skip
+    # The newest thing that the client said.
+    if finished and finished.version > (task.version if task else 0):
+        return f"the run is over: {finished.outcome}" + (f" ({finished.reason})" if finished.reason else "")
+    if task is None:
+        return "no task yet"
+    if task.cancelled:
+        return f"cancelled {_age(exchange.task_path)} ago"
+    if result and result.version >= task.version:
+        return f"answered {_age(exchange.result_path)} ago, waiting for the next task"
+    if not has_trainer:
+        return f"waiting for a trainer, {_age(exchange.task_path)} since the task came"
+    return f"the trainer {_DOING[task.kind]}, for {_age(exchange.task_path)}"
+
+
+def _age(path: Path) -> str:
     try:
-        return max(0.0, time.time() - path.stat().st_mtime)
+        return format_seconds(max(0.0, time.time() - path.stat().st_mtime))
     except OSError:
-        return 0.0
+        return format_seconds(0.0)

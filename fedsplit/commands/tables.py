@@ -6,27 +6,13 @@ from collections.abc import Sequence
 
 
 def print_table(
-    rows: Sequence[Sequence[str]],
-    headings: Sequence[str] = (),
-    *,
-    styles: Sequence[str] = (),
-    numbers: Sequence[str] = (),
-    separator: str = "\t",
-) -> None:
-    """Print a table.
+    rows: Sequence[Sequence[str]], headings: Sequence[str] = (), *, styles: Sequence[str],
+    numbers: Sequence[str] = (), separator: str = "\t",
+) -> None:  # fmt: skip
+    """Print a table of text.
 
-    Parameters
-    ----------
-    rows
-        The cells of each row.
-    headings
-        Of the columns; none are printed without any.
-    styles
-        On a terminal, rich's style of each row.
-    numbers
-        The headings of the columns that stand to the right.
-    separator
-        Elsewhere, what stands between two cells.
+    On a terminal each row has its style of rich's, and the columns whose headings are in `numbers` stand to the right;
+    elsewhere the `separator` stands between two cells.
     """
     from rich.console import Console
     from rich.table import Table
@@ -34,13 +20,13 @@ def print_table(
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        for row in ([headings] if headings else []) + list(rows):
+        for row in [headings, *rows] if headings else rows:
             print(separator.join(row))
         return
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(headings))
     for heading in headings or [""] * len(rows[0]):
         table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
-    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+    for row, style in zip(rows, styles, strict=True):
         table.add_row(*map(Text, row), style=style)
     console.print(table)
 

@@ -21,26 +21,15 @@ from pathlib import Path
 from fedsplit import cli
 
 
-def add_to(commands: cli.Commands) -> None:
-    """Add the command's parser."""
-    add_flags(cli.add_parser(commands, "trainer", __doc__))
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the trainer's flags, and that it is the trainer which runs."""
+    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
-    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
-        help="holds rank-K/, shared with the client; a RAM disk such as /dev/shm is fastest")  # fmt: skip
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
         help="this rank's own state is kept in DIR/rank-K")  # fmt: skip
-    add("--workload", default="digits", metavar="MODULE:FACTORY",
-        help="what to train: digits, mnist, fashion-mnist, cifar10, or a factory of your own")  # fmt: skip
-    add("--workload-option", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
-        help="an option of the workload, for example partition=dirichlet; repeatable")  # fmt: skip
+    add_workload(parser)
     add("--num-partitions", type=cli.positive_int, default=2, metavar="N",
         help="into how many parts the data is divided; the same for every rank")  # fmt: skip
-    add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
     add("--seed", type=cli.natural, default=0, metavar="N",
         help="seed for the initial model and for dividing the data; the same for every rank")  # fmt: skip
     add("--device", default="auto", metavar="auto|cpu|cuda|…", help="where to train; auto takes a GPU if there is one")
@@ -51,6 +40,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--client-wait", type=cli.seconds, metavar="S",
         help="seconds to wait for this rank's client (default: forever)")  # fmt: skip
     cli.make_program(parser, "trainer", run)
+
+
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that the demo has too: what is trained, and where clients and trainers meet."""
+    add = parser.add_argument
+    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
+        help="holds rank-K/, shared by client and trainer; a RAM disk such as /dev/shm is fastest")  # fmt: skip
+    add("--workload", default="digits", metavar="MODULE:FACTORY",
+        help="what to train: digits, mnist, fashion-mnist, cifar10, or a factory of your own")  # fmt: skip
+    add("--workload-option", action="append", type=cli.key_value, default=[], metavar="KEY=VALUE",
+        help="an option of the workload, for example partition=dirichlet; repeatable")  # fmt: skip
+    add("--data-dir", type=Path, metavar="DIR", help="where data sets are (default: data)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -42,8 +42,8 @@ class LiveConsole(Observer):
     def __init__(self, console: Console, title: str, lines: Sequence[Line] = ()) -> None:
         self._console, self._title, self._lines = console, title, list(lines)
         self._split: list[PartRow] = []
-        self._activity = "starting"
-        self._since = time.monotonic()
+        self._activity, self._since = "starting", time.monotonic()
+        # What each rank that is waited for lacks, if anything.
         self._awaited: dict[int, str | None] = {}
         self._lock = threading.Lock()
         self._handlers: list[logging.Handler] = []
@@ -70,7 +70,7 @@ class LiveConsole(Observer):
 
     def clients_awaited(self, ranks: Sequence[int], needed: int) -> None:
         here = f" (rank {', '.join(map(str, ranks))})" if ranks else ""
-        self._begin(f"waiting for clients: {len(ranks)} of {needed} are here{here}", ())
+        self._begin(f"waiting for clients: {len(ranks)} of {needed} are here{here}")
 
     def asked(self, kind: str, server_round: int, total_rounds: int, ranks: Sequence[int]) -> None:
         self._begin(f"round {server_round} of {total_rounds}: {_DOING[kind]}", ranks)
@@ -88,15 +88,16 @@ class LiveConsole(Observer):
         with self._lock:
             self._lines.append(line)
         is_last = line["round"] >= total_rounds
-        self._begin("the last round is done: writing its checkpoint" if is_last else "starting the next round", ())
+        self._begin("the last round is done: writing its checkpoint" if is_last else "starting the next round")
 
     def render(self) -> RenderableType:
         """Return all that is shown."""
         with self._lock:
             shown: list[RenderableType] = []
+            room = self._console.height - _LINES_AROUND
             if self._split:
                 shown += [Text(), _split_table(self._split), Text()]
-            room = self._console.height - _LINES_AROUND - (len(self._split) + 4 if self._split else 0)
+                room -= len(self._split) + 4
             if self._lines:
                 shown.append(rounds_table(self._lines, self._title, width=self._console.width, room=room))
             else:
@@ -106,7 +107,7 @@ class LiveConsole(Observer):
                 shown.append(self._spinner)
             return Group(*shown)
 
-    def _begin(self, activity: str, awaited: Sequence[int]) -> None:
+    def _begin(self, activity: str, awaited: Sequence[int] = ()) -> None:
         with self._lock:
             if activity != self._activity:
                 self._since = time.monotonic()
@@ -157,7 +158,6 @@ class _ConsoleHandler(logging.Handler):
             self.setFormatter(replaced[0].formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "event", None) in _SHOWN_IN_TABLES:
-            return
-        style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
-        self._console.print(Text(self.format(record), style), soft_wrap=True)
+        if getattr(record, "event", None) not in _SHOWN_IN_TABLES:
+            style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
+            self._console.print(Text(self.format(record), style), soft_wrap=True)

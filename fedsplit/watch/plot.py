@@ -19,7 +19,7 @@ from fedsplit.disk.files import write_chunks
 from fedsplit.errors import MissingPackageError
 from fedsplit.run.history import Line
 from fedsplit.run.time_account import STAGES, account
-from fedsplit.watch.rounds import metrics_of, ranks_of, value
+from fedsplit.watch.rounds import judged, metrics_of, ranks_of, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and by their grey on paper.
 _TRAIN, _TEST, _CENTRAL = "#0072b2", "#d55e00", "#009e73"
+_PHASES = {"train": (_TRAIN, "training"), "evaluate": (_TEST, "test"), "central": (_CENTRAL, "test on the server")}
 _STAGE_COLORS = {
     "training": _TRAIN, "hand-off": "#56b4e9", "transfer": "#009e73", "merging": "#e69f00", "evaluation": _TEST,
     "waiting": "#b4b4b4",
 }  # fmt: skip
-_GRID = "#e6e6e6"
+_UNITS = {"loss": " (mean over examples)", "accuracy": " (share of examples)"}
 _MOST_MARKERS = 40
 _MOST_BARS = 60
 _MOST_CHARTS = 8
@@ -70,7 +71,11 @@ def make_figure(lines: Sequence[Line]) -> Figure:
 
     names = ["loss", *[name for _, name in metrics_of(lines) if name != "loss"][:1]]
     figure = Figure(figsize=(4.0 * len(names) + 5.0, 4.2), layout="constrained")
-    figure.suptitle(_title(lines, names[-1]))
+    clients = len(ranks_of(lines))
+    title = f"{len(lines)} round{'s' * (len(lines) != 1)}, {clients} client{'s' * (clients != 1)}"
+    for server_round, number in judged(lines, names[-1])[-1:]:
+        title += f", test {names[-1]} {number:.4f} after round {server_round}"
+    figure.suptitle(title)
     *panels, last = figure.subplots(1, len(names) + 1)
     for axes, name in zip(panels, names, strict=True):
         _draw_metric(axes, lines, name)
@@ -94,6 +99,7 @@ def charts(lines: Sequence[Line]) -> dict[str, str]:
 
 
 def _svg(lines: Sequence[Line], name: str | None) -> str:
+    """Draw a metric, or the time."""
     from matplotlib.figure import Figure
 
     figure, buffer = Figure(figsize=_SVG_INCHES, layout="constrained"), io.StringIO()
@@ -112,29 +118,25 @@ def _draw_metric(axes: Axes, lines: Sequence[Line], name: str) -> None:
     rounds, ranks = [line["round"] for line in lines], ranks_of(lines)
     marker = "o" if len(lines) <= _MOST_MARKERS else ""
     faint = {"linewidth": 1.0, "alpha": max(0.08, min(0.35, 3 / max(1, len(ranks)))), "markersize": 2.0}
-    bold = {"linewidth": 2.4, "markersize": 4.5}
-    phases = {"train": (_TRAIN, "training"), "evaluate": (_TEST, "test"), "central": (_CENTRAL, "test on the server")}
     # The means last, so that no client's line covers them.
     for rank in [*ranks, None]:
-        for phase, (color, label) in phases.items():
+        for phase, (color, label) in _PHASES.items():
             values = [value(line, phase, name, rank) for line in lines]
             if not all(map(math.isnan, values)):
-                style: dict[str, Any] = faint if rank else {**bold, "label": label}
+                style: dict[str, Any] = faint if rank else {"linewidth": 2.4, "markersize": 4.5, "label": label}
                 axes.plot(rounds, values, color=color, marker=marker, **style)
-    units = {"loss": " (mean over examples)", "accuracy": " (share of examples)"}
-    axes.set_ylabel(name + units.get(name, ""))
+    axes.set_ylabel(name + _UNITS.get(name, ""))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(title="bold: mean, faint: each client")
     _finish(axes)
 
 
 def _draw_time(axes: Axes, lines: Sequence[Line]) -> None:
-    rounds = [line["round"] for line in lines]
-    accounts = [account(line) for line in lines]
+    rounds, accounts = [line["round"] for line in lines], [account(line) for line in lines]
+    totals = [sum(seconds.values()) for seconds in accounts]
     rows = {stage: [seconds[stage] for seconds in accounts] for stage in STAGES}
     # A stage that never took a tenth of a percent would only be a name in the legend.
-    total = sum(map(sum, rows.values()))
-    rows = {stage: row for stage, row in rows.items() if sum(row) > 0.001 * total}
+    rows = {stage: row for stage, row in rows.items() if sum(row) > 0.001 * sum(totals)}
     if len(lines) > _MOST_BARS:
         colors = [_STAGE_COLORS[stage] for stage in rows]
         axes.stackplot(rounds, *rows.values(), colors=colors, labels=list(rows), step="mid")
@@ -147,7 +149,7 @@ def _draw_time(axes: Axes, lines: Sequence[Line]) -> None:
         axes.set_xlim(min(rounds) - 0.9, max(rounds) + 0.9)
     axes.set_ylabel("seconds")
     # Room above the bars, so that the legend covers none of them.
-    axes.set_ylim(0, 1.6 * max(sum(seconds.values()) for seconds in accounts) or 1)
+    axes.set_ylim(0, 1.6 * max(totals) or 1)
     if rows:
         axes.legend(loc="upper right", ncols=2)
     _finish(axes)
@@ -158,16 +160,9 @@ def _finish(axes: Axes) -> None:
 
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.8)
+    axes.grid(visible=True, axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _title(lines: Sequence[Line], name: str) -> str:
-    clients = len(ranks_of(lines))
-    text = f"{len(lines)} round{'s' * (len(lines) != 1)}, {clients} client{'s' * (clients != 1)}"
-    judged = [(line["round"], found) for line in lines if not math.isnan(found := value(line, "evaluate", name))]
-    return text + (f", test {name} {judged[-1][1]:.4f} after round {judged[-1][0]}" if judged else "")
 
 
 @contextmanager

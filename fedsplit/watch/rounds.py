@@ -10,12 +10,10 @@ from fedsplit.run.events import format_bytes
 from fedsplit.run.history import Line, is_number
 from fedsplit.run.time_account import update_bytes
 
-Metric = tuple[str, str]
-
-ACCURACY: Metric = ("evaluate", "accuracy")
 # What a round is judged by is called test; a strategy may judge it on the server too.
 PHASES = {"evaluate": "test", "central": "server", "train": "train"}
-_ALWAYS = (("train", "loss"), ("evaluate", "loss"), ACCURACY)
+_LOSSES = [("train", "loss"), ("evaluate", "loss")]
+_ACCURACY = ("evaluate", "accuracy")
 _ORDER = {"loss": 0, "accuracy": 1}
 
 
@@ -33,7 +31,12 @@ def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
     return float(number) if is_number(number) else math.nan
 
 
-def metrics_of(lines: Sequence[Line]) -> list[Metric]:
+def judged(lines: Sequence[Line], name: str) -> list[tuple[int, float]]:
+    """Return round and test metric of each round that has it."""
+    return [(line["round"], found) for line in lines if not math.isnan(found := value(line, "evaluate", name))]
+
+
+def metrics_of(lines: Sequence[Line]) -> list[tuple[str, str]]:
     """Return phase and name of every mean: the losses first, then accuracies, then the user's own as they came."""
     named = ((phase, metrics_at(line, phase)) for phase in PHASES for line in lines)
     found = dict.fromkeys((phase, name) for phase, row in named for name in row if is_number(row[name]))
@@ -51,28 +54,23 @@ def refusals(lines: Sequence[Line]) -> list[tuple[int, str, str]]:
     return [(line["round"], rank, reason) for line in lines for rank, reason in line.get("refused", {}).items()]
 
 
-def columns(lines: Sequence[Line]) -> list[Metric]:
+def columns(lines: Sequence[Line]) -> list[tuple[str, str]]:
     """Return the metrics that the table shows besides the losses: the test accuracy always, and first."""
-    return [ACCURACY, *(metric for metric in metrics_of(lines) if metric not in _ALWAYS)]
+    return [_ACCURACY, *(metric for metric in metrics_of(lines) if metric not in (*_LOSSES, _ACCURACY))]
 
 
-def headings(metrics: Sequence[Metric]) -> list[str]:
+def headings(metrics: Sequence[tuple[str, str]]) -> list[str]:
     """Return the headings of the table."""
-    names = ["accuracy" if metric == ACCURACY else f"{PHASES[metric[0]]} {metric[1]}" for metric in metrics]
+    names = ["accuracy" if metric == _ACCURACY else f"{PHASES[metric[0]]} {metric[1]}" for metric in metrics]
     return ["round", "clients", "train loss", "test loss", *names, "seconds", "bytes"]
 
 
-def cells(line: Line, metrics: Sequence[Metric]) -> list[str]:
+def cells(line: Line, metrics: Sequence[tuple[str, str]]) -> list[str]:
     """Return the cells of a round, in the order of the headings."""
     size = update_bytes(line)
-    shown = [*_ALWAYS[:2], *metrics]
-    return [
-        str(line["round"]),
-        f"{line.get('accepted', '?')}/{line.get('asked', '?')}",
-        *(_format(value(line, phase, name), 4) for phase, name in shown),
-        _format(line.get("seconds"), 2),
-        format_bytes(size) if size else "–",
-    ]
+    numbers = [_format(value(line, phase, name), 4) for phase, name in (*_LOSSES, *metrics)]
+    counted = f"{line.get('accepted', '?')}/{line.get('asked', '?')}"
+    return [str(line["round"]), counted, *numbers, _format(line.get("seconds"), 2), format_bytes(size) if size else "–"]
 
 
 def _format(number: Any, digits: int) -> str:

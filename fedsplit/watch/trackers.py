@@ -82,19 +82,18 @@ class MLflowTracker:
         # Its lines about making a database are no lines of ours.
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        directory = None if "://" in place else Path(place).resolve()
-        self._client = client = MlflowClient(place if directory is None else f"sqlite:///{directory / 'mlflow.db'}")
-        if found := client.get_experiment_by_name(EXPERIMENT):
-            experiment = str(found.experiment_id)
-        else:
-            artifacts = None if directory is None else (directory / "artifacts").as_uri()
-            experiment = str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
-        known = client.search_runs([experiment], f"tags.`{_TAG}` = '{run_id}'", max_results=1)
-        run = known[0] if known else client.create_run(experiment, run_name=run_id, tags={_TAG: run_id})
-        self._run_id = run.info.run_id
-        if known:
+        artifacts = None
+        if "://" not in place:
+            directory = Path(place).resolve()
+            place, artifacts = f"sqlite:///{directory / 'mlflow.db'}", (directory / "artifacts").as_uri()
+        self._client = client = MlflowClient(place)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        if known := client.search_runs([experiment], f"tags.`{_TAG}` = '{run_id}'", max_results=1):
+            self._run_id = known[0].info.run_id
             client.update_run(self._run_id, status="RUNNING")
         else:
+            self._run_id = client.create_run(experiment, run_name=run_id, tags={_TAG: run_id}).info.run_id
             client.log_batch(self._run_id, params=[Param(name, str(value)[:500]) for name, value in settings.items()])
 
     def log(self, scalars: Mapping[str, float], server_round: int) -> None:
@@ -109,16 +108,13 @@ class MLflowTracker:
         self._client.set_terminated(self._run_id, "FINISHED" if complete else "KILLED")
 
 
-# The name, and what has to be importable for it.
+# By name the class, and what has to be importable for it.
 TRACKERS: dict[str, Callable[..., Any]] = {"tensorboard": TensorBoardTracker, "mlflow": MLflowTracker}
 PACKAGES = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy")}
 
 
 def parse_tracker(text: str) -> tuple[str, str | None]:
-    """Read ``NAME`` or ``NAME:PLACE``; the place is a directory or an address, None without one.
-
-    Raises UsageError if there is no such tracker, MissingPackageError if its package is not installed.
-    """
+    """Read ``NAME`` or ``NAME:PLACE``, of a tracker that there is and whose package is installed; else UsageError."""
     name, _, place = text.partition(":")
     if name not in TRACKERS:
         raise UsageError(f"--tracker {text}: there is no {name!r}; expected {' or '.join(TRACKERS)}, or NAME:PLACE")
@@ -168,12 +164,13 @@ class TrackerThread(Observer):
 
 def scalars_of(line: Line) -> dict[str, float]:
     """Return the numbers of a round by their names in a dashboard; what is not finite is left out."""
-    found: dict[str, Any] = {"seconds/round": line.get("seconds"), "clients/bytes": update_bytes(line)}
-    found |= {f"seconds/{stage}": seconds for stage, seconds in account(line).items()}
-    found |= {f"clients/{name}": line.get(name) for name in ("asked", "accepted")}
+    groups: dict[str, Any] = {
+        "seconds": {"round": line.get("seconds"), **account(line)},
+        "clients": {"bytes": update_bytes(line), "asked": line.get("asked"), "accepted": line.get("accepted")},
+        "privacy": line.get("privacy") or {},
+    }
     for rank in (None, *line.get("clients", {})):
         prefix = f"rank-{rank}/" if rank else ""
-        for phase in PHASES:
-            found |= {f"{prefix}{phase}/{name}": value for name, value in metrics_at(line, phase, rank).items()}
-    found |= {f"privacy/{name}": value for name, value in (line.get("privacy") or {}).items()}
+        groups |= {f"{prefix}{phase}": metrics_at(line, phase, rank) for phase in PHASES}
+    found = {f"{group}/{name}": value for group, row in groups.items() for name, value in row.items()}
     return {name: float(value) for name, value in found.items() if is_number(value) and math.isfinite(value)}
