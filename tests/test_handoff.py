@@ -545,7 +545,7 @@ def test_what_is_fetched_and_is_no_payload_is_refused_and_leaves_nothing(sides):
 def test_what_is_fetched_with_the_wrong_length_is_refused(sides):
     client, _ = sides
     with pytest.raises(RecordError, match="bytes, its record says"):
-        client.offer(request(), digest_of(STATE), lambda d: Source(digest=d, bytes=len(STATE) + 1, content=STATE))
+        client.offer(request(), digest_of(STATE), lambda d: Source(bytes=len(STATE) + 1, content=STATE))
 
 
 def test_a_symlink_in_place_of_a_payload_is_refused(sides, tmp_path):

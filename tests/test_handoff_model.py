@@ -188,7 +188,7 @@ class Machine:
         kept = self.answered_version(index)
 
         def fetch(digest: str) -> Source | None:
-            return None if start is None else Source(digest=digest, bytes=len(start), content=start)
+            return None if start is None else Source(bytes=len(start), content=start)
 
         version = client.offer(PLAN[index], start and digest_of(start), fetch)
         if version is None:

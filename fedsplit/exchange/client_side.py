@@ -25,7 +25,6 @@ log = logging.getLogger("fedsplit")
 class Source:
     """Where a task's payload comes from: bytes that were received, or a finished file to link."""
 
-    digest: str
     bytes: int
     content: Buffer | Path
 

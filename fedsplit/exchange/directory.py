@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from fedsplit.disk.digest import file_digest
 from fedsplit.disk.files import (
     check_space,
-    explain,
+    explained,
     make_private_directory,
     open_regular,
     overwrite_in_place,
@@ -244,19 +244,15 @@ class Exchange:
     def check_digest(self, payload: PayloadRecord) -> None:
         """Read all bytes of a payload; raises RecordError if they have another digest than its record says."""
         path = self.directory / payload.file
-        try:
+        with explained(path, "read the payload", RecordError):
             found = file_digest(path)
-        except OSError as exc:
-            raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
         if found != payload.digest:
             raise RecordError(f"{path} has digest {found[:12]}…, its record says {payload.digest[:12]}…")
 
     def payload_versions(self, of: Literal["task", "result"]) -> list[int]:
         """Return the versions of which a payload file is there."""
-        try:
+        with explained(self.directory, "list"):
             matches = map(_PAYLOAD_NAME.fullmatch, os.listdir(self.directory))  # noqa: PTH208  (several times a task)
-        except OSError as exc:
-            raise explain(exc, self.directory, "list") from exc
         return sorted(int(match[2]) for match in matches if match and match[1] == of)
 
     def remove_payloads(self, of: Literal["task", "result"], *, below: int) -> None:
@@ -283,13 +279,12 @@ class Exchange:
 
     @staticmethod
     def _read(path: Path) -> bytes | None:
-        try:
-            with open_regular(path) as file:
-                text = file.read(RECORD_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as exc:
-            raise RecordError(f"cannot read the record {path}: {exc.strerror or exc}") from exc
+        with explained(path, "read the record", RecordError):
+            try:
+                with open_regular(path) as file:
+                    text = file.read(RECORD_BYTES + 1)
+            except FileNotFoundError:
+                return None
         if len(text) > RECORD_BYTES:
             raise RecordError(f"{path} is over {RECORD_BYTES:,} bytes; a record is small")
         return text
@@ -310,11 +305,11 @@ def forgive(read: Callable[[], Found | None]) -> Found | None:
 
 
 def _take(lock: FileLock, timeout_s: float) -> bool:
-    try:
-        lock.acquire(timeout=timeout_s)
-    except Timeout:
-        return False
-    except (OSError, NotImplementedError) as exc:
-        problem = exc if isinstance(exc, OSError) else OSError(str(exc))
-        raise explain(problem, Path(lock.lock_file), "lock") from exc
+    with explained(Path(lock.lock_file), "lock"):
+        try:
+            lock.acquire(timeout=timeout_s)
+        except Timeout:
+            return False
+        except NotImplementedError as exc:  # there is no flock here
+            raise OSError(str(exc)) from exc
     return True

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fedsplit.disk.files import Buffer, remove, write_hashed
+from fedsplit.disk.files import Buffer, explained, remove, write_hashed
 from fedsplit.errors import RecordError
 from fedsplit.exchange import decisions
 from fedsplit.exchange.directory import Exchange, forgive
@@ -138,8 +138,6 @@ class TrainerSide:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    try:
+    with explained(path, "read the payload", RecordError):
         status = path.lstat()
-    except OSError as exc:
-        raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
