@@ -24,16 +24,11 @@ _READ_S = 1.0
 
 
 class Watch:
-    """Waits for any of a directory's records to change.
+    """Waits for any of a directory's records, written by the other side, to change.
 
     Polling is a `stat`: a record that was renamed into place is another file. Without events the records count as
     changed every 80 ms even if they look the same: a file system may reuse a file's number within one tick of its
     clock, or show another machine an old file.
-
-    Parameters
-    ----------
-    paths
-        The records, all of one directory, written by the other side.
     """
 
     def __init__(self, *paths: Path) -> None:
