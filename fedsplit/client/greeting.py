@@ -51,7 +51,7 @@ class Greeting:
         if not is_nonce(message.get("nonce")):
             raise RecordError("the server asked for a proof of the join token without a nonce to prove it with")
         transcript = self._transcript = Transcript(
-            run_id=str(message.get("run_id")), rank=self._rank, exchange_id=self._side.exchange_id(),
+            run_id=str(message.get("run_id")), rank=self._rank, exchange_id=self._side.exchange.exchange_id(),
             server_nonce=message["nonce"],
         )  # fmt: skip
         return {
@@ -78,6 +78,6 @@ class Greeting:
         how = "the payload store" if self.store else "messages"
         log.info("rank %d: joined run %s; payloads travel by %s", self._rank, message.get("run_id"), how)
         return {
-            "rank": self._rank, "exchange_id": self._side.exchange_id(), "held": self._side.held_digest(),
+            "rank": self._rank, "exchange_id": self._side.exchange.exchange_id(), "held": self._side.held_digest(),
             "nonce": nonce,
         }  # fmt: skip

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,8 +43,8 @@ class Checkpoint:
     run_id: str
     server_round: int
     files: Mapping[str, str]
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any]
+    info: Mapping[str, Any]
 
     def path(self, name: str) -> Path:
         """Return the path of one of its files."""
@@ -100,7 +100,7 @@ class CheckpointStore:
             }  # fmt: skip
             for name in files if durable else ():
                 disk.sync(temporary / name)
-            # If durable, the directory's entries are on the disk too then.
+            # With `durable` this syncs the directory too, after the manifest.
             disk.write_json(temporary / "manifest.json", manifest, durable=durable)
             # It exists only if the round is done again, with the same outcome.
             self.remove(server_round)
@@ -202,12 +202,8 @@ class CheckpointStore:
             while target.exists():  # the same run was put aside before
                 count += 1
                 target = aside / f"{path.name}.{count}"
-            try:
+            with disk.explained(target, f"move {path} to", CheckpointError), suppress(FileNotFoundError):
                 path.rename(target)
-            except FileNotFoundError:
-                continue
-            except OSError as exc:
-                raise CheckpointError(f"cannot move {path} to {target}: {exc.strerror or exc}") from exc
 
 
 class BackgroundWriter:

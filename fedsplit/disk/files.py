@@ -268,7 +268,7 @@ def _temporary(path: Path) -> Path:
 
 
 @contextmanager
-def explained(path: Path, verb: str = "write", error: type[ExchangeError] = ExchangeError) -> Iterator[None]:
+def explained(path: Path, verb: str = "write", error: type[FedSplitError] = ExchangeError) -> Iterator[None]:
     """Turn an error of the operating system into one that names the path and the way out."""
     try:
         yield

@@ -7,7 +7,6 @@ Only the holder of the client's role writes ``task.json`` and ``finished.json``.
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,14 +118,6 @@ class ClientSide:
         """Return the digest of the state that the exchange holds, or None."""
         task = forgive(self.exchange.read_task)
         return task.digest if task and self._is_whole(task) else None
-
-    def exchange_id(self) -> str:
-        """Return this directory's id, which no other one has. By it the server knows a client that comes back."""
-        name = forgive(self.exchange.read_exchange_id)
-        if name is None:
-            name = uuid.uuid4().hex
-            files.write_chunks(self.exchange.exchange_id_path, [name.encode()])
-        return name
 
     def _place(self, task: TaskRecord | None, digest: str, fetch: Fetch, version: int) -> PayloadRecord | None:
         """Put a state's payload into the exchange; returns None if it is nowhere to be had."""

@@ -21,6 +21,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -202,10 +203,13 @@ class Exchange:
         """Put a record into place; raises RecordError, and writes nothing, if no reader would take it."""
         files.write_chunks(path, [records.encode(record, str(path))])
 
-    def read_exchange_id(self) -> str | None:
-        """Return this directory's id, or None if it has none yet."""
-        text = self._read(self.exchange_id_path) or b""
-        return text.decode() if _EXCHANGE_ID.fullmatch(text) else None
+    def exchange_id(self) -> str:
+        """Return this directory's id, which no other one has; the client makes it. By it the server knows it again."""
+        text = forgive(lambda: self._read(self.exchange_id_path)) or b""
+        if not _EXCHANGE_ID.fullmatch(text):
+            text = uuid.uuid4().hex.encode()
+            files.write_chunks(self.exchange_id_path, [text])
+        return text.decode()
 
     def check_payload(self, payload: PayloadRecord) -> Path:
         """Return the path of a payload if its length matches and its header parses; else raises RecordError."""
