@@ -65,7 +65,7 @@ def _one(exchange_dir: Path) -> float:
         time.sleep(0.1 + random.uniform(0.0, 0.1))
         began = time.monotonic()
         trainer.send_signal(signal.SIGKILL)
-        while relay.missing_since is None:
+        while relay.long_poll.missing_since is None:
             time.sleep(0.0005)
         seconds = time.monotonic() - began
         trainer.stdout.close()

@@ -47,7 +47,7 @@ def request(kind: str = "train", server_round: int = 1, run_id: str = "run-a", *
 def source_of(payload: bytes | Path) -> Callable[[str], Source]:
     """Return a fetch function that delivers this payload."""
     content = payload if isinstance(payload, bytes) else payload.read_bytes()
-    return lambda digest: Source(digest=digest, bytes=len(content), content=payload)
+    return lambda digest: Source(bytes=len(content), content=payload)
 
 
 def nothing(digest: str) -> None:

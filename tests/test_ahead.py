@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.common import Code, FitIns, FitRes, Parameters, Status
+from flwr.common import Code, ConfigRecord, FitIns, FitRes, Parameters, Status
 
 from fedsplit import Trainer
 from fedsplit.client.relay import Relay
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import Request
 from fedsplit.server.conversation import Conversation, RoundContext
@@ -185,3 +186,14 @@ def test_the_server_keeps_what_came_along(
         assert answer.ahead is not None
         assert answer.ahead.failure == failure
         assert answer.ahead.blob == (STATE if has_blob else None)
+
+
+def test_the_relay_of_the_next_message_takes_up_what_the_one_before_left(tmp_path: Path) -> None:
+    remote, local = RemoteStore("memory://payloads"), PayloadStore(tmp_path / "payloads")
+    for store in (None, local, remote):
+        before, after = (Relay(Exchange(tmp_path, 1), trainer_wait_s=60.0, remote=remote) for _ in range(2))
+        before._greeting.store, before.long_poll.missing_since = store, 5.0
+        after.take_up(ConfigRecord({**before.leave()}))
+        found = after._greeting.store
+        assert after.long_poll.missing_since == 5.0
+        assert found is store if store is not local else found is not None and found.announced_root == str(local.root)

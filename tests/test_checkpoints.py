@@ -61,7 +61,7 @@ def test_a_round_is_read_back_with_all_that_was_noted(store, durable):
 
 
 def test_the_manifest_is_written_last_and_everything_is_on_the_disk_before_the_round_appears(store, monkeypatch):
-    import fedsplit.disk.checkpoints as module
+    import fedsplit.disk.files as module
 
     steps: list[str] = []
     for name in ("write_hashed", "write_json", "sync"):

@@ -21,7 +21,7 @@ from fedsplit.disk.files import (
     append_line,
     atomic_file,
     check_space,
-    explain,
+    explained,
     link_or_copy,
     make_private_directory,
     open_regular,
@@ -32,7 +32,7 @@ from fedsplit.disk.files import (
     write_chunks,
     write_json,
 )  # fmt: skip
-from fedsplit.errors import CheckpointError, ExchangeError
+from fedsplit.errors import CheckpointError, ExchangeError, NoSpaceError
 from tests.bounds import BOUND_S
 from tests.handoffs import kill, names_in, running, wait_until
 
@@ -145,9 +145,9 @@ def test_a_full_disk_is_named_and_leaves_the_old_content(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_the_kernels_own_word_for_a_full_disk_is_understood():
-    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError) as caught:
+    path = Path("/dev/full")
+    with path.open("wb", buffering=0) as file, pytest.raises(NoSpaceError, match="no space left"), explained(path):
         write_all(file, b"x")
-    assert "no space left" in str(explain(caught.value, Path("/dev/full")))
 
 
 WRITE_FOR_EVER = """

@@ -545,7 +545,7 @@ def test_what_is_fetched_and_is_no_payload_is_refused_and_leaves_nothing(sides):
 def test_what_is_fetched_with_the_wrong_length_is_refused(sides):
     client, _ = sides
     with pytest.raises(RecordError, match="bytes, its record says"):
-        client.offer(request(), digest_of(STATE), lambda d: Source(digest=d, bytes=len(STATE) + 1, content=STATE))
+        client.offer(request(), digest_of(STATE), lambda d: Source(bytes=len(STATE) + 1, content=STATE))
 
 
 def test_a_symlink_in_place_of_a_payload_is_refused(sides, tmp_path):
@@ -583,12 +583,12 @@ def test_a_result_under_the_right_version_for_another_task_is_not_taken_for_its_
 
 def test_the_exchange_keeps_its_id_and_a_mangled_one_is_made_anew(sides, tmp_path):
     client, _ = sides
-    first = client.exchange_id()
-    assert ClientSide(client.exchange).exchange_id() == first
+    first = client.exchange.exchange_id()
+    assert Exchange(tmp_path, 1).exchange_id() == first
     client.exchange.exchange_id_path.write_bytes(b"\xff not an id")
-    second = client.exchange_id()
-    assert second != first and client.exchange_id() == second
-    assert ClientSide(Exchange(tmp_path, 1)).exchange_id() == second
+    second = client.exchange.exchange_id()
+    assert second != first and client.exchange.exchange_id() == second
+    assert Exchange(tmp_path, 1).exchange_id() == second
 
 
 def test_a_result_is_linked_into_the_store_and_outlives_the_exchange(sides, tmp_path):

@@ -40,10 +40,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fedsplit.disk import files
 from fedsplit.errors import RecordError
 from fedsplit.exchange import client_side, trainer_side
 from fedsplit.exchange import directory as exchange_directory
@@ -188,7 +190,7 @@ class Machine:
         kept = self.answered_version(index)
 
         def fetch(digest: str) -> Source | None:
-            return None if start is None else Source(digest=digest, bytes=len(start), content=start)
+            return None if start is None else Source(bytes=len(start), content=start)
 
         version = client.offer(PLAN[index], start and digest_of(start), fetch)
         if version is None:
@@ -393,14 +395,13 @@ def make_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mach
 
         return pointed
 
+    names = ("write_chunks", "write_hashed", "link_or_copy", "remove")
+    pointed = {name: with_point(getattr(files, name)) for name in names} | {"check_space": lambda *_: None}
     for module in (client_side, trainer_side, exchange_directory):
-        for name in ("write_chunks", "write_hashed", "link_or_copy", "remove"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, with_point(getattr(module, name)))
+        monkeypatch.setattr(module, "files", SimpleNamespace(**{**vars(files), **pointed}))
     monkeypatch.setattr(Exchange, "_read", staticmethod(with_point(Exchange._read)))
     monkeypatch.setattr(Exchange, "remove_payloads", with_point(Exchange.remove_payloads))
     monkeypatch.setattr(Exchange, "handoff", lambda exchange: current[-1].handoff(exchange))
-    monkeypatch.setattr(client_side, "check_space", lambda *_: None)
 
     def make(**classes: Any) -> Machine:
         shm = Path("/dev/shm")
@@ -487,7 +488,7 @@ class RecordBeforePayload(TrainerSide):
         )  # fmt: skip
         self.exchange.write(self.exchange.result_path, record)
         if chunks is not None:
-            trainer_side.write_hashed(self.exchange.payload_path("result", task.version), [content])
+            trainer_side.files.write_hashed(self.exchange.payload_path("result", task.version), [content])
         return True
 
 

@@ -40,7 +40,7 @@ def offer(client: ClientSide, state: dict[str, torch.Tensor], server_round: int 
     blob = b"".join(encode(state))
     digest = hashlib.sha256(blob).hexdigest()
     request = Request(run_id="run", kind="train", server_round=server_round, total_rounds=9)
-    version = client.offer(request, digest, lambda wanted: Source(digest=wanted, bytes=len(blob), content=blob))
+    version = client.offer(request, digest, lambda wanted: Source(bytes=len(blob), content=blob))
     assert version is not None
     return version
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedsplit.disk.files import link_or_copy
-from fedsplit.disk.payload_store import Incoming, PayloadStore, read_nonce
+from fedsplit.disk.payload_store import Incoming, PayloadStore
 from fedsplit.errors import CheckpointError, ExchangeError, RecordError
 from tests.bounds import BOUND_S
 from tests.handoffs import ROOT, blob, digest_of, names_in
@@ -53,7 +53,7 @@ def test_the_same_payload_twice_is_one_file(store):
 
 @pytest.mark.parametrize("name", NOT_DIGESTS)
 def test_no_name_but_a_digest_is_ever_opened_or_removed(store, name):
-    for use in (store.path, store.find, store.map, store.drop):
+    for use in (store.path, store.take, store.map, store.drop):
         with pytest.raises(RecordError, match="is not a SHA-256 digest"):
             use(name)
 
@@ -78,12 +78,12 @@ def test_what_is_no_payload_is_refused(store, tmp_path, what):
         path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RecordError, match="cannot read the payload"):
         store.map(digest)
-    assert store.find(digest) is None or what == "an empty file"
+    assert store.take(digest) is None or what == "an empty file"
 
 
 def test_a_pipe_under_a_digest_is_not_waited_for(store):
     os.mkfifo(store.path(digest_of(CONTENT)))
-    assert store.find(digest_of(CONTENT)) is None
+    assert store.take(digest_of(CONTENT)) is None
     with pytest.raises(RecordError, match="not a regular file"):
         store.map(digest_of(CONTENT))
 
@@ -100,7 +100,7 @@ def test_who_mapped_or_linked_a_payload_keeps_it_when_it_is_dropped(store, tmp_p
     link_or_copy(stored.path, tmp_path / "linked")
     store.drop(stored.digest)
     store.drop(stored.digest)
-    assert store.find(stored.digest) is None
+    assert store.take(stored.digest) is None
     assert mapped[:] == CONTENT and (tmp_path / "linked").read_bytes() == CONTENT
 
 
@@ -139,8 +139,8 @@ def test_a_write_that_fails_leaves_nothing(store):
 def test_a_nonce_is_read_back_by_another_process(store):
     name, content = store.put_nonce()
     code = (
-        "import sys, pathlib; from fedsplit.disk.payload_store import read_nonce;"
-        "print(read_nonce(pathlib.Path(sys.argv[1]), sys.argv[2]))"
+        "import sys, pathlib; from fedsplit.disk.payload_store import PayloadStore;"
+        "print(PayloadStore(pathlib.Path(sys.argv[1])).read_nonce(sys.argv[2]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(store.root), name], capture_output=True, text=True, timeout=BOUND_S, cwd=ROOT
@@ -156,8 +156,8 @@ def test_nonces_differ(store):
 @pytest.mark.parametrize("name", NOT_DIGESTS)
 def test_a_nonce_is_read_under_no_other_name_than_a_digest(store, name):
     (store.root.parent / "secret").write_text("secret")
-    assert read_nonce(store.root, name) is None
-    assert read_nonce(store.root, "../secret") is None
+    assert store.read_nonce(name) is None
+    assert store.read_nonce("../secret") is None
 
 
 @pytest.mark.parametrize("what", ["gone", "a symlink", "long", "not text", "a directory"])
@@ -174,18 +174,18 @@ def test_what_is_no_nonce_proves_nothing(store, tmp_path, what):
         path.write_bytes(b"\xff\xfe")
     elif what == "a directory":
         path.mkdir()
-    assert read_nonce(store.root, name) is None
+    assert store.read_nonce(name) is None
 
 
 def test_a_root_that_is_not_there_is_not_made(tmp_path):
-    assert read_nonce(tmp_path / "nowhere", "0" * 64) is None
+    assert PayloadStore(tmp_path / "nowhere").read_nonce("0" * 64) is None
     assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("what", ["a symlink", "writable by others", "of another user"])
 def test_a_directory_that_is_not_ones_own_is_not_used(store, tmp_path, what):
     name, content = store.put_nonce()
-    assert read_nonce(store.root, name) == content
+    assert store.read_nonce(name) == content
     root = store.root
     if what == "a symlink":
         root = tmp_path / "link"
@@ -196,7 +196,7 @@ def test_a_directory_that_is_not_ones_own_is_not_used(store, tmp_path, what):
         if os.geteuid() != 0:
             pytest.skip("only root can give a directory away")
         os.chown(root, 12345, -1)
-    assert read_nonce(root, name) is None
+    assert PayloadStore(root).read_nonce(name) is None
     with pytest.raises(CheckpointError):
         PayloadStore(root).open()
 

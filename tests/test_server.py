@@ -128,8 +128,8 @@ def test_the_parameters_of_instructions_are_the_state_or_a_payload_of_their_own(
         same = state.payload_of(Parameters([b"".join(encode({"w": torch.zeros(2)}))], "safetensors"))
         assert same.digest == state.digest != other.digest
         state.drop([other.digest, same.digest, None])
-        assert run.payloads.find(other.digest) is None
-        assert run.payloads.find(same.digest), "what is the state's is kept"
+        assert run.payloads.take(other.digest) is None
+        assert run.payloads.take(same.digest), "what is the state's is kept"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names that end with their process")

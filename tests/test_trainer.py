@@ -109,7 +109,7 @@ class Federation:
         digest = None if payload is None else digest_of(payload)
 
         def fetch(wanted: str) -> Source | None:
-            return None if payload is None else Source(digest=wanted, bytes=len(payload), content=payload)
+            return None if payload is None else Source(bytes=len(payload), content=payload)
 
         version = self.client.offer(asked, digest, fetch)
         assert version is not None

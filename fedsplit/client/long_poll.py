@@ -21,20 +21,7 @@ _BAD_RESULT_S = 5.0
 
 
 class LongPoll:
-    """Waits for the trainer's answers.
-
-    Parameters
-    ----------
-    side
-        The exchange directory.
-    trainer_wait_s
-        Seconds to wait for a trainer to be there before a task counts as failed.
-
-    Attributes
-    ----------
-    missing_since : float or None
-        `time.monotonic` since when no trainer was there, while a task waits for one.
-    """
+    """Waits for the trainer's answers; a task counts as failed after `trainer_wait_s` seconds without a trainer."""
 
     def __init__(self, side: ClientSide, trainer_wait_s: float) -> None:
         self._side = side
@@ -42,17 +29,13 @@ class LongPoll:
         self._trainer_wait_s = trainer_wait_s
         self._watch = Watch(self._exchange.result_path)
         self._trainer_checked = 0.0
+        # `time.monotonic` since when no trainer was there, while a task waits for one.
         self.missing_since: float | None = None
 
     def wait(self, version: int, hold_s: float) -> ResultRecord | None:
         """Wait for the answer to a version; returns None if it does not come within `hold_s` seconds.
 
-        Raises
-        ------
-        RecordError
-            If there is an answer that stays unreadable.
-        FedSplitError
-            If no trainer came in time.
+        Raises RecordError if there is an answer that stays unreadable, and FedSplitError if no trainer came in time.
         """
         began = time.monotonic()
         bad_since = None
@@ -75,17 +58,15 @@ class LongPoll:
             self._watch.sleep()
 
     def _check_trainer(self, now: float) -> None:
-        rank = self._exchange.rank
+        rank, lock = self._exchange.rank, self._exchange.lock_path("trainer")
         if self._exchange.is_held("trainer"):
             if self.missing_since is not None:
                 log.info("rank %d: a trainer is here (%s)", rank, self._exchange.owner("trainer"))
             self.missing_since = None
         elif self.missing_since is None:
             self.missing_since = now
-            log.warning(
-                "rank %d: no trainer holds %s; waiting up to %g s for one to start",
-                rank, self._exchange.lock_path("trainer"), self._trainer_wait_s,
-            )  # fmt: skip
+            wait_s = self._trainer_wait_s
+            log.warning("rank %d: no trainer holds %s; waiting up to %g s for one to start", rank, lock, wait_s)
         elif now - self.missing_since > self._trainer_wait_s:
             self.missing_since = None
             raise FedSplitError(

@@ -1,8 +1,7 @@
 """The Flower client: a relay between the server and the exchange directory.
 
 It decodes no tensor and imports no torch: the bytes it receives go to a file, the bytes of a file go to the server,
-and where both sides see the same disk only a digest travels. It answers every question within a second or twenty (see
-`fedsplit.client.long_poll`), however long the training takes.
+and where both sides see the same disk only a digest travels.
 """
 
 from __future__ import annotations
@@ -12,31 +11,20 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
 # isort: split
+import flwr.common as flower
 from flwr.client import Client
-from flwr.common import (
-    Code,
-    EvaluateIns,
-    EvaluateRes,
-    FitIns,
-    FitRes,
-    GetParametersIns,
-    GetParametersRes,
-    GetPropertiesIns,
-    GetPropertiesRes,
-    Parameters,
-    Status,
-)  # fmt: skip
 
 from fedsplit.client.greeting import Greeting
 from fedsplit.client.long_poll import LongPoll
 from fedsplit.disk.digest import bytes_digest
 from fedsplit.disk.files import remove
-from fedsplit.disk.payload_store import Incoming, read_part
+from fedsplit.disk.payload_store import Incoming, PayloadStore, read_part
 from fedsplit.errors import ExchangeError, FedSplitError, NoSpaceError, RecordError, RefusedError
 from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
@@ -49,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedsplit")
 
 # Also for a task that failed: with another code Flower drops the metrics, and with them the reason.
-_OK = Status(code=Code.OK, message="")
+_OK = flower.Status(code=flower.Code.OK, message="")
 _Reply = tuple[dict[str, Any], list[bytes]]
 
 
@@ -80,21 +68,15 @@ class Relay(Client):
     """
 
     def __init__(
-        self,
-        exchange: Exchange,
-        *,
-        trainer_wait_s: float,
-        use_store: bool = True,
-        remote: RemoteStore | None = None,
-        join_key: bytes | None = None,
-        engine: Engine = EMBEDDED,
-    ) -> None:
+        self, exchange: Exchange, *, trainer_wait_s: float, use_store: bool = True, remote: RemoteStore | None = None,
+        join_key: bytes | None = None, engine: Engine = EMBEDDED,
+    ) -> None:  # fmt: skip
         self.outcome: FinishedRecord | None = None
         self.refused: RefusedError | None = None
         self._exchange = exchange
         self._side = ClientSide(exchange)
         self._greeting = Greeting(self._side, join_key=join_key, use_store=use_store, remote=remote)
-        self._long_poll = LongPoll(self._side, trainer_wait_s)
+        self.long_poll = LongPoll(self._side, trainer_wait_s)
         self._engine = engine
         self._last_heard = time.monotonic()
         self._busy = False
@@ -113,23 +95,22 @@ class Relay(Client):
         """Return for how many seconds the server was silent; 0 while a question of it is being answered."""
         return 0.0 if self._busy else time.monotonic() - self._last_heard
 
-    def leave(self) -> dict[str, str | float | bool]:
+    def leave(self) -> dict[str, str | float]:
         """Return what the relay of the next message must know, where each message has a process of its own."""
-        state: dict[str, str | float | bool] = self._greeting.leave()
-        if self.missing_since is not None:
-            state["missing-since"] = self.missing_since
+        state: dict[str, str | float] = {}
+        if self.long_poll.missing_since is not None:
+            state["missing-since"] = self.long_poll.missing_since
+        if store := self._greeting.store:
+            state["store-root"] = store.announced_root or ""
         return state
 
     def take_up(self, kept: Mapping[str, Any]) -> None:
         """Go on from what the relay of the message before has left."""
         # The clock is the machine's: it goes on from one process to the next.
-        self._long_poll.missing_since = kept.get("missing-since")
-        self._greeting.take_up(kept)
-
-    @property
-    def missing_since(self) -> float | None:
-        """`time.monotonic` since when no trainer was there, while a task waits for one; else None."""
-        return self._long_poll.missing_since
+        self.long_poll.missing_since = kept.get("missing-since")
+        # That the store is the server's was proved when the connection began. The one at a URL has no root.
+        if (root := kept.get("store-root")) is not None:
+            self._greeting.store = PayloadStore(Path(root)) if root else self._greeting.remote
 
     @contextmanager
     def _question(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -145,47 +126,52 @@ class Relay(Client):
 
     # -- Flower's verbs --------------------------------------------------------------------------------------------
 
-    def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
+    def get_properties(self, ins: flower.GetPropertiesIns) -> flower.GetPropertiesRes:
         """Answer ``join``, ``hello``, ``finish``, ``refuse`` and ``ping``."""
         with self._question(ins.config) as message:
-            operation = message.get("op")
+            operation, rank = message.get("op"), self._exchange.rank
             reply: dict[str, Any] = {}
             if operation == "join":
                 reply = self._greeting.prove(message)
             elif operation == "hello":
-                reply = self._greet(message)
+                try:
+                    reply = self._greeting.greet(message)
+                except RefusedError as exc:
+                    self.refused = RefusedError(f"rank {rank} turned the server down: {exc}")
+                    reply = {"rank": rank, "leaving": str(exc)}
             elif operation == "finish":
-                self._finish(message)
+                run_id, outcome, reason = (str(message.get(key, "")) for key in ("run_id", "outcome", "reason"))
+                self._side.finish(run_id, outcome, reason)
+                self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
             elif operation == "refuse":
-                self.refused = self.refused or RefusedError(
-                    f"the server refused rank {self._exchange.rank}: {message.get('reason')}"
-                )
+                reason = f"the server refused rank {rank}: {message.get('reason')}"
+                self.refused = self.refused or RefusedError(reason)
             elif operation != "ping":
                 raise RecordError(f"the server asks for {operation!r}, which this version of fedsplit does not know")
-            return GetPropertiesRes(status=_OK, properties=pack(reply))
+            return flower.GetPropertiesRes(status=_OK, properties=pack(reply))
 
-    def fit(self, ins: FitIns) -> FitRes:
+    def fit(self, ins: flower.FitIns) -> flower.FitRes:
         """Answer ``ask`` for ``initialize`` and ``train``, and ``push``."""
         with self._question(ins.config) as message:
             if message.get("op") == "push":
                 reply, blobs = self._take(message, ins.parameters), list[bytes]()
             else:
                 reply, blobs = self._ask(read(message, Ask, "the server's request"), ins.parameters.tensors)
-        return FitRes(
-            status=_OK, parameters=Parameters(blobs, TENSOR_TYPE),
+        return flower.FitRes(
+            status=_OK, parameters=flower.Parameters(blobs, TENSOR_TYPE),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
         )  # fmt: skip
 
-    def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
+    def evaluate(self, ins: flower.EvaluateIns) -> flower.EvaluateRes:
         """Answer ``ask`` for ``evaluate``."""
         with self._question(ins.config) as message:
             reply, _ = self._ask(read(message, Ask, "the server's request"), ins.parameters.tensors)
-        return EvaluateRes(
+        return flower.EvaluateRes(
             status=_OK, loss=float(reply.get("loss") or 0.0),
             num_examples=int(reply.get("num_examples", 0)), metrics=pack(reply),
         )  # fmt: skip
 
-    def get_parameters(self, ins: GetParametersIns) -> GetParametersRes:
+    def get_parameters(self, ins: flower.GetParametersIns) -> flower.GetParametersRes:
         """Answer ``pull``: a piece of the payload of the newest result, in one read."""
         with self._question(ins.config) as message:
             try:
@@ -194,28 +180,16 @@ class Relay(Client):
                 if result and result.payload and result.payload.digest == wanted.digest:
                     path = self._exchange.check_payload(result.payload)
                     piece = read_part(path, wanted.offset, wanted.bytes)
-                    return GetParametersRes(status=_OK, parameters=Parameters([piece], TENSOR_TYPE))
+                    return flower.GetParametersRes(status=_OK, parameters=flower.Parameters([piece], TENSOR_TYPE))
             except (RecordError, OSError) as exc:
                 log.warning("%s", exc)
         reason = f"rank {self._exchange.rank} no longer holds that result"
-        status = Status(code=Code.GET_PARAMETERS_NOT_IMPLEMENTED, message=reason)
-        return GetParametersRes(status=status, parameters=Parameters([], TENSOR_TYPE))
+        status = flower.Status(code=flower.Code.GET_PARAMETERS_NOT_IMPLEMENTED, message=reason)
+        return flower.GetParametersRes(status=status, parameters=flower.Parameters([], TENSOR_TYPE))
 
     # -- the operations ---------------------------------------------------------------------------------------------
 
-    def _greet(self, message: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return self._greeting.greet(message)
-        except RefusedError as exc:
-            self.refused = RefusedError(f"rank {self._exchange.rank} turned the server down: {exc}")
-            return {"rank": self._exchange.rank, "leaving": str(exc)}
-
-    def _finish(self, message: dict[str, Any]) -> None:
-        run_id, outcome, reason = (str(message.get(key, "")) for key in ("run_id", "outcome", "reason"))
-        self._side.finish(run_id, outcome, reason)
-        self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
-
-    def _take(self, message: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
+    def _take(self, message: dict[str, Any], parameters: flower.Parameters) -> dict[str, Any]:
         """Take a piece of a state that is too large for one message."""
         try:
             piece = read(message, Piece, "the server's message")
@@ -261,7 +235,7 @@ class Relay(Client):
         self._is_full = False
         self._announce(ask, version)
         try:
-            result = self._long_poll.wait(version, ask.hold_s)
+            result = self.long_poll.wait(version, ask.hold_s)
         except FedSplitError:
             # The server is told that this came to nothing: a trainer that comes later must not begin it.
             self._side.cancel(version)
@@ -271,7 +245,7 @@ class Relay(Client):
         if ask.cancel:
             self._side.cancel(version)
             return {"status": "cancelled"}, []
-        waiting_for = "trainer" if self.missing_since is not None else None
+        waiting_for = None if self.long_poll.missing_since is None else "trainer"
         return {"status": "working", "waiting_for": waiting_for}, []
 
     def _wait_for_space(self, exc: NoSpaceError, seconds: float) -> dict[str, Any]:
@@ -287,12 +261,12 @@ class Relay(Client):
         if blobs:
             if (found := bytes_digest(blobs[0])) != digest:
                 raise RecordError(f"the server sent a state with digest {found[:12]}…, announced as {digest[:12]}…")
-            return Source(digest=digest, bytes=len(blobs[0]), content=blobs[0])
+            return Source(bytes=len(blobs[0]), content=blobs[0])
         incoming, store = self._incoming, self._greeting.store
         if incoming and incoming.is_whole and incoming.digest == digest:
-            return Source(digest=digest, bytes=incoming.size, content=incoming.path)
+            return Source(bytes=incoming.size, content=incoming.path)
         path = store.take(digest, self._exchange.fetched_path) if store else None
-        return Source(digest=digest, bytes=size, content=path) if path else None
+        return Source(bytes=size, content=path) if path else None
 
     def _deliver(self, result: ResultRecord) -> _Reply:
         if result.status == "error":

@@ -18,26 +18,20 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import fedsplit.disk.files as disk
 from fedsplit.disk.digest import file_digest
-from fedsplit.disk.files import (
-    Buffer,
-    link_or_copy,
-    make_private_directory,
-    remove_leftovers,
-    sync,
-    write_hashed,
-    write_json,
-)  # fmt: skip
 from fedsplit.errors import CheckpointError, FedSplitError
 
 log = logging.getLogger("fedsplit")
 
 SCHEMA = "fedsplit-checkpoint/1"
+_NOT_VALID = (OSError, ValueError, KeyError, TypeError, RecursionError)
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ROUND = re.compile(r"round-([0-9]{6,})")
 
 
@@ -49,8 +43,8 @@ class Checkpoint:
     run_id: str
     server_round: int
     files: Mapping[str, str]
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any]
+    info: Mapping[str, Any]
 
     def path(self, name: str) -> Path:
         """Return the path of one of its files."""
@@ -82,33 +76,20 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def save(
-        self,
-        *,
-        run_id: str,
-        server_round: int,
-        files: Mapping[str, Iterable[Buffer] | Path],
-        metrics: Mapping[str, Any] = MappingProxyType({}),
-        info: Mapping[str, Any] = MappingProxyType({}),
-        digests: Mapping[str, str] = MappingProxyType({}),
-        durable: bool = True,
-    ) -> Path:
+        self, *, run_id: str, server_round: int, files: Mapping[str, Iterable[disk.Buffer] | Path],
+        metrics: Mapping[str, Any] = _NOTHING, info: Mapping[str, Any] = _NOTHING,
+        digests: Mapping[str, str] = _NOTHING, durable: bool = True,
+    ) -> Path:  # fmt: skip
         """Write a round; a file given as a path is linked, not copied, where the file system can.
 
-        Parameters
-        ----------
-        digests
-            SHA-256 of files given as paths, where the caller knows them: they are not read again.
-
-        Raises
-        ------
-        CheckpointError
-            If it cannot be written, for example on a full disk; the rounds before are as they were.
+        A file whose SHA-256 is in `digests` is not read again. Raises CheckpointError if the round cannot be written,
+        for example on a full disk; the rounds before are as they were.
         """
         target = self.round_directory(server_round)
         temporary = target.with_name(f".{target.name}.tmp")
         try:
             if not self._is_checked or not self.directory.is_dir():
-                make_private_directory(self.directory, CheckpointError)
+                disk.make_private_directory(self.directory, CheckpointError)
                 self._is_checked = True
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(mode=0o700)
@@ -118,15 +99,14 @@ class CheckpointStore:
                 "files": found, "metrics": dict(metrics), "info": dict(info),
             }  # fmt: skip
             for name in files if durable else ():
-                sync(temporary / name)
-            write_json(temporary / "manifest.json", manifest, durable=durable)
-            if durable:
-                sync(temporary)
+                disk.sync(temporary / name)
+            # With `durable` this syncs the directory too, after the manifest.
+            disk.write_json(temporary / "manifest.json", manifest, durable=durable)
             # It exists only if the round is done again, with the same outcome.
             self.remove(server_round)
             temporary.rename(target)
             if durable:
-                sync(self.directory)
+                disk.sync(self.directory)
         except (OSError, FedSplitError) as exc:
             shutil.rmtree(temporary, ignore_errors=True)
             newest = self.newest()
@@ -140,10 +120,8 @@ class CheckpointStore:
         """Bring a round that was written with ``durable=False`` to the disk."""
         directory = self.round_directory(server_round)
         try:
-            for path in directory.iterdir():
-                sync(path)
-            sync(directory)
-            sync(self.directory)
+            for path in [*directory.iterdir(), directory, self.directory]:
+                disk.sync(path)
         except FileNotFoundError:
             log.debug("round %d was pruned before it was flushed", server_round)
         except OSError as exc:
@@ -156,7 +134,7 @@ class CheckpointStore:
         """
         directory = self.round_directory(server_round)
         try:
-            manifest = json.loads((directory / "manifest.json").read_bytes())
+            manifest = _manifest(directory)
             files = manifest["files"]
             if manifest["schema"] != SCHEMA:
                 raise CheckpointError(f"{directory} has schema {manifest['schema']!r}, expected {SCHEMA!r}")
@@ -169,7 +147,7 @@ class CheckpointStore:
                 files={name: str(line["sha256"]) for name, line in files.items()},
                 metrics=manifest["metrics"], info=manifest["info"],
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        except (*_NOT_VALID, AttributeError) as exc:
             raise CheckpointError(f"{directory} has no valid manifest ({type(exc).__name__}: {exc})") from exc
 
     def newest(self, *, run_id: str | None = None, before: int | None = None, verify: bool = True) -> Checkpoint | None:
@@ -202,30 +180,30 @@ class CheckpointStore:
 
     def begin_run(self, run_id: str) -> None:
         """Move rounds of other runs to ``old-runs/<their id>/``, and delete what a writer that was killed left."""
-        make_private_directory(self.directory, CheckpointError)
+        disk.make_private_directory(self.directory, CheckpointError)
         for path in self.directory.glob(".round-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
-        remove_leftovers(self.directory, "")
+        disk.remove_leftovers(self.directory, "")
         for server_round in self.rounds():
             directory = self.round_directory(server_round)
-            if (found := _run_of(directory)) != run_id:
+            try:
+                found = str(_manifest(directory)["run_id"])
+            except _NOT_VALID:
+                found = "unknown"
+            if found != run_id:
                 self.put_aside(found, directory)
 
     def put_aside(self, run_id: str, *paths: Path) -> None:
         """Move files or directories of an old run out of the way; nothing is deleted."""
         aside = self.directory / "old-runs" / re.sub(r"[^0-9A-Za-z_-]", "_", run_id or "unknown")
-        make_private_directory(aside, CheckpointError)
+        disk.make_private_directory(aside, CheckpointError)
         for path in paths:
             target, count = aside / path.name, 1
             while target.exists():  # the same run was put aside before
                 count += 1
                 target = aside / f"{path.name}.{count}"
-            try:
+            with disk.explained(target, f"move {path} to", CheckpointError), suppress(FileNotFoundError):
                 path.rename(target)
-            except FileNotFoundError:
-                continue
-            except OSError as exc:
-                raise CheckpointError(f"cannot move {path} to {target}: {exc.strerror or exc}") from exc
 
 
 class BackgroundWriter:
@@ -262,13 +240,13 @@ class BackgroundWriter:
             self._pool.shutdown()
 
 
-def _put(path: Path, content: Iterable[Buffer] | Path, digest: str | None) -> dict[str, Any]:
+def _put(path: Path, content: Iterable[disk.Buffer] | Path, digest: str | None) -> dict[str, Any]:
     """Write or link one file; returns its line in the manifest."""
     if isinstance(content, Path):
-        link_or_copy(content, path)
-        return _manifest_line(path, digest)
-    digest, size = write_hashed(path, content)
-    return {"bytes": size, "sha256": digest}
+        disk.link_or_copy(content, path)
+    else:
+        digest, _ = disk.write_hashed(path, content)
+    return _manifest_line(path, digest)
 
 
 def _check_file(directory: Path, name: str, expected: Mapping[str, Any], verify: bool) -> None:
@@ -285,8 +263,5 @@ def _manifest_line(path: Path, digest: str | None = None) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest or file_digest(path)}
 
 
-def _run_of(directory: Path) -> str:
-    try:
-        return str(json.loads((directory / "manifest.json").read_bytes())["run_id"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return "unknown"
+def _manifest(directory: Path) -> Any:
+    return json.loads((directory / "manifest.json").read_bytes())

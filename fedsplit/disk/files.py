@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -45,24 +46,22 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     Raises ExchangeError, which names the path, if the disk is full or the directory cannot be written.
     """
     temporary = _temporary(path)
-    try:
-        # What a dead process of the same id left may be a second name of a finished file: never write into it.
-        remove(temporary)
-        # 0600 from the start: a mode set after the first byte would leave a moment in which others can read.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            yield file
+    with explained(path):
+        try:
+            # What a dead process of the same id left may be a second name of a finished file: never write into it.
+            remove(temporary)
+            # 0600 from the start: a mode set after the first byte would leave a moment in which others can read.
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                yield file
+                if durable:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
             if durable:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if durable:
-            sync(path.parent)
-    except OSError as exc:
-        remove(temporary)
-        raise explain(exc, path) from exc
-    except BaseException:
-        remove(temporary)
-        raise
+                sync(path.parent)
+        except BaseException:
+            remove(temporary)
+            raise
 
 
 def write_chunks(path: Path, chunks: Iterable[Buffer], *, durable: bool = False) -> None:
@@ -87,22 +86,21 @@ def write_hashed(path: Path, chunks: Iterable[Buffer]) -> tuple[str, int]:
     buffers = list(chunks)
     size = sum(memoryview(chunk).nbytes for chunk in buffers)
     if size <= _HASH_BESIDE_BYTES:
-        buffers = [b"".join(buffers)]
+        content = b"".join(buffers)
+        write_chunks(path, [content])
+        return hashlib.sha256(content).hexdigest(), size
     digest = hashlib.sha256()
 
     def update() -> None:
         for chunk in buffers:
             digest.update(chunk)
 
-    hashing = threading.Thread(target=update, name="hashing") if size > _HASH_BESIDE_BYTES else None
-    with atomic_file(path) as file:
-        if hashing:
-            hashing.start()
-        try:
-            for chunk in buffers:
-                write_all(file, chunk)
-        finally:
-            hashing.join() if hashing else update()
+    hashing = threading.Thread(target=update, name="hashing")
+    hashing.start()
+    try:
+        write_chunks(path, buffers)
+    finally:
+        hashing.join()
     return digest.hexdigest(), size
 
 
@@ -115,47 +113,34 @@ def write_at(path: Path, offset: int, chunk: Buffer) -> None:
     """Write a piece of a file that nobody reads before it is whole; the piece at 0 begins the file anew."""
     # A later piece must find the file there: one that vanished would come back with a hole in place of its start.
     flags = os.O_WRONLY | os.O_NOFOLLOW | (0 if offset else os.O_CREAT | os.O_TRUNC)
-    try:
-        with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
-            file.seek(offset)
-            write_all(file, chunk)
-    except OSError as exc:
-        raise explain(exc, path) from exc
+    with explained(path), os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+        file.seek(offset)
+        write_all(file, chunk)
 
 
 def append_line(path: Path, line: str) -> None:
     """Append one line, whole or not at all; raises ExchangeError."""
-    try:
-        with path.open("ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                write_all(file, line.encode() + b"\n")
-            except OSError:
-                # The next line must not be glued to half of this one.
-                file.truncate(before)
-                raise
-    except OSError as exc:
-        raise explain(exc, path) from exc
+    with explained(path), path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            write_all(file, line.encode() + b"\n")
+        except OSError:
+            # The next line must not be glued to half of this one.
+            file.truncate(before)
+            raise
 
 
 def overwrite_in_place(path: Path, text: str) -> None:
     """Replace the content and keep the inode: for a lock file, whose lock lives on the inode."""
-    content = text.encode()
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-        try:
-            os.pwrite(descriptor, content, 0)
-            os.ftruncate(descriptor, len(content))
-        finally:
-            os.close(descriptor)
-    except OSError as exc:
-        raise explain(exc, path) from exc
+    with explained(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
+        write_all(file, text.encode())
+        file.truncate()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a finished file a second name, or a copy where the file system cannot link (another disk, no links)."""
     temporary = _temporary(target)
-    try:
+    with explained(target, f"link {source} to"):
         remove(temporary)
         try:
             os.link(source, temporary, follow_symlinks=False)
@@ -169,8 +154,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         temporary.replace(target)
         # rename(2) between two names of one inode does nothing and leaves both.
         remove(temporary)
-    except OSError as exc:
-        raise explain(exc, target, f"link {source} to") from exc
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -201,10 +184,8 @@ def map_regular(path: Path) -> mmap.mmap:
 
 def unreadable_name(path: Path) -> Path:
     """Return a free name beside a file, to keep it under if it cannot be read."""
-    count = 1
-    while (kept := path.with_name(f"{path.name}.unreadable-{count}")).exists():
-        count += 1
-    return kept
+    names = (path.with_name(f"{path.name}.unreadable-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def sync(path: Path) -> None:
@@ -218,10 +199,8 @@ def sync(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file if it is there."""
-    try:
+    with explained(path, "remove"):
         path.unlink(missing_ok=True)
-    except OSError as exc:
-        raise explain(exc, path, "remove") from exc
 
 
 def remove_leftovers(directory: Path, prefix: str) -> None:
@@ -288,9 +267,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def explain(exc: OSError, path: Path, verb: str = "write") -> FedSplitError:
+@contextmanager
+def explained(path: Path, verb: str = "write", error: type[FedSplitError] = ExchangeError) -> Iterator[None]:
     """Turn an error of the operating system into one that names the path and the way out."""
-    if exc.errno in _FULL:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _FULL:
+            raise error(f"cannot {verb} {path}: {exc.strerror or exc}") from exc
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        return NoSpaceError(f"no space left to write {path} ({free:,} bytes free); free some or move the directory")
-    return ExchangeError(f"cannot {verb} {path}: {exc.strerror or exc}")
+        reason = f"no space left to write {path} ({free:,} bytes free); free some or move the directory"
+        raise NoSpaceError(reason) from exc

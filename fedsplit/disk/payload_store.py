@@ -15,20 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsplit.disk import files
 from fedsplit.disk.digest import bytes_digest, checked, is_digest
-from fedsplit.disk.files import (
-    Buffer,
-    check_space,
-    explain,
-    link_or_copy,
-    make_private_directory,
-    map_regular,
-    open_regular,
-    remove,
-    write_at,
-    write_chunks,
-    write_hashed,
-)  # fmt: skip
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError
 
 _NONCE_BYTES = 32
@@ -52,7 +40,7 @@ class Incoming:
     def __init__(self, path: Path, digest: str, size: int) -> None:
         if not is_digest(digest) or size < 0:
             raise RecordError(f"a payload of {size} bytes with digest {digest!r} was announced")
-        check_space(path.parent, size)
+        files.check_space(path.parent, size)
         self.path = path
         self.digest = digest
         self.size = size
@@ -64,7 +52,7 @@ class Incoming:
         """Whether all of it is there, with the right digest."""
         return self.have == self.size
 
-    def add(self, offset: int, piece: Buffer) -> None:
+    def add(self, offset: int, piece: files.Buffer) -> None:
         """Take a piece; one that does not begin where the file ends changes nothing.
 
         Raises RecordError if there is more than was announced, or all of it has another digest.
@@ -73,7 +61,7 @@ class Incoming:
             return
         if self.have + len(piece) > self.size:
             raise RecordError(f"a payload of {self.size:,} bytes was announced, more came")
-        write_at(self.path, offset, piece)
+        files.write_at(self.path, offset, piece)
         self._hash.update(piece)
         self.have += len(piece)
         if self.is_whole and (found := self._hash.hexdigest()) != self.digest:
@@ -82,11 +70,11 @@ class Incoming:
 
     def map(self) -> mmap.mmap:
         """Map all of it; raises RecordError if it is no longer there."""
-        return map_regular(self.path)
+        return files.map_regular(self.path)
 
     def discard(self) -> None:
         """Delete the file; a process that mapped it can still read it."""
-        remove(self.path)
+        files.remove(self.path)
 
 
 class PayloadStore:
@@ -97,44 +85,38 @@ class PayloadStore:
 
     def open(self) -> None:
         """Make the directory, or clear what an earlier server left in it."""
-        make_private_directory(self.root, CheckpointError)
+        files.make_private_directory(self.root, CheckpointError)
         for path in self.root.iterdir():
-            remove(path)
+            files.remove(path)
 
     def path(self, digest: str) -> Path:
         """Return the path of a payload; raises RecordError unless the name is a digest: no other is ever opened."""
         return self.root / checked(digest)
 
-    def find(self, digest: str) -> Path | None:
-        """Return the path of a payload that is there as a regular file, or None."""
+    def take(self, digest: str, scratch: Path | None = None) -> Path | None:
+        """Return the path of a payload, or None if it is no regular file there; a remote store needs the scratch."""
         path = self.path(digest)
         try:
             return path if stat.S_ISREG(path.lstat().st_mode) else None
         except OSError:
             return None
 
-    def take(self, digest: str, scratch: Path) -> Path | None:
-        """Return where a payload can be linked from, or None; ``scratch`` is where a remote store downloads it to."""
-        return self.find(digest)
-
     def give(self, source: Path, digest: str) -> None:
         """Put a finished file into the store."""
-        link_or_copy(source, self.path(digest))
+        files.link_or_copy(source, self.path(digest))
 
     @property
     def announced_root(self) -> str | None:
         """Where a client on the same machine is told to look for the nonce."""
         return str(self.root.resolve())
 
-    def put(self, chunks: Iterable[Buffer]) -> StoredPayload:
+    def put(self, chunks: Iterable[files.Buffer]) -> StoredPayload:
         """Write a payload under its digest."""
         temporary = self.root / f"writing-{secrets.token_hex(8)}"
-        digest, size = write_hashed(temporary, chunks)
+        digest, size = files.write_hashed(temporary, chunks)
         path = self.path(digest)
-        try:
+        with files.explained(path):
             temporary.replace(path)
-        except OSError as exc:
-            raise explain(exc, path) from exc
         return StoredPayload(digest=path.name, bytes=size, path=path)
 
     def map(self, digest: str, *, own: bool = False) -> mmap.mmap:
@@ -143,7 +125,7 @@ class PayloadStore:
         Raises RecordError if it is not there or its bytes have another digest.
         """
         path = self.path(digest)
-        content = map_regular(path)
+        content = files.map_regular(path)
         if not own and (found := bytes_digest(content)) != digest:
             raise RecordError(f"{path} has digest {found[:12]}…: it was changed after it was written")
         return content
@@ -154,35 +136,34 @@ class PayloadStore:
 
     def drop(self, digest: str) -> None:
         """Delete a payload; a process that mapped or linked it can still read it."""
-        remove(self.path(digest))
+        files.remove(self.path(digest))
 
     def clear(self) -> None:
         """Delete every payload. Temporary names are left alone: a client may be linking one just now."""
         for path in self.root.glob("*"):
             if is_digest(path.name):
-                remove(path)
+                files.remove(path)
 
     def put_nonce(self) -> tuple[str, str]:
         """Write a nonce under a random name; returns the name and the content that proves one can read here."""
         name, content = secrets.token_hex(_NONCE_BYTES), secrets.token_hex(_NONCE_BYTES)
-        write_chunks(self.path(name), [content.encode()])
+        files.write_chunks(self.path(name), [content.encode()])
         return name, content
+
+    def read_nonce(self, name: str) -> str | None:
+        """Return the nonce if this process can use the store: private to its own user and readable; else None."""
+        try:
+            if not self.root.is_dir():
+                return None
+            files.make_private_directory(self.root)
+            content = read_part(self.path(name), 0, 4 * _NONCE_BYTES + 1)
+            return content.decode() if len(content) <= 4 * _NONCE_BYTES else None
+        except (OSError, FedSplitError, UnicodeDecodeError):
+            return None
 
 
 def read_part(path: Path, offset: int, size: int) -> bytes:
     """Return a piece of a payload file, a shorter one at its end."""
-    with open_regular(path) as file:
+    with files.open_regular(path) as file:
         file.seek(offset)
         return file.read(size)
-
-
-def read_nonce(root: Path, name: str) -> str | None:
-    """Return the nonce if this process can use the store: private to its own user and readable; else None."""
-    try:
-        if not root.is_dir():
-            return None
-        make_private_directory(root)
-        path = PayloadStore(root).find(name)
-        return path.read_text() if path and path.stat().st_size <= 4 * _NONCE_BYTES else None
-    except (OSError, FedSplitError, UnicodeDecodeError):
-        return None

@@ -28,18 +28,12 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci",
 
 
 class RemoteStore:
-    """Payloads at a URL, under their digests.
+    """Payloads at a URL, under their digests; each side knows it from its own ``--payload-store``.
 
-    Parameters
-    ----------
-    url
-        Both sides are given it by their own ``--payload-store``; neither opens a place that the other one names.
-
-    Raises
-    ------
-    UsageError
-        If fsspec, or what it needs for this kind of URL, is not installed, or the URL cannot be used.
+    Raises UsageError if fsspec, or what it needs for this kind of URL, is not installed, or the URL cannot be used.
     """
+
+    announced_root = None  # neither side opens a place that the other one names
 
     def __init__(self, url: str) -> None:
         try:
@@ -55,22 +49,17 @@ class RemoteStore:
         self._puts_whole = bool(_OBJECT_STORES & set(protocols))
         self._root = self._root.rstrip("/")
 
-    # A client of this store knows it from its own --payload-store.
-    announced_root = None
-
     def give(self, source: Path, digest: str) -> None:
         """Bring a payload file there, unless it is there already; raises ExchangeError."""
         target = self._place(digest)
         with self._explained(f"write {digest[:12]}… to"):
             if self._fs.exists(target):
                 return
-            if self._puts_whole:
-                self._fs.put_file(str(source), target)
-                return
-            self._fs.makedirs(self._root, exist_ok=True)
-            temporary = f"{self._root}/writing-{secrets.token_hex(8)}"
+            temporary = target if self._puts_whole else f"{self._root}/writing-{secrets.token_hex(8)}"
+            self._make_root()
             self._fs.put_file(str(source), temporary)
-            self._fs.mv(temporary, target)
+            if temporary != target:
+                self._fs.mv(temporary, target)
 
     def take(self, digest: str, scratch: Path) -> Path:
         """Bring a payload to ``scratch``; raises RecordError if it is not there or its bytes have another digest."""
@@ -98,8 +87,7 @@ class RemoteStore:
         """Write a nonce under a random name; returns the name and the content that proves one can read here."""
         name, content = secrets.token_hex(_NONCE_BYTES), secrets.token_hex(_NONCE_BYTES)
         with self._explained("write to"):
-            if not self._puts_whole:
-                self._fs.makedirs(self._root, exist_ok=True)
+            self._make_root()
             self._fs.pipe_file(self._place(name), content.encode())
         return name, content
 
@@ -113,6 +101,10 @@ class RemoteStore:
         except Exception as exc:  # noqa: BLE001  (each backend has its own errors; the answer is the same: not seen)
             log.warning("the payload store %s is not the server's, or cannot be read: %s", self.url, exc)
             return None
+
+    def _make_root(self) -> None:
+        if not self._puts_whole:
+            self._fs.makedirs(self._root, exist_ok=True)
 
     def _place(self, digest: str) -> str:
         return f"{self._root}/{checked(digest)}"

@@ -7,12 +7,11 @@ Only the holder of the client's role writes ``task.json`` and ``finished.json``.
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedsplit.disk.files import Buffer, check_space, link_or_copy, remove, write_chunks
+from fedsplit.disk import files
 from fedsplit.errors import RecordError, SchemaError
 from fedsplit.exchange.decisions import Offer, is_past, what_to_offer
 from fedsplit.exchange.directory import Exchange, forgive
@@ -25,9 +24,11 @@ log = logging.getLogger("fedsplit")
 class Source:
     """Where a task's payload comes from: bytes that were received, or a finished file to link."""
 
-    digest: str
     bytes: int
-    content: Buffer | Path
+    content: files.Buffer | Path
+
+
+Fetch = Callable[[str], Source | None]
 
 
 class ClientSide:
@@ -39,29 +40,12 @@ class ClientSide:
         self._awaited = 0
         self._has_told = False
 
-    def offer(self, request: Request, digest: str | None, fetch: Callable[[str], Source | None]) -> int | None:
-        """Put a request before the trainer, unless it is there already.
+    def offer(self, request: Request, digest: str | None, fetch: Fetch) -> int | None:
+        """Put a request before the trainer, unless it is there already; returns the version to wait for.
 
-        Parameters
-        ----------
-        request
-            What is asked.
-        digest
-            SHA-256 of the state it starts from; None if it needs none.
-        fetch
-            Called with the digest if the exchange does not hold that state; may return None.
-
-        Returns
-        -------
-        version
-            The version to wait for; None if the state is nowhere to be had.
-
-        Raises
-        ------
-        RecordError
-            If the state that was fetched is no payload, or is damaged.
-        ExchangeError
-            If it cannot be written.
+        It starts from the state with this SHA-256, or from none; `fetch` is called with it if the exchange does not
+        hold that state. Returns None if the state is nowhere to be had. Raises RecordError if what was fetched is no
+        payload, or is damaged.
         """
         # Without the lock: only this side counts up, and an answer that comes meanwhile has no higher version.
         task, result = forgive(self.exchange.read_task), forgive(self.exchange.read_result)
@@ -136,31 +120,20 @@ class ClientSide:
         task = forgive(self.exchange.read_task)
         return task.digest if task and self._is_whole(task) else None
 
-    def exchange_id(self) -> str:
-        """Return this directory's id, which no other one has. By it the server knows a client that comes back."""
-        name = forgive(self.exchange.read_exchange_id)
-        if name is None:
-            name = uuid.uuid4().hex
-            write_chunks(self.exchange.exchange_id_path, [name.encode()])
-        return name
-
-    def _place(
-        self, task: TaskRecord | None, digest: str, fetch: Callable[[str], Source | None], version: int
-    ) -> PayloadRecord | None:
+    def _place(self, task: TaskRecord | None, digest: str, fetch: Fetch, version: int) -> PayloadRecord | None:
         """Put a state's payload into the exchange; returns None if it is nowhere to be had."""
         target = self.exchange.payload_path("task", version)
         was_here = task is not None and task.digest == digest
         if task and task.payload and was_here and self._is_whole(task):
-            link_or_copy(self.exchange.directory / task.payload.file, target)
+            files.link_or_copy(self.exchange.directory / task.payload.file, target)
             return replace(task.payload, file=target.name)
-        source = fetch(digest)
-        if source is None:
+        if (source := fetch(digest)) is None:
             return None
-        check_space(self.exchange.directory, 0 if isinstance(source.content, Path) else source.bytes)
         if isinstance(source.content, Path):
-            link_or_copy(source.content, target)
+            files.link_or_copy(source.content, target)
         else:
-            write_chunks(target, [source.content])
+            files.check_space(self.exchange.directory, source.bytes)
+            files.write_chunks(target, [source.content])
         payload = PayloadRecord(file=target.name, bytes=source.bytes, digest=digest)
         try:
             self.exchange.check_payload(payload)
@@ -169,7 +142,7 @@ class ClientSide:
             if was_here:
                 self.exchange.check_digest(payload)
         except RecordError:
-            remove(target)
+            files.remove(target)
             raise
         return payload
 
@@ -181,7 +154,7 @@ class ClientSide:
             raise
         except RecordError as exc:
             log.warning("%s; removed", exc)
-            remove(self.exchange.finished_path)
+            files.remove(self.exchange.finished_path)
             return None
 
     def _next_version(self, task: TaskRecord | None, result: ResultRecord | None, end: FinishedRecord | None) -> int:

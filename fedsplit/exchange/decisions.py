@@ -55,24 +55,12 @@ class Offer(Enum):
 
 
 def what_to_offer(
-    request: Request,
-    digest: str | None,
-    *,
-    task: TaskRecord | None,
-    result: ResultRecord | None,
-    end: FinishedRecord | None,
-    awaited: int,
-) -> Offer:
-    """Decide what the client does about a request; see the table above.
+    request: Request, digest: str | None, *, task: TaskRecord | None, result: ResultRecord | None,
+    end: FinishedRecord | None, awaited: int,
+) -> Offer:  # fmt: skip
+    """Decide what the client does about a request from the state with a digest; see the table above.
 
-    Parameters
-    ----------
-    request, digest
-        What the server asks, and the SHA-256 of the state it starts from.
-    task, result, end
-        The newest records.
-    awaited
-        The version that this client waits for and whose answer it has not taken yet; 0 if there is none.
+    `awaited` is the version that this client waits for and whose answer it has not taken yet; 0 if there is none.
     """
     if task is None or not asks(task, request, digest):
         return Offer.RENEW
@@ -88,12 +76,7 @@ def what_is_next(
 ) -> TaskRecord | FinishedRecord | None:
     """Return the task to begin, the end of the run, or None if there is nothing to do; see the table above.
 
-    Parameters
-    ----------
-    task, result, end
-        The newest records.
-    left
-        The end that the last trainer of this rank has seen and left for.
+    `left` is the end that the last trainer of this rank has seen and left for.
     """
     if end and is_past(task, end):
         return None if left and left.version >= end.version else end

@@ -21,37 +21,20 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from filelock import FileLock, Timeout
 
+from fedsplit.disk import files
 from fedsplit.disk.digest import file_digest
-from fedsplit.disk.files import (
-    check_space,
-    explain,
-    make_private_directory,
-    open_regular,
-    overwrite_in_place,
-    remove,
-    remove_leftovers,
-    write_chunks,
-)  # fmt: skip
 from fedsplit.errors import DirectoryLostError, ExchangeError, RecordError, RoleTakenError, SchemaError, UsageError
-from fedsplit.exchange.records import (
-    RECORD_BYTES,
-    AnyRecord,
-    FinishedRecord,
-    PayloadRecord,
-    Record,
-    ResultRecord,
-    TaskRecord,
-    decode,
-    encode,
-)  # fmt: skip
+from fedsplit.exchange import records
+from fedsplit.exchange.records import AnyRecord, FinishedRecord, PayloadRecord, Record, ResultRecord, TaskRecord
 from fedsplit.states.header import read_header
 
 log = logging.getLogger("fedsplit")
@@ -120,33 +103,25 @@ class Exchange:
 
     @contextmanager
     def hold(self, role: Role) -> Iterator[None]:
-        """Make the directory and hold a role of it for the length of the block.
-
-        Raises
-        ------
-        RoleTakenError
-            If a live process holds it; names the process.
-        ExchangeError
-            If the directory cannot be used.
-        """
-        make_private_directory(self.directory)
-        check_space(self.directory, _LEAST_SPACE_BYTES)
-        lock = self._lock_of(role)
+        """Make the directory and hold a role of it for the length of the block; raises RoleTakenError."""
+        files.make_private_directory(self.directory)
+        files.check_space(self.directory, _LEAST_SPACE_BYTES)
+        path, lock = self.lock_path(role), self._lock_of(role)
         with ExitStack() as stack:
             with self.handoff():
                 if not _take(lock, 0.0):
                     raise RoleTakenError(
-                        f"rank {self.rank} already has a {role}: {self.owner(role)} holds {self.lock_path(role)}; "
+                        f"rank {self.rank} already has a {role}: {self.owner(role)} holds {path}; "
                         "stop that one, or take another rank or --exchange-dir"
                     )
                 stack.callback(lock.release)
-                self._own_lock = (self.lock_path(role), self.lock_path(role).stat())
+                self._own_lock = (path, path.stat())
                 stack.callback(setattr, self, "_own_lock", None)
                 me = Owner(pid=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
-                overwrite_in_place(self.lock_path(role), json.dumps(asdict(me)))
+                files.overwrite_in_place(path, json.dumps(asdict(me)))
             # Half-written files of a dead predecessor. Nobody else writes these while the lock is held.
             for written in ("task", "finished", "exchange-id") if role == "client" else ("result", "left"):
-                remove_leftovers(self.directory, written)
+                files.remove_leftovers(self.directory, written)
             yield
 
     def is_held(self, role: Role) -> bool:
@@ -191,21 +166,19 @@ class Exchange:
         if self._own_lock is None:
             return
         path, mine = self._own_lock
-        try:
+        with suppress(OSError):
             if os.path.samestat(path.stat(), mine):
                 return
-        except OSError:
-            pass
         raise DirectoryLostError(
             f"{self.directory} was removed or replaced while it was in use; start the client and the trainer of rank "
             f"{self.rank} again"
         )
 
     def _describe_wait(self, seconds: float) -> str:
-        owners = {role: self.owner(role) for role in get_args(Role)}
-        others = {role: owner for role, owner in owners.items() if owner and owner.pid != os.getpid()}
-        stopped = {role: owner for role, owner in others.items() if owner.is_stopped}
-        who = " or ".join(f"the {role} ({owner})" for role, owner in (stopped or others).items())
+        owners = [(role, self.owner(role)) for role in get_args(Role)]
+        others = [(role, owner) for role, owner in owners if owner and owner.pid != os.getpid()]
+        stopped = [(role, owner) for role, owner in others if owner.is_stopped]
+        who = " or ".join(f"the {role} ({owner})" for role, owner in stopped or others)
         return f"{self._handoff.lock_file} has been held for {seconds:.0f} s, by {who or 'another process'}"
 
     # -- records -------------------------------------------------------------------------------------------------
@@ -228,12 +201,15 @@ class Exchange:
 
     def write(self, path: Path, record: Record) -> None:
         """Put a record into place; raises RecordError, and writes nothing, if no reader would take it."""
-        write_chunks(path, [encode(record, str(path))])
+        files.write_chunks(path, [records.encode(record, str(path))])
 
-    def read_exchange_id(self) -> str | None:
-        """Return this directory's id, or None if it has none yet."""
-        text = self._read(self.exchange_id_path) or b""
-        return text.decode() if _EXCHANGE_ID.fullmatch(text) else None
+    def exchange_id(self) -> str:
+        """Return this directory's id, which no other one has; the client makes it. By it the server knows it again."""
+        text = forgive(lambda: self._read(self.exchange_id_path)) or b""
+        if not _EXCHANGE_ID.fullmatch(text):
+            text = uuid.uuid4().hex.encode()
+            files.write_chunks(self.exchange_id_path, [text])
+        return text.decode()
 
     def check_payload(self, payload: PayloadRecord) -> Path:
         """Return the path of a payload if its length matches and its header parses; else raises RecordError."""
@@ -244,26 +220,22 @@ class Exchange:
     def check_digest(self, payload: PayloadRecord) -> None:
         """Read all bytes of a payload; raises RecordError if they have another digest than its record says."""
         path = self.directory / payload.file
-        try:
+        with files.explained(path, "read the payload", RecordError):
             found = file_digest(path)
-        except OSError as exc:
-            raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
         if found != payload.digest:
             raise RecordError(f"{path} has digest {found[:12]}…, its record says {payload.digest[:12]}…")
 
     def payload_versions(self, of: Literal["task", "result"]) -> list[int]:
         """Return the versions of which a payload file is there."""
-        try:
+        with files.explained(self.directory, "list"):
             matches = map(_PAYLOAD_NAME.fullmatch, os.listdir(self.directory))  # noqa: PTH208  (several times a task)
-        except OSError as exc:
-            raise explain(exc, self.directory, "list") from exc
         return sorted(int(match[2]) for match in matches if match and match[1] == of)
 
     def remove_payloads(self, of: Literal["task", "result"], *, below: int) -> None:
         """Remove the payload files of lower versions, once the other side has moved on."""
         for version in self.payload_versions(of):
             if version < below:
-                remove(self.payload_path(of, version))
+                files.remove(self.payload_path(of, version))
 
     def _record(self, path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
         text = self._read(path)
@@ -273,7 +245,7 @@ class Exchange:
         known = self._parsed.get(path)
         if known and known[0] == text and isinstance(known[1], kind):
             return known[1]
-        record = decode(text, kind, str(path))
+        record = records.decode(text, kind, str(path))
         self._parsed[path] = (text, record)
         return record
 
@@ -283,15 +255,14 @@ class Exchange:
 
     @staticmethod
     def _read(path: Path) -> bytes | None:
-        try:
-            with open_regular(path) as file:
-                text = file.read(RECORD_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as exc:
-            raise RecordError(f"cannot read the record {path}: {exc.strerror or exc}") from exc
-        if len(text) > RECORD_BYTES:
-            raise RecordError(f"{path} is over {RECORD_BYTES:,} bytes; a record is small")
+        with files.explained(path, "read the record", RecordError):
+            try:
+                with files.open_regular(path) as file:
+                    text = file.read(records.RECORD_BYTES + 1)
+            except FileNotFoundError:
+                return None
+        if len(text) > records.RECORD_BYTES:
+            raise RecordError(f"{path} is over {records.RECORD_BYTES:,} bytes; a record is small")
         return text
 
 
@@ -310,11 +281,11 @@ def forgive(read: Callable[[], Found | None]) -> Found | None:
 
 
 def _take(lock: FileLock, timeout_s: float) -> bool:
-    try:
-        lock.acquire(timeout=timeout_s)
-    except Timeout:
-        return False
-    except (OSError, NotImplementedError) as exc:
-        problem = exc if isinstance(exc, OSError) else OSError(str(exc))
-        raise explain(problem, Path(lock.lock_file), "lock") from exc
+    with files.explained(Path(lock.lock_file), "lock"):
+        try:
+            lock.acquire(timeout=timeout_s)
+        except Timeout:
+            return False
+        except NotImplementedError as exc:  # there is no flock here
+            raise OSError(str(exc)) from exc
     return True

@@ -34,13 +34,8 @@ Count = Annotated[int, Meta(ge=0, le=_LIMIT)]
 Version = Annotated[int, Meta(ge=1, le=_LIMIT)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 # Name to (dtype as torch names it, shape).
-LocalEntries = Mapping[
-    str,
-    tuple[
-        Annotated[str, Meta(max_length=20)],
-        Annotated[tuple[Annotated[int, Meta(ge=0, le=2**40)], ...], Meta(max_length=64)],
-    ],
-]
+_Shape = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**40)], ...], Meta(max_length=64)]
+LocalEntries = Mapping[str, tuple[Annotated[str, Meta(max_length=20)], _Shape]]
 Checked = TypeVar("Checked")
 
 
@@ -56,23 +51,17 @@ class PayloadRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the server asks of a rank: everything about a task but its version and its payload.
-
-    Attributes
-    ----------
-    split
-        ``(pattern, local)`` in the order of the server's rules: a key whose first matching pattern is local never
-        leaves the trainer.
-    refused
-        Why the rank's last answer did not count; None if it did.
-    """
+    """What the server asks of a rank: everything about a task but its version and its payload."""
 
     run_id: str
     kind: Kind
     server_round: Count
     total_rounds: Count
     config: Mapping[str, Scalar] = field(default_factory=dict)
+    # ``(pattern, local)`` in the order of the server's rules: a key whose first matching pattern is local never leaves
+    # the trainer.
     split: tuple[tuple[str, bool], ...] = ()
+    # Why the rank's last answer did not count; None if it did.
     refused: Annotated[str, Meta(max_length=MOST_TEXT)] | None = None
 
 
@@ -95,13 +84,7 @@ class TaskRecord(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRecord:
-    """``result.json``: the answer to exactly one version.
-
-    Attributes
-    ----------
-    local_entries
-        Of ``initialize``: the entries that stay with the trainer, so that the server can show and check the split.
-    """
+    """``result.json``: the answer to exactly one version."""
 
     version: Version
     run_id: str
@@ -112,6 +95,7 @@ class ResultRecord:
     num_examples: NumExamples = 0
     loss: float | None = None
     metrics: Metrics = field(default_factory=dict)
+    # Of ``initialize``: the entries that stay with the trainer, so that the server can show and check the split.
     local_entries: LocalEntries = field(default_factory=dict)
     error: Mapping[str, str] | None = None
     seconds: Seconds = 0.0
@@ -135,13 +119,7 @@ AnyRecord = TypeVar("AnyRecord", TaskRecord, ResultRecord, FinishedRecord)
 
 
 def encode(record: Record, where: str) -> bytes:
-    """Return the text of a record.
-
-    Raises
-    ------
-    RecordError
-        If no reader would take it: a field has a wrong type or is out of range, or the text is too long.
-    """
+    """Return the text of a record; raises RecordError if no reader would take it."""
     fields = to_builtins(record)
     read(fields, type(record), where)
     text = json.dumps({"schema": SCHEMA, **fields}).encode()
@@ -158,15 +136,7 @@ def decode(text: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
 
 
 def parse(text: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object and check its schema.
-
-    Raises
-    ------
-    RecordError
-        If it is no JSON object.
-    SchemaError
-        If it has another schema; names both.
-    """
+    """Parse a JSON object; raises RecordError if it is none, and SchemaError, naming both, if its schema is another."""
     if len(text) > RECORD_BYTES:
         raise RecordError(f"{where} has {len(text):,} bytes, at most {RECORD_BYTES:,} are allowed")
     try:
@@ -208,9 +178,8 @@ def scalars(values: Mapping[str, Any], where: str) -> dict[str, Scalar]:
         if kind is None or not isinstance(key, str):
             raise RecordError(f"{where}: {key!r} is a {type(value).__name__}, expected bool, int, float or str")
         if len(key) > MOST_NAME:
-            raise RecordError(
-                f"{where}: the name {key[:20]!r}… has {len(key):,} characters, at most {MOST_NAME} are allowed"
-            )
+            name = f"the name {key[:20]!r}… has {len(key):,} characters"
+            raise RecordError(f"{where}: {name}, at most {MOST_NAME} are allowed")
         try:
             found[key] = convert(kind(value), Scalar)
         except ValidationError as exc:
@@ -219,22 +188,15 @@ def scalars(values: Mapping[str, Any], where: str) -> dict[str, Scalar]:
 
 
 def printable(text: str, most: int = 2_000, *, lines: bool = False) -> str:
-    """Return a text of somebody else's as it may be shown: cut, and without what a terminal obeys.
+    """Return a text of somebody else's as it may be shown: at most so many characters, and none that a terminal obeys.
 
-    Parameters
-    ----------
-    most
-        How many characters are kept.
-    lines
-        Whether line breaks and tabs stay; else they are escaped as everything that does not print.
+    Line breaks and tabs stay if `lines` is set; else they are escaped like all that does not print.
     """
     cut = text if len(text) <= most else text[:most] + "…"
     if cut.isprintable():
         return cut
-    return "".join(
-        each if each.isprintable() or (lines and each in "\n\t") else each.encode("unicode_escape").decode()
-        for each in cut
-    )
+    kept = "\n\t" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in cut)
 
 
 def _check_name(payload: PayloadRecord | None, expected: str) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fedsplit.disk.files import Buffer, remove, write_hashed
+from fedsplit.disk import files
 from fedsplit.errors import RecordError
 from fedsplit.exchange import decisions
 from fedsplit.exchange.directory import Exchange, forgive
@@ -29,12 +29,7 @@ class TrainerSide:
     def next(self) -> TaskRecord | FinishedRecord | None:
         """Return the newest task without an answer, or the end of the run, or None while there is neither.
 
-        Raises
-        ------
-        RecordError
-            If what is there cannot be believed: wait for it to become whole.
-        SchemaError
-            If it is of another version of the protocol: waiting will not mend it.
+        Raises RecordError if what is there cannot be believed. Waiting may mend that, but not a SchemaError.
         """
         found = decisions.what_is_next(
             task=self.exchange.read_task(), end=self.exchange.read_finished(),
@@ -53,33 +48,21 @@ class TrainerSide:
         return decisions.is_wanted(task, newest=newest, end=end)
 
     def answer(
-        self,
-        task: TaskRecord,
-        chunks: Iterable[Buffer] | None = None,
-        *,
-        num_examples: int = 0,
-        loss: float | None = None,
-        metrics: Mapping[str, Scalar] | None = None,
-        local_entries: LocalEntries | None = None,
-        error: Mapping[str, str] | None = None,
-        seconds: float = 0.0,
-    ) -> bool:
+        self, task: TaskRecord, chunks: Iterable[files.Buffer] | None = None, *, num_examples: int = 0,
+        loss: float | None = None, metrics: Mapping[str, Scalar] | None = None,
+        local_entries: LocalEntries | None = None, error: Mapping[str, str] | None = None, seconds: float = 0.0,
+    ) -> bool:  # fmt: skip
         """Answer a task; False if it has an answer, or nobody waits for one any more: then nothing is offered.
 
-        Raises
-        ------
-        RecordError
-            If the client could not read the answer: a number is out of range, or the texts are too long.
-        ExchangeError
-            If it cannot be written.
+        Raises RecordError if the client could not read the answer: a number is out of range, or the texts are too long.
         """
-        # Looked at before a large payload is written, and again under the lock.
-        if chunks is not None and not self._is_open(task):
-            return False
         payload = None
         if chunks is not None:
+            # Looked at before a large payload is written, and again under the lock.
+            if not self._is_open(task):
+                return False
             path = self.exchange.payload_path("result", task.version)
-            digest, size = write_hashed(path, chunks)
+            digest, size = files.write_hashed(path, chunks)
             payload = PayloadRecord(file=path.name, bytes=size, digest=digest)
         record = ResultRecord(
             version=task.version, run_id=task.run_id, kind=task.kind, server_round=task.server_round,
@@ -121,7 +104,7 @@ class TrainerSide:
 
     def _drop(self, payload: PayloadRecord | None) -> None:
         if payload:
-            remove(self.exchange.directory / payload.file)
+            files.remove(self.exchange.directory / payload.file)
 
     def _verify(self, payload: PayloadRecord) -> None:
         path = self.exchange.check_payload(payload)
@@ -132,14 +115,12 @@ class TrainerSide:
             self.exchange.check_digest(payload)
         except RecordError:
             # Its length and header are right, so the client cannot see the damage. Removed, it is placed again.
-            remove(path)
+            files.remove(path)
             raise
         self._verified = (payload.digest, identity)
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    try:
+    with files.explained(path, "read the payload", RecordError):
         status = path.lstat()
-    except OSError as exc:
-        raise RecordError(f"cannot read the payload {path}: {exc.strerror or exc}") from exc
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cached_property
 from pathlib import Path
 
 try:
@@ -24,24 +25,17 @@ _READ_S = 1.0
 
 
 class Watch:
-    """Waits for any of a directory's records to change.
+    """Waits for any of a directory's records, written by the other side, to change.
 
     Polling is a `stat`: a record that was renamed into place is another file. Without events the records count as
     changed every 80 ms even if they look the same: a file system may reuse a file's number within one tick of its
     clock, or show another machine an old file.
-
-    Parameters
-    ----------
-    paths
-        The records, all of one directory, written by the other side.
     """
 
     def __init__(self, *paths: Path) -> None:
         self._directory = paths[0].parent
         self._paths = {path.name: str(path) for path in paths}
-        self._events: INotify | None = None
         self._has_events = False
-        self._tried = False
         self.begin()
 
     def begin(self) -> None:
@@ -63,22 +57,21 @@ class Watch:
         """Sleep until it is time to ask `has_changed` again."""
         waited = time.monotonic() - self._began
         pause = _RELIED_POLL_S if self._has_events else min(_LAST_POLL_S, max(_FIRST_POLL_S, waited / 20))
-        if not self._tried:
-            self._listen()
         if self._events is None:
             time.sleep(pause)
         elif any(event.name in self._paths for event in self._events.read(timeout=1000 * pause)):
             self._has_events = True
             self._seen = []
 
-    def _listen(self) -> None:
-        self._tried = True
+    @cached_property
+    def _events(self) -> INotify | None:
         try:
-            self._events = INotify() if INotify else None
-            if self._events:
-                self._events.add_watch(self._directory, flags.MOVED_TO)
+            events = INotify() if INotify else None
+            if events:
+                events.add_watch(self._directory, flags.MOVED_TO)
+            return events
         except OSError:  # the user has no watches left, or there is no inotify
-            self._events = None
+            return None
 
 
 def _identity(path: str) -> tuple[int, int] | None:
