@@ -1,9 +1,9 @@
 """The join token: a secret that server and clients share, and how each proves to the other that it has it.
 
-The token itself never travels. Each side draws a new nonce and sends it. Its proof is an HMAC-SHA256, with a key made
-from the token, over both nonces, the run, the rank and the exchange directory's id. So a proof is worth nothing in
-another connection, for another rank, or as the proof of the other side. Without TLS somebody in between could pass the
-proofs on and read what follows, so a token is used over TLS or on loopback only.
+The token itself never travels. Each side draws a nonce and sends it. Its proof is an HMAC-SHA256, with a key made from
+the token, over both nonces, the run, the rank and the exchange directory's id: worth nothing in another connection, for
+another rank, or as the proof of the other side. Without TLS somebody in between could pass the proofs on and read what
+follows, so a token is used over TLS or on loopback only.
 """
 
 from __future__ import annotations
@@ -38,11 +38,8 @@ def is_nonce(value: object) -> bool:
 def read_token(path: Path | None) -> bytes | None:
     """Read a token file and return the key made from it; None without a file.
 
-    Raises
-    ------
-    UsageError
-        If the file cannot be read, others can read it, it belongs to another user, or the token is too short to be a
-        secret. The message never shows any of the content.
+    Raises UsageError, never showing any of the content, if the file cannot be read, others can read it, it belongs to
+    another user, or the token is too short to be a secret.
     """
     if path is None:
         return None
