@@ -51,8 +51,10 @@ def read_token(path: Path | None) -> bytes | None:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"{where} is not a regular file")
-            if status.st_mode & _foreign_bits(path):
-                mode = stat.S_IMODE(status.st_mode)
+            # systemd gives credentials to a service's user by an access control list, and its mask is shown as the
+            # group's bits: mode 0440 there means this user alone.
+            credentials, mode = os.environ.get("CREDENTIALS_DIRECTORY"), stat.S_IMODE(status.st_mode)
+            if mode & (0o037 if credentials and path.parent == Path(credentials) else 0o077):
                 raise UsageError(f"{where} can be opened by others (mode {mode:04o}); chmod 600 {path}")
             if status.st_uid not in (os.geteuid(), 0):
                 raise UsageError(f"{where} belongs to user id {status.st_uid}, this process runs as {os.geteuid()}")
@@ -65,16 +67,6 @@ def read_token(path: Path | None) -> bytes | None:
             f"(umask 077; openssl rand -hex 32 > {path})"
         )
     return hmac.digest(token, _PURPOSE, hashlib.sha256)
-
-
-def _foreign_bits(path: Path) -> int:
-    """Return the bits of a mode that let others in.
-
-    systemd gives credentials to a service's user by an access control list, and its mask is shown as the group's bits:
-    mode 0440 there means this user alone.
-    """
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    return 0o037 if credentials and path.parent == Path(credentials) else 0o077
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -123,7 +124,7 @@ def _command(
     address: str, config: dict[str, str | int | float], root_certificates: Path | None, key: Path | None
 ) -> list[str]:
     command = [
-        str(_path_of("flower-supernode")), "--superlink", address, "--port", str(free_port()),
+        "flower-supernode", "--superlink", address, "--port", str(free_port()),
         "--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in config.items()),
     ]  # fmt: skip
     if root_certificates is None:
@@ -133,21 +134,15 @@ def _command(
 
 
 def _environment(home: Path) -> dict[str, str]:
-    paths = (str(Path(fedsplit.__file__).parent.parent), os.environ.get("PYTHONPATH", ""))
+    # Flower's commands start each other by name: those beside this interpreter come first, whatever PATH says.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if shutil.which("flower-supernode", path=path) is None:
+        raise FedSplitError(f"flower-supernode is not in {path}; install Flower in this environment: pip install flwr")
+    packages = (str(Path(fedsplit.__file__).parent.parent), os.environ.get("PYTHONPATH", ""))
     return {
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_S, **os.environ, "FLWR_HOME": str(home),
-        # Flower starts its other commands by name.
-        "PATH": f"{_path_of('flower-superexec').parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_S, **os.environ, "FLWR_HOME": str(home), "PATH": path,
+        "PYTHONPATH": os.pathsep.join(each for each in packages if each), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
-
-
-def _path_of(command: str) -> Path:
-    """Return the command that was installed beside this interpreter, whatever PATH says."""
-    path = Path(sys.executable).parent / command
-    if not path.exists():
-        raise FedSplitError(f"{path} is not there; install Flower in this environment: pip install flwr")
-    return path
 
 
 @contextmanager
