@@ -145,12 +145,11 @@ def connect(
                     server_address=address, client=relay, root_certificates=root_certificates,
                     insecure=root_certificates is None, grpc_max_message_length=MAX_MESSAGE_BYTES,
                 )  # fmt: skip
-            problem, pause_s = (
-                f"the server at {address} ended the connection without a word; connecting again",
-                _LAST_WAIT_S,
-            )
+            pause_s = _LAST_WAIT_S
+            problem = f"the server at {address} ended the connection without a word; connecting again"
         except _SilentError:
-            problem, pause_s = f"heard nothing of the server at {address} for {_SILENCE_S:.0f} s; connecting again", 0.0
+            pause_s = 0.0
+            problem = f"heard nothing of the server at {address} for {_SILENCE_S:.0f} s; connecting again"
         except (grpc.RpcError, StopIteration) as exc:
             # A server that accepts and drops at once must not be asked in a busy loop.
             pause_s = max(0.0, _FIRST_WAIT_S - (time.monotonic() - began))
