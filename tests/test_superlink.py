@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from examples.make_certificates import make_certificates
-from fedsplit.engines.superlink.serve import Only, let_in
+from fedsplit.engines.superlink.serve import let_in, only
 from fedsplit.errors import UsageError
 from fedsplit.run.history import read_history
 from fedsplit.server.settings import ServerSettings
@@ -178,7 +178,7 @@ def test_a_port_answers_one_interface(raw_path: bytes, method: str, status: int)
             found.append(message["status"])
 
     scope = {"type": "http", "method": method, "raw_path": raw_path, "path": "/v1/fleet/pull-messages"}
-    asyncio.run(Only(cast(Any, application), "fleet")(scope, cast(Any, None), send))
+    asyncio.run(only(cast(Any, application), "fleet")(scope, cast(Any, None), send))
     assert found == [status]
 
 

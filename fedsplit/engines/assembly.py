@@ -1,9 +1,10 @@
-"""A server put together: its run is open and its watchers are in place. Both engines run what this makes."""
+"""A server put together, for both engines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,27 +25,12 @@ def check_trackers(settings: ServerSettings) -> None:
 
 @contextmanager
 def open_server(
-    settings: ServerSettings,
-    engine: Engine,
-    *,
-    join_key: bytes | None = None,
-    live: bool = False,
+    settings: ServerSettings, engine: Engine, *, join_key: bytes | None = None, live: bool = False,
     command: Sequence[str] = (),
-) -> Iterator[Server]:
-    """Open the run, make its server, and watch it.
+) -> Iterator[Server]:  # fmt: skip
+    """Open the run, make its server, and watch it: with a `live` table, and `command`, as typed, in the report.
 
-    Parameters
-    ----------
-    settings
-        The server's flags.
-    engine
-        Which of Flower's engines it will run on.
-    join_key
-        What a client must prove to know before it takes part.
-    live
-        Whether a live table is wanted.
-    command
-        What the server was started with, for the report.
+    With a `join_key` a client must prove that it knows it before it takes part.
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
     from fedsplit.disk.remote_store import open_remote
@@ -60,29 +46,19 @@ def open_server(
     )
     strategy = None if is_built_in else make_strategy(settings)
     run = Run(
-        settings.checkpoint_dir,
-        keep_checkpoints=settings.keep_checkpoints,
-        resume=settings.resume,
+        settings.checkpoint_dir, keep_checkpoints=settings.keep_checkpoints, resume=settings.resume,
         settings={**settings.to_run_config(), "engine": engine.name},
-        initial=_reader_of(settings.initial_checkpoint),
-    )
+        initial=partial(_read, settings.initial_checkpoint) if settings.initial_checkpoint else None,
+    )  # fmt: skip
     with run:
-        server = Server(
-            run, settings, remote=open_remote(settings.payload_store), join_key=join_key, engine=engine,
-            strategy=strategy,
-        )  # fmt: skip
+        remote = open_remote(settings.payload_store)
+        server = Server(run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy)
         with watching(server, live=live, rounds=settings.rounds, trackers=settings.tracker, command=command):
             yield server
 
 
-def _reader_of(path: Path | None) -> Callable[[], list[Buffer]] | None:
-    """Return what reads a state to start from, once torch may be imported; None without a file."""
-    if path is None:
-        return None
+def _read(path: Path) -> list[Buffer]:
+    # Late: it imports torch, and clients would wait.
+    from fedsplit.states.state_dict import read_initial_checkpoint
 
-    def read() -> list[Buffer]:
-        from fedsplit.states.state_dict import read_initial_checkpoint
-
-        return read_initial_checkpoint(path)
-
-    return read
+    return read_initial_checkpoint(path)

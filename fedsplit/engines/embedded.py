@@ -4,8 +4,7 @@ A connection can die silently, as when a cable is pulled. The server notices whe
 unanswered, the client when it hears nothing at all for `_SILENCE_S`. Either drops the connection, and the client comes
 back with the exchange directory that it had.
 
-With ``flwr.server.start_server`` and ``flwr.client.start_client`` no process is started for each message. They are in
-every release up to the newest that was tried; see README, "Why the embedded engine".
+It starts no process for each message; docs/architecture.md has the measurements, and which releases of Flower have it.
 """
 
 from __future__ import annotations
@@ -52,24 +51,20 @@ class _SilentError(BaseException):
     """Raised in the main thread when the server was silent for too long; no `except Exception` catches it."""
 
 
-def is_available() -> bool:
-    """Tell whether this release of Flower still has the two deprecated functions."""
+def choose_engine(wanted: str) -> str:
+    """Return the engine to run on: the wanted one, unless this release of Flower no longer has it."""
     import flwr.client
     import flwr.server
 
-    # By its name alone: to touch the function would import its module, which takes a second.
-    return "start_client" in flwr.client.__all__ and hasattr(flwr.server, "start_server")
-
-
-def choose_engine(wanted: str) -> str:
-    """Return the engine to run on: the wanted one, unless this release of Flower no longer has it."""
-    if wanted == "embedded" and not is_available():
-        log.warning(
-            "this release of Flower has no start_server and start_client any more: using --engine superlink, which "
-            "takes seconds where the embedded engine takes milliseconds; server and clients must be on the same engine"
-        )
-        return "superlink"
-    return wanted
+    # By its name alone: to touch start_client would import its module, which takes a second.
+    is_available = "start_client" in flwr.client.__all__ and hasattr(flwr.server, "start_server")
+    if wanted != "embedded" or is_available:
+        return wanted
+    log.warning(
+        "this release of Flower has no start_server and start_client any more: using --engine superlink, which takes "
+        "seconds where the embedded engine takes milliseconds; server and clients must be on the same engine"
+    )
+    return "superlink"
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -80,33 +75,15 @@ def parse_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def check_port_is_free(address: str) -> None:
-    """Raise if nothing can listen at an address.
-
-    gRPC shares ports: a second server would start without a word and take half of the clients.
-    """
-    host, port = parse_address(address)
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            probe.listen(1)
-    except socket.gaierror as exc:
-        raise UsageError(f"cannot resolve the host of --address {address}: {exc.strerror}") from exc
-    except OSError as exc:
-        raise ConnectionFailedError(
-            f"cannot listen at {address}: {exc.strerror}; stop what uses the port, or choose another --address"
-        ) from exc
-
-
 @contextmanager
 def claim_port(address: str) -> Iterator[None]:
     """Hold an address for the length of the block; raises ConnectionFailedError if something else has it.
 
-    Of two servers that start at the same moment both would find the port free. So each first takes a name that the
-    kernel gives to one process of a machine and takes back when that ends; on Linux only, which has such names.
+    gRPC shares ports: a second server would start without a word and take half of the clients. And of two that start at
+    the same moment both would find the port free. So each first takes a name that the kernel gives to one process of a
+    machine and takes back when that ends; on Linux only, which has such names.
     """
+    host, port = parse_address(address)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
         if sys.platform == "linux":
             try:
@@ -115,21 +92,25 @@ def claim_port(address: str) -> Iterator[None]:
                 raise ConnectionFailedError(
                     f"cannot listen at {address}: another server has it; stop that one, or choose another --address"
                 ) from exc
-        check_port_is_free(address)
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+                probe.listen(1)
+        except socket.gaierror as exc:
+            raise UsageError(f"cannot resolve the host of --address {address}: {exc.strerror}") from exc
+        except OSError as exc:
+            raise ConnectionFailedError(
+                f"cannot listen at {address}: {exc.strerror}; stop what uses the port, or choose another --address"
+            ) from exc
         yield
 
 
 def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, bytes] | None = None) -> None:
     """Run a Flower server at an address, which the caller has claimed, until its rounds are over.
 
-    Parameters
-    ----------
-    server
-        The server; its ``fit`` runs once the port is open.
-    address
-        ``HOST:PORT`` to listen at.
-    certificates
-        CA certificate, server certificate and server key, PEM; None listens without TLS.
+    `certificates` are the CA's, the server's, and the server's key, PEM; None listens without TLS.
     """
     from flwr.server import ServerConfig, start_server
 
@@ -143,23 +124,15 @@ def serve(server: Server, address: str, *, certificates: tuple[bytes, bytes, byt
 def connect(
     relay: Relay, address: str, *, root_certificates: bytes | None = None, max_wait_s: float | None = None
 ) -> None:
-    """Keep a relay connected to a server until the run is over.
+    """Keep a relay connected until the run is over; waits for a server that is not up yet, and for one that went away.
 
-    Waits for a server that is not up yet and for one that went away, with growing pauses.
-
-    Raises
-    ------
-    ConnectionFailedError
-        If the server could not be reached for ``max_wait_s``, something else answers there, or its certificate is
-        wrong.
-    RefusedError
-        If the server turned this client away.
+    Raises RefusedError if the server turned this client away, and ConnectionFailedError as `wait_for_server` does.
     """
     import grpc
 
     keep_freed_memory()
     context = None if root_certificates is None else client_context(root_certificates)
-    while relay.outcome is None and relay.refused is None:
+    while True:
         wait_for_server(address, max_wait_s, context)
         # Not earlier: importing Flower's client takes a second (databases, a web framework), all for other engines.
         from flwr.client import start_client
@@ -172,19 +145,21 @@ def connect(
                     server_address=address, client=relay, root_certificates=root_certificates,
                     insecure=root_certificates is None, grpc_max_message_length=MAX_MESSAGE_BYTES,
                 )  # fmt: skip
+            pause_s = _LAST_WAIT_S
+            problem = f"the server at {address} ended the connection without a word; connecting again"
         except _SilentError:
-            log.warning("heard nothing of the server at %s for %.0f s; connecting again", address, _SILENCE_S)
+            pause_s = 0.0
+            problem = f"heard nothing of the server at {address} for {_SILENCE_S:.0f} s; connecting again"
         except (grpc.RpcError, StopIteration) as exc:
-            if relay.outcome is None and relay.refused is None:
-                log.warning("lost the server at %s (%s); connecting again", address, _reason(exc))
-                # A server that accepts and drops at once must not be asked in a busy loop.
-                time.sleep(max(0.0, _FIRST_WAIT_S - (time.monotonic() - began)))
-        else:
-            if relay.outcome is None and relay.refused is None:
-                log.warning("the server at %s ended the connection without a word; connecting again", address)
-                time.sleep(_LAST_WAIT_S)
-    if relay.refused:
-        raise relay.refused
+            # A server that accepts and drops at once must not be asked in a busy loop.
+            pause_s = max(0.0, _FIRST_WAIT_S - (time.monotonic() - began))
+            problem = f"lost the server at {address} ({_reason(exc)}); connecting again"
+        if relay.refused:
+            raise relay.refused
+        if relay.outcome:
+            return
+        log.warning("%s", problem)
+        time.sleep(pause_s)
 
 
 def quiet_flower(verbose: bool) -> None:
@@ -226,23 +201,10 @@ def _watching(relay: Relay) -> Iterator[None]:
 def wait_for_server(
     address: str, max_wait_s: float | None, context: ssl.SSLContext | None, *, grpc: bool = True
 ) -> None:
-    """Wait until a server answers at an address, and check that this client can talk to it.
+    """Wait until a server answers at an address, with growing pauses and for ever if `max_wait_s` is None.
 
-    Parameters
-    ----------
-    address
-        ``HOST:PORT``.
-    max_wait_s
-        Seconds to wait; None for ever.
-    context
-        From `fedsplit.engines.tls.client_context`; None without TLS.
-    grpc
-        As in `fedsplit.engines.tls.check_server`.
-
-    Raises
-    ------
-    ConnectionFailedError
-        If it did not come in time, or is the wrong kind of server.
+    Raises ConnectionFailedError if it did not come in time, or `fedsplit.engines.tls.check_server` finds that this
+    client, with that `context` and `grpc`, can never talk to it.
     """
     host, port = parse_address(address)
     began, reminded, pause = time.monotonic(), 0.0, _FIRST_WAIT_S

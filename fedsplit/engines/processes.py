@@ -19,34 +19,20 @@ from pathlib import Path
 
 _STOP_S = 10.0
 _POLL_S = 0.02
-_TAIL_BYTES = 65536
 _TAIL_LINES = 12
 _PR_SET_PDEATHSIG = 1
 _STDERR = 2
 
 
 class Child:
-    """One child process.
+    """A child process. Its output goes to the file `log`; without one, to this process's stderr.
 
-    Parameters
-    ----------
-    name
-        What it is called in messages, such as ``trainer of rank 1``.
-    command
-        The program and its arguments.
-    log
-        The file that takes its output; what it held before is dropped. None leaves the output on this process's stderr.
-
-    Attributes
-    ----------
-    exit_code : int or None
-        None while it runs; the negative number of the signal that ended it, as in `subprocess`.
+    `exit_code` is None until `poll` or `is_running` found that it has ended; the negative number of a signal, as in
+    `subprocess`.
     """
 
     def __init__(self, name: str, command: Sequence[str], log: Path | None = None) -> None:
-        self.name = name
-        self.command = list(command)
-        self.log = log
+        self.name, self.command, self.log = name, list(command), log
         self.exit_code: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -56,13 +42,13 @@ class Child:
         return self._process is not None and self.poll() is None
 
     def start(self, environment: Mapping[str, str]) -> None:
-        """Start it with these environment variables; raises OSError if the program or the log cannot be opened."""
+        """Start it, its log empty, with these environment variables; raises OSError if either cannot be opened."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         output = os.dup(_STDERR) if self.log is None else os.open(self.log, flags, 0o600)
         try:
             self._process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, env=dict(environment), start_new_session=True, preexec_fn=tie_to_parent(),
+                self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment),
+                start_new_session=True, preexec_fn=_tie_to_parent(),
             )  # fmt: skip
         finally:
             os.close(output)
@@ -80,9 +66,8 @@ class Child:
 
     def stop(self) -> None:
         """End it and everything that it started: SIGTERM, then SIGKILL after ten seconds."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self._end_group(number):
-                return
+        if not self._end_group(signal.SIGTERM):
+            self.kill()
 
     def kill(self) -> None:
         """End it and everything that it started at once."""
@@ -118,15 +103,13 @@ class Child:
         if self.log is None:
             return "(see above)"
         try:
-            with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
+            lines = self.log.read_text("utf-8", "replace").splitlines()
         except OSError as exc:
             return f"(cannot be read: {exc.strerror})"
         return "\n".join(lines[-_TAIL_LINES:]) or "(empty)"
 
 
-def tie_to_parent() -> Callable[[], None] | None:
+def _tie_to_parent() -> Callable[[], None] | None:
     """Return what a child calls first so that the kernel ends it with its parent; None where there is no such call."""
     if not sys.platform.startswith("linux"):
         return None

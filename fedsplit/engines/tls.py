@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import ipaddress
+import logging
 import socket
 import ssl
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from pathlib import Path
 
 from fedsplit.errors import ConnectionFailedError, UsageError
 
-_EXPIRED, _NOT_YET_VALID, _WRONG_HOST, _WRONG_ADDRESS = 10, 9, 62, 64
+log = logging.getLogger("fedsplit")
+
+_NO_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
 _SOON = datetime.timedelta(days=14)
 # What an HTTP/2 client sends first: the preface, and empty settings.
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -44,12 +47,9 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, *, encrypted: bool, insecure: bool, has_token: bool) -> None:
-    """Refuse to listen where others could read and change what is said.
+    """Refuse to listen where others could read and change what is said: without TLS, on anything but loopback.
 
-    Raises
-    ------
-    UsageError
-        Without TLS on anything but loopback, unless ``insecure`` is set. A join token is refused there in any case.
+    Raises UsageError, unless `insecure` is set; with a join token in any case.
     """
     if encrypted or is_loopback(host):
         return
@@ -66,23 +66,14 @@ def check_exposure(host: str, *, encrypted: bool, insecure: bool, has_token: boo
         )
 
 
-def check_server_files(certificates: tuple[bytes, bytes, bytes]) -> str | None:
-    """Check a server's certificate and key; returns a warning if it expires soon, else None.
+def check_server_files(certificates: tuple[bytes, bytes, bytes]) -> None:
+    """Check CA certificate, server certificate and server key, PEM; warns if the server's expires soon.
 
-    Parameters
-    ----------
-    certificates
-        CA certificate, server certificate and server key, PEM.
-
-    Raises
-    ------
-    UsageError
-        If a file holds no PEM, or the certificate is not valid now, names no host, or does not belong to the key.
+    Raises UsageError if one is no PEM, or the certificate is not valid now, names no host, or is not the key's.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
 
-    encoding, form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     what = "--ssl-ca-certfile holds no PEM certificate"
     try:
         x509.load_pem_x509_certificate(certificates[0])
@@ -92,7 +83,7 @@ def check_server_files(certificates: tuple[bytes, bytes, bytes]) -> str | None:
         key = serialization.load_pem_private_key(certificates[2], password=None)
     except (ValueError, TypeError) as exc:
         raise UsageError(what) from exc
-    if key.public_key().public_bytes(encoding, form) != certificate.public_key().public_bytes(encoding, form):
+    if key.public_key() != certificate.public_key():
         raise UsageError("--ssl-keyfile is not the key of --ssl-certfile")
     try:
         certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
@@ -104,7 +95,8 @@ def check_server_files(certificates: tuple[bytes, bytes, bytes]) -> str | None:
         raise UsageError(f"--ssl-certfile expired on {ends:%Y-%m-%d %H:%M} UTC; make a new certificate")
     if now < begins:
         raise UsageError(f"--ssl-certfile is not valid before {begins:%Y-%m-%d %H:%M} UTC; is this clock right?")
-    return f"--ssl-certfile expires on {ends:%Y-%m-%d %H:%M} UTC" if now + _SOON > ends else None
+    if now + _SOON > ends:
+        log.warning("--ssl-certfile expires on %s UTC", f"{ends:%Y-%m-%d %H:%M}")
 
 
 def client_context(root_certificates: bytes) -> ssl.SSLContext:
@@ -118,22 +110,12 @@ def client_context(root_certificates: bytes) -> ssl.SSLContext:
 
 
 def check_server(host: str, port: int, context: ssl.SSLContext | None, timeout_s: float, *, grpc: bool = True) -> None:
-    """Connect once, as the client will, and say what is wrong if that can never work.
+    """Connect once, as the client will: with a context from `client_context`, or without TLS.
 
-    Parameters
-    ----------
-    context
-        From `client_context`; None without TLS.
-    grpc
-        Whether the server must speak gRPC, as the embedded engine does and a SuperLink does not.
-
-    Raises
-    ------
-    ConnectionFailedError
-        If it makes no sense to try again.
-    OSError
-        If the server is not there, or not yet: try again.
+    `grpc` says whether the server must speak that, as the embedded engine does and a SuperLink does not. Raises
+    ConnectionFailedError if it makes no sense to try again, OSError if the server is not there, or not yet.
     """
+    where = f"{host}:{port}"
     with socket.create_connection((host, port), timeout=timeout_s) as connection:
         if context is None:
             _check_plaintext(connection, host, port, grpc)
@@ -141,40 +123,42 @@ def check_server(host: str, port: int, context: ssl.SSLContext | None, timeout_s
         try:
             context.wrap_socket(connection, server_hostname=host).close()
         except ssl.SSLCertVerificationError as exc:
-            raise ConnectionFailedError(_certificate_problem(exc, f"{host}:{port}", host)) from exc
+            raise ConnectionFailedError(_certificate_problem(exc, where, host)) from exc
         except ssl.SSLError as exc:
-            if exc.reason in ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
-                raise ConnectionFailedError(
-                    f"the server at {host}:{port} does not speak TLS, this client does (--root-certificates); start "
-                    "the server with --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile"
-                ) from exc
-            raise ConnectionFailedError(f"no TLS connection to {host}:{port}: {exc.reason or exc}") from exc
+            problem = f"no TLS connection to {where}: {exc.reason or exc}"
+            if exc.reason in _NO_TLS:
+                problem = (
+                    f"the server at {where} does not speak TLS, this client does (--root-certificates); start the "
+                    "server with --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile"
+                )
+            raise ConnectionFailedError(problem) from exc
 
 
 def _check_plaintext(connection: socket.socket, host: str, port: int, grpc: bool) -> None:
-    where = f"{host}:{port}"
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.sendall(_HTTP2_HELLO)
     try:
         answer = connection.recv(9)
     except ConnectionResetError:
         answer = b""
+    where, is_http2 = f"{host}:{port}", answer[3:4] == bytes([_HTTP2_SETTINGS])
     if answer[:1] == bytes([_TLS_ALERT]) or (not answer and _speaks_tls(host, port, connection.gettimeout())):
-        raise ConnectionFailedError(
+        problem = (
             f"the server at {where} speaks TLS and this client does not; give it the CA's certificate with "
             "--root-certificates"
         )
-    if not answer:
+    elif not answer:
         # So does a server that is starting or ending.
         raise ConnectionResetError("it closed the connection at once")
-    if grpc and answer.startswith(b"HTTP/"):
-        raise ConnectionFailedError(
-            f"the server at {where} runs on a SuperLink; start this client with --engine superlink"
-        )
-    if not grpc and answer[3:4] == bytes([_HTTP2_SETTINGS]):
-        raise ConnectionFailedError(f"the server at {where} runs on the embedded engine; leave out --engine superlink")
-    if grpc and answer[3:4] != bytes([_HTTP2_SETTINGS]):
-        raise ConnectionFailedError(f"what answers at {where} is not a server of fedsplit; check --server-address")
+    elif grpc and answer.startswith(b"HTTP/"):
+        problem = f"the server at {where} runs on a SuperLink; start this client with --engine superlink"
+    elif grpc and not is_http2:
+        problem = f"what answers at {where} is not a server of fedsplit; check --server-address"
+    elif not grpc and is_http2:
+        problem = f"the server at {where} runs on the embedded engine; leave out --engine superlink"
+    else:
+        return
+    raise ConnectionFailedError(problem)
 
 
 def _speaks_tls(host: str, port: int, timeout_s: float | None) -> bool:
@@ -191,17 +175,15 @@ def _speaks_tls(host: str, port: int, timeout_s: float | None) -> bool:
 
 
 def _certificate_problem(exc: ssl.SSLCertVerificationError, where: str, host: str) -> str:
-    if exc.verify_code == _EXPIRED:
-        return (
-            f"the certificate of the server at {where} has expired; the server needs a new one (or this clock is wrong)"
-        )
-    if exc.verify_code == _NOT_YET_VALID:
-        return f"the certificate of the server at {where} is not valid yet; are both clocks right?"
-    if exc.verify_code in (_WRONG_HOST, _WRONG_ADDRESS):
-        return (
-            f"the certificate of the server at {where} was not made for {host}; use the name in the certificate as "
-            "--server-address, or add this one to the certificate (subjectAltName)"
-        )
-    return (
-        f"the certificate of the server at {where} is not signed by a CA of --root-certificates ({exc.verify_message})"
-    )
+    match exc.verify_code:  # of OpenSSL's x509_vfy.h
+        case 9:
+            return f"the certificate of the server at {where} is not valid yet; are both clocks right?"
+        case 10:
+            return f"the certificate of the server at {where} has expired; it needs a new one (or this clock is wrong)"
+        case 62 | 64:
+            return (
+                f"the certificate of the server at {where} was not made for {host}; use the name in the certificate as "
+                "--server-address, or add this one to the certificate (subjectAltName)"
+            )
+    reason = exc.verify_message
+    return f"the certificate of the server at {where} is not signed by a CA of --root-certificates ({reason})"

@@ -34,21 +34,9 @@ def federate(
 ) -> None:  # fmt: skip
     """Answer every task of a run with ``fit()`` and ``validate()``.
 
-    Parameters
-    ----------
-    trainer
-        Entered already.
-    module, lightning_trainer, train_dataloaders, val_dataloaders, datamodule
-        As for ``lightning_trainer.fit()``. ``max_epochs`` is set here; ``max_steps`` is for the whole run.
-    epochs_per_round
-        How many epochs a round trains.
-    loss
-        The name under which ``validation_step`` logs the loss.
-
-    Raises
-    ------
-    TrainingError
-        If a round trained not a single step, or ``validation_step`` logs no `loss`.
+    The data are given as to ``fit()``. Its ``max_epochs`` is set here; ``max_steps`` is for the whole run. `trainer` is
+    entered already; `loss` is the name under which ``validation_step`` logs the loss. Raises TrainingError if it logs
+    none, or a round trained not a single step.
     """
     rounds = _Rounds()
     lightning_trainer.callbacks.append(rounds)  # type: ignore[attr-defined]

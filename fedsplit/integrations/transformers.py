@@ -34,19 +34,11 @@ def federate(
 ) -> None:
     """Answer every task with ``hf_trainer.train()`` or ``evaluate()``; raises TrainingError if a round trains no step.
 
-    Parameters
-    ----------
-    trainer
-        Entered already.
-    hf_trainer
-        With a data set to train on, of a known length or a stream, and one of a known length to evaluate on. A metric
-        of ``compute_metrics`` reaches the server without its ``eval_``. ``num_train_epochs`` is set here;
-        ``max_steps``, if given, is for one round.
-    epochs_per_round
-        How many epochs a round trains.
-    adapter_only
-        Load and send only the adapters of a PEFT model, with `adapter_state` as the trainer's model. Its base is then
-        no part of the federation, and must be the same everywhere.
+    `trainer` is entered already. `hf_trainer` has a data set to train on, of a known length or a stream, and one of a
+    known length to evaluate on. Its ``num_train_epochs`` is set here; ``max_steps``, if given, is for one round. A
+    metric of ``compute_metrics`` reaches the server without its ``eval_``. With `adapter_only` just the adapters of a
+    PEFT model are loaded and sent, with `adapter_state` as the trainer's model. Its base is then no part of the
+    federation, and must be the same everywhere.
     """
     hf_trainer.args.num_train_epochs = epochs_per_round
     rounds = _Rounds(hf_trainer)

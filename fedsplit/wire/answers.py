@@ -13,18 +13,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from fedsplit.exchange.records import (
-    MOST_NAME,
-    MOST_TEXT,
-    Count,
-    Digest,
-    LocalEntries,
-    Metrics,
-    NumExamples,
-    Scalar,
-    Seconds,
-    printable,
-)  # fmt: skip
+from fedsplit.exchange import records
+from fedsplit.exchange.records import Count, Digest, LocalEntries, Metrics, NumExamples, Scalar, Seconds, printable
 
 Rank = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 WaitingFor = Literal["trainer", "space"] | None
@@ -96,15 +86,7 @@ class ResultPayload:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Said):
-    """The answer to ``ask``.
-
-    Attributes
-    ----------
-    waiting_for
-        Who is missing, of a task that is ``working``.
-    then, held_s
-        How the task that was asked for next ended, and for how long the answer was held for it.
-    """
+    """The answer to ``ask``."""
 
     status: Literal["ok", "error", "working", "cancelled", "need"]
     num_examples: NumExamples = 0
@@ -113,7 +95,9 @@ class Answer(Said):
     seconds: Seconds = 0.0
     payload: ResultPayload | None = None
     local_entries: LocalEntries = field(default_factory=dict)
+    # Of a task that is ``working``: who is missing.
     waiting_for: WaitingFor = None
+    # How the task that was asked for next ended, and for how long the answer was held for it.
     then: Answer | None = None
     held_s: Seconds = 0.0
 
@@ -121,6 +105,6 @@ class Answer(Said):
     def shown_metrics(self) -> dict[str, Scalar]:
         """The metrics, with names and texts that can be shown."""
         return {
-            printable(name, MOST_NAME): printable(value, MOST_TEXT) if isinstance(value, str) else value
+            printable(name, records.MOST_NAME): printable(value, records.MOST_TEXT) if isinstance(value, str) else value
             for name, value in self.metrics.items()
         }

@@ -1,9 +1,9 @@
 """The join token: a secret that server and clients share, and how each proves to the other that it has it.
 
-The token itself never travels. Each side draws a new nonce and sends it. Its proof is an HMAC-SHA256, with a key made
-from the token, over both nonces, the run, the rank and the exchange directory's id. So a proof is worth nothing in
-another connection, for another rank, or as the proof of the other side. Without TLS somebody in between could pass the
-proofs on and read what follows, so a token is used over TLS or on loopback only.
+The token itself never travels. Each side draws a nonce and sends it. Its proof is an HMAC-SHA256, with a key made from
+the token, over both nonces, the run, the rank and the exchange directory's id: worth nothing in another connection, for
+another rank, or as the proof of the other side. Without TLS somebody in between could pass the proofs on and read what
+follows, so a token is used over TLS or on loopback only.
 """
 
 from __future__ import annotations
@@ -38,11 +38,8 @@ def is_nonce(value: object) -> bool:
 def read_token(path: Path | None) -> bytes | None:
     """Read a token file and return the key made from it; None without a file.
 
-    Raises
-    ------
-    UsageError
-        If the file cannot be read, others can read it, it belongs to another user, or the token is too short to be a
-        secret. The message never shows any of the content.
+    Raises UsageError, never showing any of the content, if the file cannot be read, others can read it, it belongs to
+    another user, or the token is too short to be a secret.
     """
     if path is None:
         return None
@@ -54,8 +51,10 @@ def read_token(path: Path | None) -> bytes | None:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"{where} is not a regular file")
-            if status.st_mode & _foreign_bits(path):
-                mode = stat.S_IMODE(status.st_mode)
+            # systemd gives credentials to a service's user by an access control list, and its mask is shown as the
+            # group's bits: mode 0440 there means this user alone.
+            credentials, mode = os.environ.get("CREDENTIALS_DIRECTORY"), stat.S_IMODE(status.st_mode)
+            if mode & (0o037 if credentials and path.parent == Path(credentials) else 0o077):
                 raise UsageError(f"{where} can be opened by others (mode {mode:04o}); chmod 600 {path}")
             if status.st_uid not in (os.geteuid(), 0):
                 raise UsageError(f"{where} belongs to user id {status.st_uid}, this process runs as {os.geteuid()}")
@@ -68,16 +67,6 @@ def read_token(path: Path | None) -> bytes | None:
             f"(umask 077; openssl rand -hex 32 > {path})"
         )
     return hmac.digest(token, _PURPOSE, hashlib.sha256)
-
-
-def _foreign_bits(path: Path) -> int:
-    """Return the bits of a mode that let others in.
-
-    systemd gives credentials to a service's user by an access control list, and its mask is shown as the group's bits:
-    mode 0440 there means this user alone.
-    """
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    return 0o037 if credentials and path.parent == Path(credentials) else 0o077
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from fedsplit.exchange.records import SCHEMA, Count, Digest, Request, parse
 
 KEY = "fedsplit"
 # No server may make a client hold a question for longer.
-MOST_HOLD_S = 60
+_MOST_HOLD_S = 60
 TENSOR_TYPE = "safetensors"
 
 # Flower's default, and what gRPC can do at most.
@@ -51,25 +51,16 @@ BYTES_PER_S = 1_000_000.0
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How questions are asked on one of Flower's engines.
-
-    Attributes
-    ----------
-    hold_s : float
-        Seconds that a client holds a question which it cannot answer yet (long polling).
-    piece_bytes : int
-        States and results up to this size go along with a question. Larger ones go before or after it, in pieces of
-        this size.
-    asks_ahead : bool
-        Whether the next round's training is asked for along with an evaluation, because a question is expensive.
-    ping_s : float or None
-        Seconds of silence after which a client is asked whether it is still there; None if the engine does that.
-    """
+    """How questions are asked on one of Flower's engines."""
 
     name: str
+    # Seconds that a client holds a question which it cannot answer yet (long polling).
     hold_s: float
+    # States and results up to this size go along with a question, larger ones before or after it, in such pieces.
     piece_bytes: int
+    # Whether the next round's training is asked for along with an evaluation, because a question is expensive.
     asks_ahead: bool
+    # Seconds of silence after which a client is asked whether it is still there; None if the engine does that.
     ping_s: float | None
 
 
@@ -84,38 +75,25 @@ SUPERLINK = Engine(name="superlink", hold_s=20.0, piece_bytes=1 << 62, asks_ahea
 
 @dataclass(frozen=True, kw_only=True)
 class Ask(Request):
-    """The record of ``ask``, as a client reads it.
+    """The record of ``ask``, as a client reads it."""
 
-    Attributes
-    ----------
-    digest, bytes
-        SHA-256 and length of the state that the task starts from; None and 0 if it needs none.
-    hold_s
-        For how many seconds the client may hold the question.
-    cancel
-        Whether the task is to be cancelled if it has no answer yet.
-    then
-        What to begin next, from the same state.
-    """
-
+    # SHA-256 and length of the state that the task starts from; None and 0 if it needs none.
     digest: Digest | None = None
     bytes: Count = 0
-    hold_s: Annotated[float, Meta(ge=0, le=MOST_HOLD_S)] = 0.0
+    # For how many seconds the client may hold the question.
+    hold_s: Annotated[float, Meta(ge=0, le=_MOST_HOLD_S)] = 0.0
+    # Whether the task is to be cancelled if it has no answer yet.
     cancel: bool = False
+    # What to begin next, from the same state.
     then: Request | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """The record of ``push`` and ``pull``: which piece of which payload.
-
-    Attributes
-    ----------
-    bytes
-        Of ``push``: the length of the whole payload. Of ``pull``: the length of the piece.
-    """
+    """The record of ``push`` and ``pull``: which piece of which payload."""
 
     digest: Digest
+    # Of ``push``: the length of the whole payload. Of ``pull``: the length of the piece.
     bytes: Count
     offset: Count
 

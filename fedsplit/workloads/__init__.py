@@ -27,18 +27,10 @@ if TYPE_CHECKING:
 class WorkloadContext:
     """What a factory is called with.
 
-    Attributes
-    ----------
-    rank : int
-        Which of the partitions is this trainer's, counted from 1.
-    num_partitions, seed : int
-        Into how many parts the data is divided, and the seed of the initial model and the division: the same for all.
-    device : torch.device or str
-        Where the model lives.
-    data_dir : Path or None
-        Where data sets are looked for; None leaves the place to the workload.
-    options : Mapping[str, str]
-        From ``--workload-option key=value``; `OptionReader` reads them.
+    Of the `num_partitions` parts of the data, the one of this `rank`, counted from 1, is this trainer's. `seed` is that
+    of the initial model and the division; both are the same for all ranks. The model lives on `device`. Without a
+    `data_dir` the workload looks for data where it likes. `options` come from ``--workload-option key=value``, and
+    `OptionReader` reads them.
     """
 
     rank: int
@@ -61,14 +53,9 @@ class WorkloadContext:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns.
+    """What `train` returns: how many different examples this rank trained on, and metrics like ``{"loss": 0.31}``.
 
-    Attributes
-    ----------
-    num_examples : int
-        How many different examples this rank trained on: its weight in an average. With 0 the update is left out.
-    metrics : Mapping[str, float]
-        Such as ``{"loss": 0.31}``; names are free.
+    The number is the weight of the update in an average; with 0 it is left out.
     """
 
     num_examples: int
@@ -77,17 +64,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What `evaluate` returns.
-
-    Attributes
-    ----------
-    loss : float
-        The mean over the examples of this rank.
-    num_examples : int
-        How many examples the loss and the metrics are means of: their weight.
-    metrics : Mapping[str, float]
-        Such as ``{"accuracy": 0.93}``.
-    """
+    """What `evaluate` returns: means over this rank's examples, and how many these are, which is the means' weight."""
 
     loss: float
     num_examples: int
@@ -191,10 +168,9 @@ BUILT_IN = {
 
 
 def load_workload(name: str) -> Factory:
-    """Find the factory of a built-in name or of ``package.module:Factory``.
+    """Find the factory of a built-in name or of ``package.module:Factory``; raises WorkloadError if there is none.
 
-    Raises WorkloadError if there is no such workload. An exception in the module itself comes through as it is, with
-    the traceback that its author needs.
+    An exception in the module itself comes through as it is, with the traceback that its author needs.
     """
     module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not colon or not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
@@ -217,10 +193,9 @@ def load_workload(name: str) -> Factory:
     except AttributeError as exc:
         where = getattr(module, "__file__", None)
         raise WorkloadError(f"workload {name!r}: {module_name} ({where}) has no {attribute!r}") from exc
-    if not callable(factory):
-        kind = type(factory).__name__
-        raise WorkloadError(f"workload {name!r}: expected a function or class to call, found a {kind}")
-    return factory
+    if callable(factory):
+        return factory
+    raise WorkloadError(f"workload {name!r}: expected a function or class to call, found a {type(factory).__name__}")
 
 
 def create_workload(name: str, context: WorkloadContext) -> Workload:
@@ -231,12 +206,10 @@ def create_workload(name: str, context: WorkloadContext) -> Workload:
 
     model = getattr(workload, "model", None)
     lacking = [] if isinstance(model, torch.nn.Module) else [f"model (a torch.nn.Module; found {type(model).__name__})"]
-    methods = {"train": "task", "evaluate": "task", "local_state": "", "load_local_state": "state"}
-    missing = [method for method in methods if not callable(getattr(workload, method, None))]
+    required, local = ["train(task)", "evaluate(task)"], ["local_state()", "load_local_state(state)"]
+    missing = [each for each in required + local if not callable(getattr(workload, each.partition("(")[0], None))]
     # One half of the local state would lose it, or never find any, without a word; without both there is none.
-    if "local_state" in missing and "load_local_state" in missing:
-        missing = missing[:-2]
-    if lacking := lacking + [f"{method}({methods[method]})" for method in missing]:
+    if lacking := lacking + [each for each in missing if each in required or missing[-2:] != local]:
         raise WorkloadError(
             f"workload {name!r}: its factory returned a {type(workload).__name__} that lacks "
             f"{', '.join(lacking)}; a workload has model, train(task) and evaluate(task)"

@@ -20,15 +20,14 @@ from fedsplit.errors import MissingPackageError
 from fedsplit.workloads import OptionReader, WorkloadContext
 from fedsplit.workloads.image import ImageData, ImageWorkload, TrainingSettings, small_conv_net
 
-DEFAULTS = TrainingSettings(epochs=3, batch_size=32, lr=0.05, momentum=0.9)
-HELD_OUT = 0.2
-_SPLIT_SEED = 1797
+_DEFAULTS = TrainingSettings(epochs=3, batch_size=32, lr=0.05, momentum=0.9)
+_HELD_OUT, _SPLIT_SEED = 0.2, 1797
 
 
 def digits(context: WorkloadContext) -> ImageWorkload:
     """Make the workload; its options are those of `TrainingSettings` and of `read_alpha`."""
     build_model = functools.partial(small_conv_net, image_size=8)
-    return ImageWorkload(context, OptionReader(context.options), load_data, build_model, DEFAULTS)
+    return ImageWorkload(context, OptionReader(context.options), load_data, build_model, _DEFAULTS)
 
 
 def load_data() -> ImageData:
@@ -39,7 +38,7 @@ def load_data() -> ImageData:
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        is_test[members[: round(HELD_OUT * len(members))]] = True
+        is_test[members[: round(_HELD_OUT * len(members))]] = True
     images, targets = torch.from_numpy(table[:, :-1].astype(np.uint8)).view(-1, 1, 8, 8), torch.from_numpy(labels)
     return ImageData(
         train_images=images[~is_test], train_labels=targets[~is_test], test_images=images[is_test],

@@ -29,7 +29,7 @@ from fedsplit.workloads.partition import partition, read_alpha
 if TYPE_CHECKING:
     from fedsplit.trainer.trainer import Task
 
-EVALUATION_BATCH_SIZE = 256
+_EVALUATION_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +89,9 @@ class ImageWorkload:
     """
 
     def __init__(
-        self,
-        context: WorkloadContext,
-        reader: OptionReader,
-        load_data: Callable[[], ImageData],
-        build_model: Callable[[], nn.Module],
-        defaults: TrainingSettings,
-    ) -> None:
+        self, context: WorkloadContext, reader: OptionReader, load_data: Callable[[], ImageData],
+        build_model: Callable[[], nn.Module], defaults: TrainingSettings,
+    ) -> None:  # fmt: skip
         self._settings, alpha = defaults.read(reader), read_alpha(reader)
         reader.finish()
         self.on_batch: Callable[[int, int, float, int], None] | None = None
@@ -111,8 +107,8 @@ class ImageWorkload:
         in_group = distributed.is_available() and distributed.is_initialized()
         self._process, self._processes = (distributed.get_rank(), distributed.get_world_size()) if in_group else (0, 1)
         self._forward = self.model if self._processes == 1 else DistributedDataParallel(self.model)
-        settings = self._settings
-        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=settings.lr, momentum=settings.momentum)
+        # Each round sets its own lr, momentum and weight decay.
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=self._settings.lr)
         rank_seed = np.random.SeedSequence([context.seed, context.rank]).generate_state(1, np.uint64)[0]
         self._generator = torch.Generator().manual_seed(int(rank_seed >> 1))
 
@@ -140,7 +136,7 @@ class ImageWorkload:
     def evaluate(self, task: Task) -> EvaluateResult:
         """Return the mean loss and the accuracy on this rank's test images, up to the batch where the task stops."""
         self.model.eval()
-        batches = torch.split(self._test_indices, EVALUATION_BATCH_SIZE)
+        batches = torch.split(self._test_indices, _EVALUATION_BATCH_SIZE)
         tally = _Tally(len(batches), 1, self.on_batch)
         for batch in batches:
             images, labels = self._load(self._data.test_images, self._data.test_labels, batch)
@@ -196,9 +192,7 @@ class ImageWorkload:
         """Return this process's part of a batch."""
         return batch[self._process :: self._processes]
 
-    def _load(
-        self, images: torch.Tensor, labels: torch.Tensor, batch: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _load(self, images: torch.Tensor, labels: torch.Tensor, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
         share = self._share(batch)
         pixels = images[share].to(self._device).float() / self._data.maximum
         return (pixels - self._mean) / self._std, labels[share].to(self._device)
@@ -219,7 +213,7 @@ class _Tally:
         self._loss += mean_loss * len(labels)
         self._hits += int((logits.argmax(dim=1) == labels).sum())
         self._done += 1
-        if self._on_batch is not None:
+        if self._on_batch:
             self._on_batch(self._done, self._total, mean_loss, self._epochs)
 
     def means(self) -> dict[str, float]:
@@ -230,13 +224,10 @@ class _Tally:
 def rank_indices(data: ImageData, context: WorkloadContext, alpha: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which training and which test images are this rank's; of the latter every `num_partitions`-th one."""
     parts = partition(data.train_labels.numpy(), context.num_partitions, context.seed, alpha)
-    if context.num_partitions > len(data.test_labels):
-        raise UsageError(
-            f"cannot divide {len(data.test_labels)} test images among {context.num_partitions} partitions; "
-            "lower --num-partitions"
-        )
-    test = torch.arange(context.rank - 1, len(data.test_labels), context.num_partitions)
-    return torch.from_numpy(parts[context.rank - 1]), test
+    rank, partitions, images = context.rank, context.num_partitions, len(data.test_labels)
+    if partitions > images:
+        raise UsageError(f"cannot divide {images} test images among {partitions} partitions; lower --num-partitions")
+    return torch.from_numpy(parts[rank - 1]), torch.arange(rank - 1, images, partitions)
 
 
 def proximal_term(model: nn.Module, anchor: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,8 @@ that were started with different seeds or numbers of parts would overlap; nothin
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -23,23 +25,14 @@ def read_alpha(reader: OptionReader) -> float | None:
 
 
 def partition(labels: npt.ArrayLike, num_partitions: int, seed: int, alpha: float | None = None) -> list[Indices]:
-    """Divide the examples into parts whose sizes differ by one at most, and refuse to make an empty one.
+    """Divide the examples, of which `labels` are the classes, into parts whose sizes differ by one at most.
 
-    Parameters
-    ----------
-    labels : array of int, shape (N,)
-        The class of every example.
-    alpha : float or None
-        None makes every part a random sample. With a number, more than 0, every part has its own mix of the classes,
-        drawn from Dir(alpha * p), where p are the shares of the classes in the whole set: Hsu, Qi and Brown, 2019
-        (arXiv:1909.06335). A large alpha makes every part look like the whole, a small one gives a part a single class
-        while there are examples of it. Flower's DirichletPartitioner and others give each class the concentration
-        alpha: with C balanced classes that is alpha * C here.
-
-    Returns
-    -------
-    list of int64 arrays
-        The indices of each part, ascending.
+    Returns the indices of each part, ascending; raises UsageError if a part would be empty. Without `alpha` every part
+    is a random sample. With a number above 0 every part has its own mix of the classes, drawn from Dir(alpha * p),
+    where p are the shares of the classes in the whole set: Hsu, Qi and Brown, 2019 (arXiv:1909.06335). A large alpha
+    makes every part look like the whole, a small one gives a part a single class while there are examples of it.
+    Flower's DirichletPartitioner and others give each class the concentration alpha: with C balanced classes that is
+    alpha * C here.
     """
     classes = np.asarray(labels)
     if not 1 <= num_partitions <= len(classes):
@@ -55,9 +48,7 @@ def partition(labels: npt.ArrayLike, num_partitions: int, seed: int, alpha: floa
     return [np.sort(part).astype(np.int64) for part in parts]
 
 
-def _dirichlet(
-    classes: npt.NDArray[np.generic], num_partitions: int, alpha: float, rng: np.random.Generator
-) -> list[Indices]:
+def _dirichlet(classes: npt.NDArray[Any], num_partitions: int, alpha: float, rng: np.random.Generator) -> list[Indices]:
     """Fill one part after the other, in random order: the last ones get what the others left."""
     _, class_of = np.unique(classes, return_inverse=True)
     pools = [rng.permutation(np.flatnonzero(class_of == c)) for c in range(class_of.max() + 1)]

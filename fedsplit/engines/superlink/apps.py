@@ -3,13 +3,11 @@
 ``server_app`` runs `fedsplit.server.server.Server` beside the SuperLink, ``client_app`` runs
 `fedsplit.client.relay.Relay` beside each SuperNode, in a new process for each message; the trainers are the unchanged
 ``model_main.py``. The run config holds the server's flags (`fedsplit.server.settings`), a SuperNode's ``--node-config``
-those of a client: ``rank=1 exchange-dir="…"``, and if wanted ``trainer-wait=300`` and ``payload-store="none"``.
+those of a client: ``rank=1 exchange-dir="…"``, and if wanted ``trainer-wait=300`` and ``payload-store="none"``. The
+client's role lock is held for the length of a message, or, with `script-pid`, for life by the script of that process.
 
 Where Flower waits in fixed steps and its public interface lets another do the waiting, this does it sooner: nodes are
 looked for every half second, not every five, and replies at first every 50 ms, not every three seconds.
-
-A client's role lock is held for the length of a message; ``client-lock="held"`` says that whoever started the SuperNode
-holds it for life, as ``client_main.py --engine superlink`` does.
 """
 
 from __future__ import annotations
@@ -30,16 +28,6 @@ import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from call
 from flwr.app import ConfigRecord, Context, Message
 from flwr.client import Client
 from flwr.clientapp import ClientApp
-from flwr.common import (
-    EvaluateIns,
-    EvaluateRes,
-    FitIns,
-    FitRes,
-    GetParametersIns,
-    GetParametersRes,
-    GetPropertiesIns,
-    GetPropertiesRes,
-)  # fmt: skip
 from flwr.server.compat.grid_client_proxy import GridClientProxy
 from flwr.serverapp import Grid, ServerApp
 
@@ -48,6 +36,7 @@ from fedsplit.client.relay import Relay
 from fedsplit.disk.files import write_chunks
 from fedsplit.disk.remote_store import open_remote
 from fedsplit.engines.assembly import open_server
+from fedsplit.engines.superlink.node import REFUSAL, RELAY_LOG
 from fedsplit.errors import RoleTakenError, UsageError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.server.roster import Roster
@@ -85,13 +74,15 @@ def run_on(grid: Grid, server: Server) -> None:
     """Run a server's rounds with the SuperNodes that a grid knows."""
     roster = server.client_manager()
     assert isinstance(roster, Roster)  # for the type checker: it makes no other
-    nodes = _Nodes(_PromptGrid(grid), roster)
-    nodes.start()
+    stop = threading.Event()
+    thread = threading.Thread(target=_Nodes(grid, roster).watch, args=(stop,), name="nodes", daemon=True)
+    thread.start()
     try:
         # It knows its number of rounds.
         server.fit(num_rounds=1, timeout=None)
     finally:
-        nodes.stop()
+        stop.set()
+        thread.join()
 
 
 class _PromptGrid:
@@ -99,11 +90,6 @@ class _PromptGrid:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self.run_id = grid.run.run_id
-
-    def node_ids(self) -> set[int]:
-        """Return the nodes that are connected now."""
-        return set(self._grid.get_node_ids())
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send one message and wait for its reply; if nobody answers in time, Flower's own error is the reply."""
@@ -122,34 +108,23 @@ class _PromptGrid:
 class _Nodes:
     """Keeps the roster up to date with the SuperNodes that are connected."""
 
-    def __init__(self, grid: _PromptGrid, roster: Roster) -> None:
-        self._grid = grid
-        self._roster = roster
+    def __init__(self, grid: Grid, roster: Roster) -> None:
+        self._grid, self._roster = grid, roster
         self._proxies: dict[int, GridClientProxy] = {}
         self._tried: dict[int, float] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
 
-    def start(self) -> None:
-        """Begin to look."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop looking."""
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
+    def watch(self, stop: threading.Event) -> None:
+        """Look until it is time to stop."""
         complained = False
         while True:
             try:
-                self._update(self._grid.node_ids())
+                self._update(set(self._grid.get_node_ids()))
                 complained = False
             except Exception as exc:  # noqa: BLE001  (the SuperLink's HTTP client has its own; it may come back)
-                if not complained and not self._stop.is_set():
+                if not complained and not stop.is_set():
                     log.warning("cannot ask the SuperLink for its nodes: %s", exc)
                 complained = True
-            if self._stop.wait(_NODES_S):
+            if stop.wait(_NODES_S):
                 return
 
     def _update(self, here: set[int]) -> None:
@@ -158,8 +133,8 @@ class _Nodes:
         now = time.monotonic()
         for node in sorted(here):
             if node not in self._proxies:
-                grid: Any = self._grid
-                self._proxies[node] = GridClientProxy(node_id=node, grid=grid, run_id=self._grid.run_id)
+                grid: Any = _PromptGrid(self._grid)
+                self._proxies[node] = GridClientProxy(node_id=node, grid=grid, run_id=self._grid.run.run_id)
             elif not self._roster.is_lost(self._proxies[node]) or now - self._tried[node] < _LOST_PAUSE_S:
                 continue
             # A node whose question came to nothing is still the same node: it is greeted again.
@@ -179,61 +154,41 @@ class _NodeRelay(Relay):
                 f"--node-config 'rank=1 exchange-dir=\"/path/exchange\"' (it has {dict(config)})"
             )
         self._context = context
-        self._own_exchange = Exchange(directory, rank)
         store = str(config.get("payload-store", "auto"))
         super().__init__(
-            self._own_exchange, trainer_wait_s=float(config.get("trainer-wait", 300.0)), use_store=store == "auto",
-            remote=open_remote(store), engine=SUPERLINK,
+            Exchange(directory, rank), trainer_wait_s=float(config.get("trainer-wait", 300.0)),
+            use_store=store == "auto", remote=open_remote(store), engine=SUPERLINK,
         )  # fmt: skip
 
     @contextmanager
-    def _message(self) -> Iterator[None]:
-        state = self._context.state.config_records
+    def _question(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        state, node_config = self._context.state.config_records, self._context.node_config
         with ExitStack() as stack:
-            if self._context.node_config.get("client-lock") != "held":
+            if "script-pid" not in node_config:
                 self._take_role(stack)
             self.take_up(state[_STATE] if _STATE in state else {})  # noqa: SIM401  (its get wants a record)
-            yield
+            yield stack.enter_context(super()._question(config))
         state[_STATE] = ConfigRecord({**self.leave()})
-        if self.refused and (path := self._context.node_config.get("refusal-file")):
-            write_chunks(Path(str(path)), [str(self.refused).encode()])
+        if self.refused and (home := node_config.get("script-dir")):
+            write_chunks(Path(str(home), REFUSAL), [str(self.refused).encode()])
 
     def _take_role(self, stack: ExitStack) -> None:
         deadline = time.monotonic() + _LOCK_WAIT_S
         while True:
             try:
-                stack.enter_context(self._own_exchange.hold("client"))
+                stack.enter_context(self._exchange.hold("client"))
                 return
             except RoleTakenError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
 
-    def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
-        """As `Relay.get_properties`."""
-        with self._message():
-            return super().get_properties(ins)
-
-    def get_parameters(self, ins: GetParametersIns) -> GetParametersRes:
-        """As `Relay.get_parameters`."""
-        with self._message():
-            return super().get_parameters(ins)
-
-    def fit(self, ins: FitIns) -> FitRes:
-        """As `Relay.fit`."""
-        with self._message():
-            return super().fit(ins)
-
-    def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
-        """As `Relay.evaluate`."""
-        with self._message():
-            return super().evaluate(ins)
-
 
 def make_client(context: Context) -> Client:
     """Make the relay of the SuperNode that a message came to."""
     _begin("client", context.node_config)
-    if script := int(context.node_config.get("script-pid", 0)):
+    if "script-pid" in context.node_config:
+        script = int(context.node_config["script-pid"])
         threading.Thread(target=_end_with, args=(script,), name="script", daemon=True).start()
     return _NodeRelay(context)
 
@@ -243,8 +198,8 @@ client_app = ClientApp(client_fn=make_client)
 
 def _begin(program: str, config: Mapping[str, Any]) -> None:
     set_up_logging(program, verbose=bool(config.get("verbose")), log_format=str(config.get("log-format", "text")))
-    if path := config.get("log-file"):
-        to_file = logging.FileHandler(str(path))
+    if home := config.get("script-dir"):
+        to_file = logging.FileHandler(Path(str(home), RELAY_LOG))
         to_file.setFormatter(log.handlers[0].formatter)
         log.handlers[:] = [to_file]
     # Rules of one's own are looked for where the SuperLink was started, as server_main.py does.

@@ -2,8 +2,8 @@
 
 The SuperNode starts a process for each message, in which the relay runs (`fedsplit.engines.superlink.apps`). The relay
 logs to a file in this script's format, and what comes there is shown. Flower's own log is shown with ``--verbose``,
-and its last lines where the server does not let the SuperNode in. The run's end is told by ``finished.json`` in the
-exchange directory.
+and its last lines where the server does not let the SuperNode in. ``finished.json`` in the exchange directory tells of
+the run's end.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,6 +38,8 @@ _LOOK_S = 0.2
 _CONNECTION_LOOK_S = 2.0
 # How often a SuperNode's helper looks for a message to work on: Flower's own setting, 1 s if it is not set.
 _TASK_POLL_S = "0.1"
+# What a relay leaves in the `script-dir` of its SuperNode, for this script to show.
+REFUSAL, RELAY_LOG = "refusal", "relay.log"
 
 
 def connect(
@@ -45,53 +47,24 @@ def connect(
     trainer_wait_s: float, payload_store: str = "auto", max_wait_s: float | None = None, verbose: bool = False,
     log_format: str = "text",
 ) -> FinishedRecord:  # fmt: skip
-    """Run a SuperNode for a rank until the run is over; the caller holds the client's role all the while.
+    """Run a SuperNode for a rank until the run is over, with the client's flags; returns how it ended.
 
-    Parameters
-    ----------
-    exchange
-        The rank's exchange directory.
-    address
-        Where the SuperLink listens.
-    root_certificates
-        CA certificates; None goes without TLS.
-    node_key
-        The SuperNode's private key, where the server asks for one.
-    trainer_wait_s
-        Seconds to wait for a trainer before a task is reported as failed.
-    payload_store
-        As ``--payload-store``.
-    max_wait_s
-        Seconds to wait for the server; None for ever.
-    verbose, log_format
-        As ``--verbose`` and ``--log-format``.
-
-    Returns
-    -------
-    finished
-        How the run ended.
-
-    Raises
-    ------
-    RefusedError
-        If the server does not let this node in.
-    ConnectionFailedError
-        If the server was not there for ``max_wait_s``, or its certificate is not one for it.
+    The caller holds the client's role all the while. Raises RefusedError if the server does not let this node in, and
+    ConnectionFailedError as `wait_for_server` does.
     """
     if node_key and root_certificates is None:
         raise UsageError("--supernode-private-key needs TLS: --root-certificates")
     context = None if root_certificates is None else client_context(root_certificates.read_bytes())
-    before = _version(exchange.read_finished())
+    earlier = exchange.read_finished()
+    before = earlier.version if earlier else 0
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedsplit-supernode-")))
-        refusal, relay_log = home / "refusal", home / "relay.log"
-        relay_log.touch(mode=0o600)
-        lines = stack.enter_context(relay_log.open())
+        (home / RELAY_LOG).touch(mode=0o600)
+        lines = stack.enter_context((home / RELAY_LOG).open())
         config: dict[str, str | int | float] = {
-            "rank": exchange.rank, "exchange-dir": str(exchange.directory.parent.absolute()), "client-lock": "held",
+            "rank": exchange.rank, "exchange-dir": str(exchange.directory.parent.absolute()),
             "trainer-wait": trainer_wait_s, "payload-store": payload_store, "verbose": verbose,
-            "log-format": log_format, "log-file": str(relay_log), "refusal-file": str(refusal),
-            "script-pid": os.getpid(),
+            "log-format": log_format, "script-pid": os.getpid(), "script-dir": str(home),
         }  # fmt: skip
         stack.enter_context(_interruptible())
         while True:
@@ -100,7 +73,7 @@ def connect(
             node = Child("SuperNode", command, None if verbose and log_format == "text" else home / "supernode.log")
             try:
                 node.start(_environment(home))
-                finished = _watch(node, exchange, before, refusal, lines, address)
+                finished = _watch(node, exchange, before, home / REFUSAL, lines, address)
             finally:
                 node.stop()
                 _show(lines)
@@ -117,8 +90,11 @@ def _watch(
     while True:
         _show(lines)
         finished = exchange.read_finished()
-        if finished and _version(finished) > before:
-            _wait_for_the_servers_end(node, address)
+        if finished and finished.version > before:
+            # With all answers in, the server leaves: until then the SuperNode passes the relay's last answer on.
+            deadline = time.monotonic() + _END_S
+            while time.monotonic() < deadline and node.is_running and _listens(address):
+                time.sleep(_LOOK_S)
             return finished
         if refusal.exists():
             raise RefusedError(refusal.read_text())
@@ -144,18 +120,11 @@ def _show(lines: TextIO) -> None:
     sys.stderr.flush()
 
 
-def _wait_for_the_servers_end(node: Child, address: str) -> None:
-    """Give the SuperNode time to pass the relay's last answer on: with all answers in, the server leaves."""
-    deadline = time.monotonic() + _END_S
-    while time.monotonic() < deadline and node.is_running and _listens(address):
-        time.sleep(_LOOK_S)
-
-
 def _command(
     address: str, config: dict[str, str | int | float], root_certificates: Path | None, key: Path | None
 ) -> list[str]:
     command = [
-        str(_path_of("flower-supernode")), "--superlink", address, "--port", str(free_port()),
+        "flower-supernode", "--superlink", address, "--port", str(free_port()),
         "--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in config.items()),
     ]  # fmt: skip
     if root_certificates is None:
@@ -165,21 +134,15 @@ def _command(
 
 
 def _environment(home: Path) -> dict[str, str]:
-    paths = (str(Path(fedsplit.__file__).parent.parent), os.environ.get("PYTHONPATH", ""))
+    # Flower's commands start each other by name: those beside this interpreter come first, whatever PATH says.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if shutil.which("flower-supernode", path=path) is None:
+        raise FedSplitError(f"flower-supernode is not in {path}; install Flower in this environment: pip install flwr")
+    packages = (str(Path(fedsplit.__file__).parent.parent), os.environ.get("PYTHONPATH", ""))
     return {
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_S, **os.environ, "FLWR_HOME": str(home),
-        # Flower starts its other commands by name.
-        "PATH": f"{_path_of('flower-superexec').parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_S, **os.environ, "FLWR_HOME": str(home), "PATH": path,
+        "PYTHONPATH": os.pathsep.join(each for each in packages if each), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
-
-
-def _path_of(command: str) -> Path:
-    """Return the command that was installed beside this interpreter, whatever PATH says."""
-    path = Path(sys.executable).parent / command
-    if not path.exists():
-        raise FedSplitError(f"{path} is not there; install Flower in this environment: pip install flwr")
-    return path
 
 
 @contextmanager
@@ -189,9 +152,7 @@ def _interruptible() -> Iterator[None]:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -205,7 +166,3 @@ def _listens(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _version(finished: FinishedRecord | None) -> int:
-    return finished.version if finished else 0

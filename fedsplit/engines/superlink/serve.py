@@ -1,10 +1,10 @@
 """``server_main.py --engine superlink``: Flower's SuperLink in this process, and this server as a run on it.
 
-A SuperLink is a web application of three interfaces. SuperNodes need the first, ``/v1/fleet/``. A run needs the second,
-``/v1/runtime/``. The third, ``/v1/control/``, starts runs, that is, runs code on the server and on every node, and asks
-nobody for a password. Flower's own command, ``flower-superlink``, serves all three on one port. So the application is
-served from here, on two ports: the user's address answers ``/v1/fleet/`` and nothing else, and a port of loopback
-answers ``/v1/runtime/`` to whoever holds the token of the run, which is this process. The third is served nowhere.
+A SuperLink is a web application of three interfaces. SuperNodes need ``/v1/fleet/``, a run needs ``/v1/runtime/``, and
+``/v1/control/`` starts runs, that is, runs code on the server and on every node, and asks nobody for a password.
+Flower's own command, ``flower-superlink``, serves all three on one port. So the application is served from here, on two
+ports: the user's address answers ``/v1/fleet/`` and nothing else, and a port of loopback answers ``/v1/runtime/`` to
+whoever holds the token of the run, which is this process. The third is served nowhere.
 
 Flower has no public function for this. What is taken from within it is taken in this module alone, and was read in
 flwr 1.41 and 1.42.
@@ -22,7 +22,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
@@ -47,6 +47,7 @@ log = logging.getLogger("fedsplit")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _STOP_S = 5.0
 # What every SuperNode gets of the run: an app that is nothing but the package installed there.
@@ -72,23 +73,8 @@ clientapp = "fedsplit_app:client_app"
 def serve(server: Server, address: str, *, tls: TlsFiles | None, node_keys: Sequence[Path] = ()) -> None:
     """Run a server on a SuperLink at an address until its rounds are over.
 
-    Parameters
-    ----------
-    server
-        The server.
-    address
-        ``HOST:PORT`` where SuperNodes come.
-    tls
-        The files of TLS; None goes without.
-    node_keys
-        Public keys of the SuperNodes that may join; without any, each one may.
-
-    Raises
-    ------
-    UsageError
-        If a key is none, or there are keys but no TLS.
-    ConnectionFailedError
-        If nothing can listen at the address.
+    Only SuperNodes with one of the public `node_keys` may join; without any, each one may. Raises UsageError if a key
+    is none, or there are keys but no TLS, and ConnectionFailedError if nothing can listen at the address.
     """
     if node_keys and tls is None:
         raise UsageError("--supernode-public-key needs TLS: --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
@@ -104,42 +90,33 @@ def serve(server: Server, address: str, *, tls: TlsFiles | None, node_keys: Sequ
         let_in(app, path)
     # The run is there before the first SuperNode can ask for it.
     with (
-        _listening(Only(app, "runtime"), "127.0.0.1", 0) as port,
+        _listening(only(app, "runtime"), "127.0.0.1", 0) as port,
         _started_run(app, port) as grid,
-        _listening(Only(app, "fleet"), *parse_address(address), tls),
+        _listening(only(app, "fleet"), *parse_address(address), tls),
     ):
         run_on(grid, server)
 
 
-class Only:
-    """Passes on what is asked of one of the SuperLink's interfaces, and answers everything else with 404.
+def only(app: FastAPI, interface: Literal["fleet", "runtime"]) -> Application:
+    """Return an application that answers one interface of the SuperLink as `app` does, and all else with 404."""
+    from starlette.responses import PlainTextResponse
 
-    Parameters
-    ----------
-    app
-        The SuperLink, an ASGI application.
-    interface
-        The interface: ``fleet`` or ``runtime``.
-    """
+    allowed = re.compile(rf"/v1/{interface}/[a-z][a-z-]*".encode())
 
-    def __init__(self, app: FastAPI, interface: str) -> None:
-        self._app = app
-        self._allowed = re.compile(rf"/v1/{interface}/[a-z][a-z-]*".encode())
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        from starlette.responses import PlainTextResponse
-
+    async def answer(scope: Message, receive: Receive, send: Send) -> None:
         # The path as it came, before anything in it is decoded.
         path = scope.get("raw_path") or b""
-        if scope["type"] == "http" and scope["method"] == "POST" and self._allowed.fullmatch(path):
-            await self._app(scope, receive, send)
+        if scope["type"] == "http" and scope["method"] == "POST" and allowed.fullmatch(path):
+            await app(scope, receive, send)
         else:
             log.debug("superlink: %s %r was turned away", scope.get("method"), path)
             await PlainTextResponse("not found", 404)(scope, receive, send)
 
+    return answer
+
 
 @contextmanager
-def _listening(app: Only, host: str, port: int, tls: TlsFiles | None = None) -> Iterator[int]:
+def _listening(app: Application, host: str, port: int, tls: TlsFiles | None = None) -> Iterator[int]:
     """Serve an application in a thread for the length of a block; yields the port, which is a free one for 0."""
     import uvicorn
 
