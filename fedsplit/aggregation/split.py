@@ -3,7 +3,7 @@
 The server resolves the split once, against the first global state, and then for each round::
 
     merger = split.start_round(server_round=3, total_rounds=10, previous=state, seed=0, memory=memory)
-    merger.add(update)          # in rank order, each after `check_update` let it pass
+    merger.add(update)  # in rank order, each after `check_update` let it pass
     state = merger.finish()
 
 After an `AggregationError`, `memory` may hold half a round; the last checkpoint does not.
@@ -82,11 +82,6 @@ class Split:
         return cls(parts=tuple(parts), rows=tuple(rows))
 
     @property
-    def local_keys(self) -> frozenset[str]:
-        """The keys that never leave the clients."""
-        return frozenset(key for part in self.parts if part.rule is None for key in part.keys)
-
-    @property
     def min_updates(self) -> int:
         """With fewer updates in a round than this, one of the rules refuses."""
         return max((part.rule.min_updates for part in self.parts if part.rule is not None), default=1)
@@ -100,7 +95,7 @@ class Split:
         `previous` is the global state that the clients started from, `seed` the run's, and `memory` what the rules
         remember, by `Part.memory_key`: it is changed in place, and saved with the checkpoint of the round.
         """
-        mergers, local_keys = [], self.local_keys
+        rules, local = [], {key for part in self.parts if part.rule is None for key in part.keys}
         for part in self.parts:
             if part.rule is not None:
                 context = AggregationContext(
@@ -108,25 +103,39 @@ class Split:
                     previous={key: previous[key] for key in part.keys}, memory=memory.setdefault(part.memory_key, {}),
                     generator=seeded_generator(seed, server_round, part.name),
                 )  # fmt: skip
-                mergers.append(_PartMerger(part.rule, context))
-        return RoundMerger(mergers, {key: tensor for key, tensor in previous.items() if key not in local_keys})
+                rules.append((part.rule, context))
+        return RoundMerger(rules, {key: tensor for key, tensor in previous.items() if key not in local})
 
 
 class RoundMerger:
-    """The merging of one round, part by part; `count` is how many updates were added."""
+    """The merging of one round: an accumulator for each part, and the watch over what its rule does to its inputs.
 
-    def __init__(self, parts: Sequence[_PartMerger], previous: StateDict) -> None:
-        self._parts = parts
+    `count` is how many updates were added. `retains` tells whether they are kept until `finish`; if not, the server may
+    drop each payload after `add`.
+    """
+
+    def __init__(self, rules: Sequence[tuple[Rule, AggregationContext]], previous: StateDict) -> None:
         self._previous = previous
         self.count = 0
-        # Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
-        self.retains = not all(part.rule.one_pass for part in parts)
+        self.retains = not all(rule.one_pass for rule, _ in rules)
+        self._parts = []
+        for rule, context in rules:
+            watched = [Watched("the previous global state", context.previous)]
+            with _naming(rule, context):
+                self._parts.append((rule, context, rule.accumulator(context), watched))
 
     def add(self, update: Update) -> None:
         """Merge, or keep, one update; raises AggregationError, naming rule and part, if a rule fails on it."""
         self.count += 1
-        for part in self._parts:
-            part.add(update)
+        for rule, context, accumulator, watched in self._parts:
+            state = {key: update.state_dict[key] for key in context.previous}
+            given = Watched(f"the update of rank {update.rank}", state)
+            with _naming(rule, context):
+                accumulator.add(replace(update, state_dict=state))
+                if rule.one_pass:
+                    given.check()
+                else:
+                    watched.append(given)
 
     def finish(self) -> StateDict:
         """Return the new global state without the local parts; without a single update, the previous tensors.
@@ -135,50 +144,27 @@ class RoundMerger:
         changes what it was given, or remembers what no checkpoint can hold.
         """
         merged = dict(self._previous)
-        for part in self._parts if self.count else ():
-            merged |= part.finish()
+        for rule, context, accumulator, watched in self._parts if self.count else ():
+            with _naming(rule, context):
+                result = accumulator.result()
+                for given in watched:
+                    given.check()
+                check_output(result, context.previous)
+                check_memory(context.memory)
+            merged |= result
         return merged
 
 
-class _PartMerger:
-    """One part in one round: its accumulator, and the watch over what the rule does to its inputs."""
-
-    def __init__(self, rule: Rule, context: AggregationContext) -> None:
-        self.rule = rule
-        self._context = context
-        self._watched = [Watched("the previous global state", context.previous)]
-        with self._naming():
-            self._accumulator = rule.accumulator(context)
-
-    def add(self, update: Update) -> None:
-        state = {key: update.state_dict[key] for key in self._context.previous}
-        with self._naming():
-            watched = Watched(f"the update of rank {update.rank}", state)
-            self._accumulator.add(replace(update, state_dict=state))
-            if self.rule.one_pass:
-                watched.check()
-            else:
-                self._watched.append(watched)
-
-    def finish(self) -> StateDict:
-        with self._naming():
-            result = self._accumulator.result()
-            for watched in self._watched:
-                watched.check()
-            check_output(result, self._context.previous)
-            check_memory(self._context.memory)
-        return result
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Turn what a rule raises into an `AggregationError` that names it."""
-        who = f"the rule {self.rule.name} of part {self._context.part!r}"
-        try:
-            yield
-        except FedSplitError as exc:
-            raise AggregationError(f"{who}: {exc}") from exc
-        except Exception as exc:  # a rule may be anybody's code
-            raise AggregationError(f"{who} failed: {type(exc).__name__}: {exc}") from exc
+@contextmanager
+def _naming(rule: Rule, context: AggregationContext) -> Iterator[None]:
+    """Turn what a rule raises into an `AggregationError` that names it."""
+    who = f"the rule {rule.name} of part {context.part!r}"
+    try:
+        yield
+    except FedSplitError as exc:
+        raise AggregationError(f"{who}: {exc}") from exc
+    except Exception as exc:  # a rule may be anybody's code
+        raise AggregationError(f"{who} failed: {type(exc).__name__}: {exc}") from exc
 
 
 def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor]) -> str:
@@ -215,12 +201,12 @@ def _user_rule(spec: RuleSpec) -> Rule:
     if not callable(target):
         module_name, _, path = spec.name.partition(":")
         raise UsageError(f"{spec.name}: the module {module_name!r} has no function {path!r}")
+    given = () if inspect.isclass(target) else ("updates", "context")
     try:
-        inspect.signature(target).bind(*([] if inspect.isclass(target) else ["updates", "context"]), **spec.params)
+        inspect.signature(target).bind(*given, **spec.params)
     except (TypeError, ValueError) as exc:
-        raise UsageError(
-            f"{spec.name} cannot be called as rule({', '.join(['updates', 'context', *spec.params])}): {exc}"
-        ) from exc
+        call = ", ".join(["updates", "context", *spec.params])
+        raise UsageError(f"{spec.name} cannot be called as rule({call}): {exc}") from exc
     if inspect.isclass(target):
         return cast(Rule, target(**spec.params))
     return Rule.of_function(spec.rule, partial(target, **spec.params))
