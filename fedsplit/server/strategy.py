@@ -41,6 +41,8 @@ Metrics = dict[str, FlowerScalar]
 FitChoice = list[tuple[ClientProxy, flower.FitIns]]
 EvaluateChoice = list[tuple[ClientProxy, flower.EvaluateIns]]
 Merged = tuple[Parameters | None, Metrics]
+# The next state, None if it stays as it was, and metrics for the round's line.
+Ended = tuple[StateDict | None, Metrics]
 FitResults = list[tuple[ClientProxy, flower.FitRes]]
 FitFailures = list[tuple[ClientProxy, flower.FitRes] | BaseException]
 EvaluateResults = list[tuple[ClientProxy, flower.EvaluateRes]]
@@ -83,8 +85,8 @@ class StreamingStrategy(FlowerStrategy):
         """Begin to merge the updates of the round that `configure_fit` configured."""
 
     @abstractmethod
-    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
-        """Return the next state, or None if it stays as it was, and metrics for the round's line."""
+    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:
+        """Return the next state and metrics."""
 
     @abstractmethod
     def dump_memory(self) -> bytes | None:
@@ -198,7 +200,7 @@ class Strategy(StreamingStrategy):
             seed=self.settings.seed, memory=self.memory,
         )  # fmt: skip
 
-    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
+    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:
         needed = max(self.settings.min_results, self.split.min_updates)
         if merge.count < needed:
             log.warning(
