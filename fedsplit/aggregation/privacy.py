@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -81,7 +81,7 @@ class _PrivateAccumulator:
         privacy["delta"] = self._delta
         privacy["steps"] += 1
         privacy["multipliers"][multiplier] = privacy["multipliers"].get(multiplier, 0) + 1
-        privacy["epsilon"] = _epsilon([privacy["multipliers"]], self._delta)
+        privacy |= privacy_spent({"": self._context.memory}) or {}
 
 
 def privacy_spent(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float | int | None] | None:
@@ -95,20 +95,15 @@ def privacy_spent(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float | 
     parts = [privacy for privacy in found if isinstance(privacy, Mapping) and "multipliers" in privacy]
     if not parts:
         return None
-    delta = min(float(part["delta"]) for part in parts)
-    epsilon = _epsilon([part["multipliers"] for part in parts], delta)
+    counts = [(float(multiplier), count) for part in parts for multiplier, count in part["multipliers"].items()]
+    delta, epsilon = min(float(part["delta"]) for part in parts), None
+    if all(multiplier > 0 for multiplier, _ in counts):
+        accounting, rdp = _accountant()
+        accountant = rdp.RdpAccountant()
+        for multiplier, count in counts:
+            accountant.compose(accounting.GaussianDpEvent(multiplier), count)
+        epsilon = float(accountant.get_epsilon(delta))
     return {"epsilon": epsilon, "delta": delta, "steps": sum(int(part["steps"]) for part in parts)}
-
-
-def _epsilon(spent: Iterable[Mapping[str, int]], delta: float) -> float | None:
-    counts = [(float(multiplier), count) for part in spent for multiplier, count in part.items()]
-    if any(multiplier == 0 for multiplier, _ in counts):
-        return None
-    accounting, rdp = _accountant()
-    accountant = rdp.RdpAccountant()
-    for multiplier, count in counts:
-        accountant.compose(accounting.GaussianDpEvent(multiplier), count)
-    return float(accountant.get_epsilon(delta))
 
 
 def _accountant() -> tuple[Any, Any]:

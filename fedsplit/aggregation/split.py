@@ -32,23 +32,23 @@ from fedsplit.states.state_dict import named
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The keys that one rule takes; `name` is its pattern or ``"*"``, `rule` is None if it stays with the clients.
+    """The keys that one rule takes; `rule` is None if they stay with the clients.
 
     Its rule remembers under `memory_key`: another kind of rule for the same part does not find that.
     """
 
-    name: str
+    name: str  # the pattern, or "*"
     keys: tuple[str, ...]
     rule: Rule | None
     memory_key: str
+    row: PartRow  # the part for people
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """The parts of a model, in the order of their rules; those of a bare rule without keys left out."""
 
-    parts: tuple[Part, ...]
-    rows: tuple[PartRow, ...]
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def resolve(
@@ -66,20 +66,21 @@ class Split:
             raise UsageError(
                 f"no rule for {named(without)}: no pattern matches; add one without a pattern, such as fedavg"
             )
-        parts, rows = [], []
+        parts = []
         for spec in dict.fromkeys(specs):
-            local, taken = spec.name == "local", keys[spec]
+            taken = keys[spec]
             if not taken and spec.pattern is None:
                 continue
-            if not taken and not (local and local_withheld):
+            if not taken and not (spec.name == "local" and local_withheld):
                 raise UsageError(_matches_nothing(spec, reference))
             size = sum(reference[key].nbytes for key in taken)
-            rule, memory_key = None if local else load_rule(spec), f"{spec.part}={spec.kind}"
-            parts.append(Part(name=spec.part, keys=tuple(taken), rule=rule, memory_key=memory_key))
-            rows.append(PartRow(part=spec.part, entries=len(taken), bytes=size, rule=spec.rule))
+            parts.append(Part(
+                name=spec.part, keys=tuple(taken), rule=None if spec.name == "local" else load_rule(spec),
+                memory_key=f"{spec.part}={spec.kind}", row=PartRow(spec.part, len(taken), size, spec.rule),
+            ))  # fmt: skip
         if reference and all(part.rule is None for part in parts):
             raise UsageError("every entry is local: nothing is left for the server to merge")
-        return cls(parts=tuple(parts), rows=tuple(rows))
+        return cls(parts=tuple(parts))
 
     @property
     def min_updates(self) -> int:

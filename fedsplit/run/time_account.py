@@ -46,20 +46,12 @@ class Stages:
 
 
 def account(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of each of `STAGES`, in that order; their sum is the line's ``seconds``.
-
-    A line without stages is divided by what the trainers reported.
-    """
+    """Return the seconds of each of `STAGES`, in that order; their sum is the line's ``seconds``."""
     total, stages = _numbers(line).get("seconds", 0.0), _numbers(line.get("stages"))
-    rows = list(line.get("clients", {}).values())
+    ranks = [_numbers(row.get("stages")) for row in line.get("clients", {}).values()]
     seconds = dict.fromkeys(STAGES, 0.0)
-    if not stages:
-        training = min(total, max((_numbers(row).get("seconds", 0.0) for row in rows), default=0.0))
-        evaluation = max((_numbers(row.get("evaluate")).get("seconds", 0.0) for row in rows), default=0.0)
-        evaluation = min(total - training, evaluation)
-        return seconds | {"training": training, "evaluation": evaluation, "hand-off": total - training - evaluation}
     train, ahead, merge, evaluate = (stages.get(key, 0.0) for key in ("train", "train ahead", "merge", "evaluate"))
-    _account_training(seconds, train, [each for row in rows if (each := _numbers(row.get("stages")))])
+    _account_training(seconds, train, [stages for stages in ranks if stages])
     seconds["training"] += ahead
     seconds["merging"] += merge
     seconds["evaluation"] = evaluate

@@ -139,7 +139,7 @@ class Strategy(StreamingStrategy):
         )  # fmt: skip
         check_rules(self.settings.rules)
         self.asks_everyone = fraction_train == 1.0
-        self.split = Split(parts=(), rows=())
+        self.split = Split()
         self.memory: dict[str, dict[str, Any]] = {}
         self._config: Metrics = {**dict(self.settings.train_config)}
         self._keys = keys
@@ -167,7 +167,7 @@ class Strategy(StreamingStrategy):
                 f"the rules need at least {self.split.min_updates} updates a round, --min-clients is "
                 f"{self.settings.min_clients}; start with --min-clients {self.split.min_updates} or more"
             )
-        return list(self.split.rows)
+        return [part.row for part in self.split.parts]
 
     def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> FitChoice:
         """Draw the clients that train: the same ones whenever the same clients are there.
