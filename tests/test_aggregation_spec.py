@@ -269,5 +269,5 @@ def test_rules_that_can_be_loaded_pass():
 
 
 def test_a_class_of_the_users_is_read_like_a_rule():
-    name, params = parse_call("package.module:Class(eta=0.1, note='x-y:z')")
-    assert name == "package.module:Class" and params == {"eta": 0.1, "note": "x-y:z"}
+    call = parse_call("package.module:Class(eta=0.1, note='x-y:z')")
+    assert call == ("package.module:Class", {"eta": 0.1, "note": "x-y:z"}, None)

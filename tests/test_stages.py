@@ -49,13 +49,6 @@ def test_the_time_of_ranks_that_were_not_counted_is_waiting() -> None:
     assert account(line([])) == dict.fromkeys(STAGES, 0.0) | {"merging": 0.5, "evaluation": 1.0, "waiting": 4.5}
 
 
-def test_a_line_without_stages_is_divided_by_what_the_trainers_reported() -> None:
-    row = {"seconds": 1.0, "evaluate": {"seconds": 0.25}}
-    assert account({"round": 1, "seconds": 2.0, "clients": {"1": row}}) == dict.fromkeys(STAGES, 0.0) | {
-        "training": 1.0, "evaluation": 0.25, "hand-off": 0.75,
-    }  # fmt: skip
-
-
 def test_the_bytes_are_those_of_all_updates() -> None:
     assert update_bytes(line([SLOW, FAST])) == 20
 

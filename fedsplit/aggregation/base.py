@@ -22,18 +22,10 @@ from fedsplit.states.state_dict import StateDict as StateDict
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one client sent back in one round.
+    """What one client, `rank`, sent back in one round.
 
-    Parameters
-    ----------
-    rank : int
-        The client.
-    state_dict : mapping of str to Tensor
-        The entries of the part that the rule merges. Not to be changed.
-    num_examples : int
-        How many examples the client says it trained on, at least 1.
-    metrics : mapping
-        What the trainer reported, as it is.
+    `state_dict` has the entries of the part that the rule merges, and is not to be changed. `num_examples` is how many
+    examples the client says it trained on, at least 1; `metrics` is what the trainer reported, as it is.
     """
 
     rank: int
@@ -107,12 +99,6 @@ class _Collector:
     """Keeps all updates, for a function that must see them at once."""
 
     def __init__(self, function: RuleFunction, context: AggregationContext) -> None:
-        self._function = function
-        self._context = context
-        self._updates: list[Update] = []
-
-    def add(self, update: Update) -> None:
-        self._updates.append(update)
-
-    def result(self) -> StateDict:
-        return self._function(self._updates, self._context)
+        updates: list[Update] = []
+        self.add = updates.append
+        self.result = partial(function, updates, context)

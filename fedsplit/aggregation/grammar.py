@@ -27,10 +27,11 @@ _FROM_LETTERS = str.maketrans({"\ua7f7": "-", "\u02d0": ":"})
 
 
 class Call(NamedTuple):
-    """A name and its parameters; a rule given as the first argument is the parameter ``"rule"``."""
+    """A name, its parameters, and the rule inside: the first argument, or the parameter ``rule``."""
 
     name: str
-    params: dict[str, Literal | Call]
+    params: dict[str, Literal]
+    rule: Call | None = None
 
 
 def literal_text(value: Literal) -> str:
@@ -65,21 +66,25 @@ class _Reader:
         name = _name(node)
         if name is None:
             self._refuse(node, "name or name(key=value, …)")
-        params: dict[str, Literal | Call] = {}
+        params: dict[str, Literal] = {}
+        rule: Call | None = None
         if not isinstance(node, ast.Call):
             return Call(name, params)
         for argument in node.args:
-            if params or _name(argument) is None:
+            if rule or _name(argument) is None:
                 self._refuse(argument, "key=value")
-            params["rule"] = self.call(argument)
+            rule = self.call(argument)
         for keyword in node.keywords:
             if keyword.arg is None:
                 self._refuse(keyword.value, "key=value")
             key = keyword.arg.translate(_FROM_LETTERS)
-            if key in params:
+            if key in params or (key == "rule" and rule):
                 raise UsageError(f"cannot read {self._text!r}: {key!r} is given twice")
-            params[key] = self.call(keyword.value) if key == "rule" else self._literal(key, keyword.value)
-        return Call(name, params)
+            if key == "rule":
+                rule = self.call(keyword.value)
+            else:
+                params[key] = self._literal(key, keyword.value)
+        return Call(name, params, rule)
 
     def _literal(self, key: str, node: ast.expr) -> Literal:
         word = _word(node)
@@ -104,8 +109,5 @@ def _name(node: ast.expr) -> str | None:
 
 def _word(node: ast.expr) -> str | None:
     """Return a name, dotted or not, or None for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id.translate(_FROM_LETTERS)
-    if isinstance(node, ast.Attribute) and (base := _word(node.value)) is not None:
-        return f"{base}.{node.attr.translate(_FROM_LETTERS)}"
-    return None
+    text = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
+    return text.translate(_FROM_LETTERS) if all(map(str.isidentifier, text.split("."))) else None

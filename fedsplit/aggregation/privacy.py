@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,16 +30,9 @@ from fedsplit.errors import MissingPackageError
 def private_rule(name: str, inner: Rule, *, averages: bool, clip: float, noise: float, delta: float = 1e-5) -> Rule:
     """Return a rule with differential privacy around it; raises UsageError if it needs an accountant and has none.
 
-    Parameters
-    ----------
-    averages
-        Whether `inner` is `fedavg`, the result of which moves by at most ``clip / n`` with one client.
-    clip
-        Largest L2 norm of an update, over all floating entries of the part.
-    noise
-        Standard deviation of the noise as a multiple of ``clip / n``; 0 only clips, which protects nothing.
-    delta
-        The delta at which epsilon is reported.
+    `clip` is the largest L2 norm of an update, over all floating entries of the part. `noise` is the standard deviation
+    as a multiple of ``clip / n``; 0 only clips, which protects nothing. `delta` is where epsilon is reported, and
+    `averages` tells whether `inner` is `fedavg`, whose result moves by at most ``clip / n`` with one client.
     """
     if noise:
         _accountant()
@@ -88,42 +81,29 @@ class _PrivateAccumulator:
         privacy["delta"] = self._delta
         privacy["steps"] += 1
         privacy["multipliers"][multiplier] = privacy["multipliers"].get(multiplier, 0) + 1
-        privacy["epsilon"] = _epsilon([privacy["multipliers"]], self._delta)
+        privacy |= privacy_spent({"": self._context.memory}) or {}
 
 
 def privacy_spent(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float | int | None] | None:
     """Return what all private parts together have spent, composed over parts and rounds; None if there is none.
 
-    Parameters
-    ----------
-    memory : mapping
-        The rules' memory by part, as the server keeps it.
-
-    Returns
-    -------
-    dict or None
-        ``epsilon`` (None if a part has no noise, as there is no bound then), ``delta`` (the smallest of the parts')
-        and ``steps`` (the number of merges with `dp`, over all parts).
+    `memory` is the rules' as the server keeps it. The result has ``epsilon`` (None if a part has no noise, as there is
+    no bound then), ``delta`` (the smallest of the parts') and ``steps`` (the number of merges with `dp`).
     """
     # A rule of the user's may remember something of its own under the same name.
     found = [part.get("privacy") for part in memory.values()]
     parts = [privacy for privacy in found if isinstance(privacy, Mapping) and "multipliers" in privacy]
     if not parts:
         return None
-    delta = min(float(part["delta"]) for part in parts)
-    epsilon = _epsilon([part["multipliers"] for part in parts], delta)
+    counts = [(float(multiplier), count) for part in parts for multiplier, count in part["multipliers"].items()]
+    delta, epsilon = min(float(part["delta"]) for part in parts), None
+    if all(multiplier > 0 for multiplier, _ in counts):
+        accounting, rdp = _accountant()
+        accountant = rdp.RdpAccountant()
+        for multiplier, count in counts:
+            accountant.compose(accounting.GaussianDpEvent(multiplier), count)
+        epsilon = float(accountant.get_epsilon(delta))
     return {"epsilon": epsilon, "delta": delta, "steps": sum(int(part["steps"]) for part in parts)}
-
-
-def _epsilon(spent: Iterable[Mapping[str, int]], delta: float) -> float | None:
-    counts = [(float(multiplier), count) for part in spent for multiplier, count in part.items()]
-    if any(multiplier == 0 for multiplier, _ in counts):
-        return None
-    accounting, rdp = _accountant()
-    accountant = rdp.RdpAccountant()
-    for multiplier, count in counts:
-        accountant.compose(accounting.GaussianDpEvent(multiplier), count)
-    return float(accountant.get_epsilon(delta))
 
 
 def _accountant() -> tuple[Any, Any]:

@@ -18,17 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedsplit.aggregation import numeric
 from fedsplit.aggregation.base import Accumulator, AggregationContext, Rule, RuleFunction, StateDict, Update
-from fedsplit.aggregation.numeric import (
-    RunningMean,
-    by_coordinate,
-    floating_keys,
-    is_floating,
-    maximum,
-    mean_of,
-    squared_distance,
-    widened,
-)
 from fedsplit.errors import AggregationError
 
 log = logging.getLogger(__name__)
@@ -36,44 +27,29 @@ _SETTLED = 1e-6
 
 
 class MeanAccumulator:
-    """Mean of the floating entries weighted by `num_examples`, maximum of the others."""
+    """Mean of the floating entries weighted by `num_examples`, maximum of the others; without ``averages``, of all."""
 
-    def __init__(self, context: AggregationContext) -> None:
-        self._means: dict[str, RunningMean] = {}
+    def __init__(self, context: AggregationContext, *, averages: bool = True) -> None:
+        self._averages = averages
+        self._means: dict[str, numeric.RunningMean] = {}
         self._largest: StateDict = {}
 
     def add(self, update: Update) -> None:
         for key, tensor in update.state_dict.items():
-            if not is_floating(tensor):
-                _take_largest(self._largest, key, tensor)
-            elif key in self._means:
-                self._means[key].add(tensor, update.num_examples)
+            if self._averages and numeric.is_floating(tensor):
+                if key in self._means:
+                    self._means[key].add(tensor, update.num_examples)
+                else:
+                    self._means[key] = numeric.RunningMean(tensor, update.num_examples)
+            elif tensor.is_complex():
+                raise AggregationError(f"max: complex numbers have no order, but {key!r} is {tensor.dtype}")
             else:
-                self._means[key] = RunningMean(tensor, update.num_examples)
+                # The first is copied, as a view would keep the whole payload of that client alive.
+                largest = self._largest.get(key)
+                self._largest[key] = tensor.clone() if largest is None else numeric.maximum(largest, tensor)
 
     def result(self) -> StateDict:
         return {key: mean.result() for key, mean in self._means.items()} | self._largest
-
-
-class MaxAccumulator:
-    """Elementwise maximum of all entries."""
-
-    def __init__(self, context: AggregationContext) -> None:
-        self._largest: StateDict = {}
-
-    def add(self, update: Update) -> None:
-        for key, tensor in update.state_dict.items():
-            if tensor.is_complex():
-                raise AggregationError(f"max: complex numbers have no order, but {key!r} is {tensor.dtype}")
-            _take_largest(self._largest, key, tensor)
-
-    def result(self) -> StateDict:
-        return self._largest
-
-
-def _take_largest(largest: StateDict, key: str, tensor: Tensor) -> None:
-    # The first is copied, as a view would keep the whole payload of that client alive.
-    largest[key] = maximum(largest[key], tensor) if key in largest else tensor.clone()
 
 
 class FrozenAccumulator:
@@ -87,6 +63,9 @@ class FrozenAccumulator:
 
     def result(self) -> StateDict:
         return dict(self._previous)
+
+
+_MaxAccumulator = partial(MeanAccumulator, averages=False)
 
 
 def merge(accumulator: Accumulator, updates: Sequence[Update]) -> StateDict:
@@ -113,7 +92,7 @@ def maximum_of_all(updates: Sequence[Update], context: AggregationContext) -> St
 
     Tolerates no bad client. Complex entries are refused, as they have no order.
     """
-    return merge(MaxAccumulator(context), updates)
+    return merge(_MaxAccumulator(context), updates)
 
 
 def frozen(updates: Sequence[Update], context: AggregationContext) -> StateDict:
@@ -132,18 +111,14 @@ def median(updates: Sequence[Update], context: AggregationContext) -> StateDict:
     Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018,
     https://arxiv.org/abs/1803.01498.
     """
-    return _by_entry(updates, lambda tensors: by_coordinate(tensors, _middle))
+    return _by_entry(updates, partial(numeric.by_coordinate, merge_sorted=_middle))
 
 
 def trimmed_mean(updates: Sequence[Update], context: AggregationContext, *, fraction: float = 0.1) -> StateDict:
-    """Mean of each coordinate without its smallest and largest values.
+    """Mean of each coordinate without its smallest and largest values: ``fraction`` is cut off at either end.
 
-    Tolerates int(fraction * n) of n clients, which is none of 9 at the default of 0.1; a warning says so.
-
-    Parameters
-    ----------
-    fraction : float
-        How much to cut off at either end, from 0 to below 0.5; the number of clients that are cut is rounded down.
+    `fraction` is from 0 to below 0.5, and the number of clients that are cut is rounded down. Tolerates
+    int(fraction * n) of n clients, which is none of 9 at the default of 0.1; a warning says so.
 
     Yin et al., as for `median`.
     """
@@ -158,19 +133,19 @@ def trimmed_mean(updates: Sequence[Update], context: AggregationContext, *, frac
             context.part, fraction, count, math.ceil(min(1 / fraction, 1e9)),
             f", or fraction={math.ceil(100 / count) / 100}" if count > 2 else "",
         )  # fmt: skip
-    return _by_entry(updates, lambda tensors: by_coordinate(tensors, lambda rows: mean_of(rows[cut : count - cut])))
+
+    def untrimmed(rows: list[Tensor]) -> Tensor:
+        return numeric.mean_of(rows[cut : count - cut])
+
+    return _by_entry(updates, partial(numeric.by_coordinate, merge_sorted=untrimmed))
 
 
 def krum(updates: Sequence[Update], context: AggregationContext, *, byzantine: int = 1) -> StateDict:
     """The state of the one client that is closest to its n - byzantine - 2 nearest neighbours.
 
     It is taken whole, with its integer entries: the result is a state that some client really had. Of equals, the one
-    with the lowest rank.
-
-    Parameters
-    ----------
-    byzantine : int
-        How many bad clients to tolerate; takes at least 2 * byzantine + 3 updates. 0 works with any number.
+    with the lowest rank. `byzantine` is how many bad clients to tolerate, which takes at least 2 * byzantine + 3
+    updates; 0 works with any number.
 
     Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017,
     https://arxiv.org/abs/1703.02757.
@@ -187,12 +162,8 @@ def multi_krum(
 ) -> StateDict:
     """Unweighted mean of the clients with the best Krum scores; their integer entries take the maximum.
 
-    Parameters
-    ----------
-    byzantine : int
-        As for `krum`.
-    selected : int, optional
-        How many to average, at most n - byzantine - 2 (n if byzantine is 0), which is the default.
+    `byzantine` is as for `krum`, `selected` how many to average: at most n - byzantine - 2 (n if byzantine is 0), which
+    is the default.
 
     Blanchard et al., as for `krum`; the bound on `selected` is that of Damaskinos et al., "AggregaThor: Byzantine
     Machine Learning via Robust Gradient Aggregation", MLSys 2019.
@@ -205,7 +176,7 @@ def multi_krum(
         )
     # In rank order again, as the order of a mean shows in its last bit.
     chosen = sorted(best[: most if selected is None else selected], key=lambda update: update.rank)
-    return _by_entry(chosen, mean_of)
+    return _by_entry(chosen, numeric.mean_of)
 
 
 def _multi_krum_needs(*, byzantine: int = 1, selected: int | None = None) -> int:
@@ -218,25 +189,20 @@ def geometric_median(
     """The point with the smallest sum of distances to the clients, over all floating entries of the part together.
 
     Tolerates fewer than half of the clients: (n - 1) // 2 of n. Found by the smoothed Weiszfeld algorithm. It starts
-    from the mean of the half nearest to the median of each coordinate, and all clients count the same.
-
-    Parameters
-    ----------
-    iterations : int
-        At most so many steps; fewer if the clients' weights have settled.
-    smoothing : float
-        Distances below this count as this.
+    from the mean of the half nearest to the median of each coordinate, and all clients count the same. It takes at most
+    `iterations` steps, fewer if the clients' weights have settled; distances below `smoothing` count as that.
 
     Pillutla et al., "Robust Aggregation for Federated Learning" (RFA), IEEE TSP 2022,
     https://arxiv.org/abs/1912.13445.
     """
-    keys = floating_keys(updates[0].state_dict)
+    keys = numeric.floating_keys(updates[0].state_dict)
 
     def distances(state: StateDict) -> list[float]:
-        return [squared_distance(update.state_dict, state, keys) for update in updates]
+        return [numeric.squared_distance(update.state_dict, state, keys) for update in updates]
 
     def mean(chosen: Sequence[int], weights: Sequence[float] | None = None) -> StateDict:
-        return {key: mean_of([widened(updates[i].state_dict[key]) for i in chosen], weights) for key in keys}
+        states = [updates[i].state_dict for i in chosen]
+        return {key: numeric.mean_of([numeric.widened(state[key]) for state in states], weights) for key in keys}
 
     start = median(updates, context)
     # Not from the median itself: it may be one of the clients, and the algorithm leaves those only slowly.
@@ -260,7 +226,7 @@ def _by_entry(updates: Sequence[Update], merge: Callable[[list[Tensor]], Tensor]
     result = {}
     for key, first in updates[0].state_dict.items():
         tensors = [update.state_dict[key] for update in updates]
-        result[key] = merge(tensors) if is_floating(first) else reduce(maximum, tensors)
+        result[key] = merge(tensors) if numeric.is_floating(first) else reduce(numeric.maximum, tensors)
     return result
 
 
@@ -278,10 +244,10 @@ def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
             f"byzantine={byzantine} takes at least {needed} updates (2 * byzantine + 3), found {count}; "
             f"with {count}, at most byzantine={max(0, (count - 3) // 2)} works"
         )
-    keys = floating_keys(updates[0].state_dict)
+    keys = numeric.floating_keys(updates[0].state_dict)
     distances: list[list[float]] = [[] for _ in updates]
     for i, j in combinations(range(count), 2):
-        distance = squared_distance(updates[i].state_dict, updates[j].state_dict, keys)
+        distance = numeric.squared_distance(updates[i].state_dict, updates[j].state_dict, keys)
         distances[i].append(distance)
         distances[j].append(distance)
     scores = [sum(sorted(row)[: max(1, count - byzantine - 2)]) for row in distances]
@@ -305,7 +271,7 @@ class Builtin(NamedTuple):
 # Their parameters are in `fedsplit.aggregation.spec.BUILTIN_RULES`; `dp` and `local` are handled apart.
 BUILTIN: dict[str, Builtin] = {
     "fedavg": Builtin(fedavg, MeanAccumulator),
-    "max": Builtin(maximum_of_all, MaxAccumulator),
+    "max": Builtin(maximum_of_all, _MaxAccumulator),
     "frozen": Builtin(frozen, FrozenAccumulator),
     "median": Builtin(median),
     "trimmed-mean": Builtin(trimmed_mean),

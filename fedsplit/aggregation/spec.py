@@ -77,14 +77,14 @@ class RuleSpec:
     @property
     def rule(self) -> str:
         """The rule as text, without its pattern."""
-        arguments = [self.inner.rule] if self.inner is not None else []
+        arguments = [self.inner.rule] if self.inner else []
         arguments += [f"{key}={literal_text(value)}" for key, value in self.params.items()]
         return f"{self.name}({', '.join(arguments)})" if arguments else self.name
 
     @property
     def kind(self) -> str:
         """The rule without its parameters: what it remembers is of use to another rule of the same kind."""
-        return f"{self.name}({self.inner.kind})" if self.inner is not None else self.name
+        return f"{self.name}({self.inner.kind})" if self.inner else self.name
 
     @property
     def part(self) -> str:
@@ -107,11 +107,11 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _check_inner(name: str, inner: RuleSpec | None) -> None:
-    if name != "dp" and inner is not None:
+    if inner and name != "dp":
         raise UsageError(f"{name} takes no rule inside; only dp does")
-    if name == "dp" and inner is None:
+    if name == "dp" and not inner:
         raise UsageError("dp needs a rule as its first argument: dp(fedavg, …)")
-    if inner is not None and inner.name in _NOT_INSIDE_DP:
+    if inner and inner.name in _NOT_INSIDE_DP:
         raise UsageError(f"dp cannot wrap {inner.name}")
 
 
@@ -174,11 +174,7 @@ def parse_rule(text: str) -> RuleSpec:
 
 
 def _build(call: Call, pattern: str | None = None) -> RuleSpec:
-    params = {key: value for key, value in call.params.items() if not isinstance(value, Call)}
-    inner = call.params.get("rule")
-    return RuleSpec(
-        pattern=pattern, name=call.name, params=params, inner=_build(inner) if isinstance(inner, Call) else None
-    )
+    return RuleSpec(pattern=pattern, name=call.name, params=call.params, inner=_build(call.rule) if call.rule else None)
 
 
 def _parse_toml(path: Path) -> Iterator[RuleSpec]:

@@ -3,7 +3,7 @@
 The server resolves the split once, against the first global state, and then for each round::
 
     merger = split.start_round(server_round=3, total_rounds=10, previous=state, seed=0, memory=memory)
-    merger.add(update)          # in rank order, each after `check_update` let it pass
+    merger.add(update)  # in rank order, each after `check_update` let it pass
     state = merger.finish()
 
 After an `AggregationError`, `memory` may hold half a round; the last checkpoint does not.
@@ -33,23 +33,23 @@ from fedsplit.states.ties import find_ties
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The keys that one rule takes; `name` is its pattern or ``"*"``, `rule` is None if it stays with the clients.
+    """The keys that one rule takes; `rule` is None if they stay with the clients.
 
     Its rule remembers under `memory_key`: another kind of rule for the same part does not find that.
     """
 
-    name: str
+    name: str  # the pattern, or "*"
     keys: tuple[str, ...]
     rule: Rule | None
     memory_key: str
+    row: PartRow  # the part for people
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """The parts of a model, in the order of their rules; those of a bare rule without keys left out."""
 
-    parts: tuple[Part, ...]
-    rows: tuple[PartRow, ...]
+    parts: tuple[Part, ...] = ()
     # Each further name of a tied weight, and the one under which it is merged.
     ties: Mapping[str, str] = field(default_factory=dict)
 
@@ -77,27 +77,24 @@ class Split:
             raise UsageError(
                 f"no rule for {named(without)}: no pattern matches; add one without a pattern, such as fedavg"
             )
-        parts, rows = [], []
+        parts = []
         for spec in dict.fromkeys(specs):
-            local, taken = spec.name == "local", keys[spec]
+            taken = keys[spec]
             if not taken and spec.pattern is None:
                 continue
+            local = spec.name == "local"
             if not taken and not (local and local_withheld) and not any(first_match([spec], key) for key in ties):
                 raise UsageError(_matches_nothing(spec, reference))
             if not taken and not local:  # it took further names of tied weights only
                 continue
             size = sum(reference[key].nbytes for key in taken)
-            rule, memory_key = None if local else load_rule(spec), f"{spec.part}={spec.kind}"
-            parts.append(Part(name=spec.part, keys=tuple(taken), rule=rule, memory_key=memory_key))
-            rows.append(PartRow(part=spec.part, entries=len(taken), bytes=size, rule=spec.rule))
+            parts.append(Part(
+                name=spec.part, keys=tuple(taken), rule=None if local else load_rule(spec),
+                memory_key=f"{spec.part}={spec.kind}", row=PartRow(spec.part, len(taken), size, spec.rule),
+            ))  # fmt: skip
         if reference and all(part.rule is None for part in parts):
             raise UsageError("every entry is local: nothing is left for the server to merge")
-        return cls(parts=tuple(parts), rows=tuple(rows), ties=ties)
-
-    @property
-    def local_keys(self) -> frozenset[str]:
-        """The keys that never leave the clients."""
-        return frozenset(key for part in self.parts if part.rule is None for key in part.keys)
+        return cls(parts=tuple(parts), ties=ties)
 
     @property
     def min_updates(self) -> int:
@@ -113,7 +110,7 @@ class Split:
         `previous` is the global state that the clients started from, `seed` the run's, and `memory` what the rules
         remember, by `Part.memory_key`: it is changed in place, and saved with the checkpoint of the round.
         """
-        mergers, local_keys = [], self.local_keys
+        rules, local = [], {key for part in self.parts if part.rule is None for key in part.keys}
         for part in self.parts:
             if part.rule is not None:
                 context = AggregationContext(
@@ -121,27 +118,43 @@ class Split:
                     previous={key: previous[key] for key in part.keys}, memory=memory.setdefault(part.memory_key, {}),
                     generator=seeded_generator(seed, server_round, part.name),
                 )  # fmt: skip
-                mergers.append(_PartMerger(part.rule, context))
-        kept = {key: tensor for key, tensor in previous.items() if key not in local_keys}
-        return RoundMerger(mergers, kept, self.ties)
+                rules.append((part.rule, context))
+        kept = {key: tensor for key, tensor in previous.items() if key not in local}
+        return RoundMerger(rules, kept, self.ties)
 
 
 class RoundMerger:
-    """The merging of one round, part by part; `count` is how many updates were added."""
+    """The merging of one round: an accumulator for each part, and the watch over what its rule does to its inputs.
 
-    def __init__(self, parts: Sequence[_PartMerger], previous: StateDict, ties: Mapping[str, str]) -> None:
-        self._parts = parts
+    `count` is how many updates were added. `retains` tells whether they are kept until `finish`; if not, the server may
+    drop each payload after `add`.
+    """
+
+    def __init__(
+        self, rules: Sequence[tuple[Rule, AggregationContext]], previous: StateDict, ties: Mapping[str, str]
+    ) -> None:
         self._previous = previous
         self._ties = ties
         self.count = 0
-        # Whether updates are kept until `finish`. If not, the server may drop each payload after `add`.
-        self.retains = not all(part.rule.one_pass for part in parts)
+        self.retains = not all(rule.one_pass for rule, _ in rules)
+        self._parts = []
+        for rule, context in rules:
+            watched = [Watched("the previous global state", context.previous)]
+            with _naming(rule, context):
+                self._parts.append((rule, context, rule.accumulator(context), watched))
 
     def add(self, update: Update) -> None:
         """Merge, or keep, one update; raises AggregationError, naming rule and part, if a rule fails on it."""
         self.count += 1
-        for part in self._parts:
-            part.add(update)
+        for rule, context, accumulator, watched in self._parts:
+            state = {key: update.state_dict[key] for key in context.previous}
+            given = Watched(f"the update of rank {update.rank}", state)
+            with _naming(rule, context):
+                accumulator.add(replace(update, state_dict=state))
+                if rule.one_pass:
+                    given.check()
+                else:
+                    watched.append(given)
 
     def finish(self) -> StateDict:
         """Return the new global state without the local parts; without a single update, the previous tensors.
@@ -150,50 +163,27 @@ class RoundMerger:
         changes what it was given, or remembers what no checkpoint can hold.
         """
         merged = dict(self._previous)
-        for part in self._parts if self.count else ():
-            merged |= part.finish()
+        for rule, context, accumulator, watched in self._parts if self.count else ():
+            with _naming(rule, context):
+                result = accumulator.result()
+                for given in watched:
+                    given.check()
+                check_output(result, context.previous)
+                check_memory(context.memory)
+            merged |= result
         return merged | {key: merged[kept] for key, kept in self._ties.items()}
 
 
-class _PartMerger:
-    """One part in one round: its accumulator, and the watch over what the rule does to its inputs."""
-
-    def __init__(self, rule: Rule, context: AggregationContext) -> None:
-        self.rule = rule
-        self._context = context
-        self._watched = [Watched("the previous global state", context.previous)]
-        with self._naming():
-            self._accumulator = rule.accumulator(context)
-
-    def add(self, update: Update) -> None:
-        state = {key: update.state_dict[key] for key in self._context.previous}
-        with self._naming():
-            watched = Watched(f"the update of rank {update.rank}", state)
-            self._accumulator.add(replace(update, state_dict=state))
-            if self.rule.one_pass:
-                watched.check()
-            else:
-                self._watched.append(watched)
-
-    def finish(self) -> StateDict:
-        with self._naming():
-            result = self._accumulator.result()
-            for watched in self._watched:
-                watched.check()
-            check_output(result, self._context.previous)
-            check_memory(self._context.memory)
-        return result
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Turn what a rule raises into an `AggregationError` that names it."""
-        who = f"the rule {self.rule.name} of part {self._context.part!r}"
-        try:
-            yield
-        except FedSplitError as exc:
-            raise AggregationError(f"{who}: {exc}") from exc
-        except Exception as exc:  # a rule may be anybody's code
-            raise AggregationError(f"{who} failed: {type(exc).__name__}: {exc}") from exc
+@contextmanager
+def _naming(rule: Rule, context: AggregationContext) -> Iterator[None]:
+    """Turn what a rule raises into an `AggregationError` that names it."""
+    who = f"the rule {rule.name} of part {context.part!r}"
+    try:
+        yield
+    except FedSplitError as exc:
+        raise AggregationError(f"{who}: {exc}") from exc
+    except Exception as exc:  # a rule may be anybody's code
+        raise AggregationError(f"{who} failed: {type(exc).__name__}: {exc}") from exc
 
 
 def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor]) -> str:
@@ -230,12 +220,12 @@ def _user_rule(spec: RuleSpec) -> Rule:
     if not callable(target):
         module_name, _, path = spec.name.partition(":")
         raise UsageError(f"{spec.name}: the module {module_name!r} has no function {path!r}")
+    given = () if inspect.isclass(target) else ("updates", "context")
     try:
-        inspect.signature(target).bind(*([] if inspect.isclass(target) else ["updates", "context"]), **spec.params)
+        inspect.signature(target).bind(*given, **spec.params)
     except (TypeError, ValueError) as exc:
-        raise UsageError(
-            f"{spec.name} cannot be called as rule({', '.join(['updates', 'context', *spec.params])}): {exc}"
-        ) from exc
+        call = ", ".join(["updates", "context", *spec.params])
+        raise UsageError(f"{spec.name} cannot be called as rule({call}): {exc}") from exc
     if inspect.isclass(target):
         return cast(Rule, target(**spec.params))
     return Rule.of_function(spec.rule, partial(target, **spec.params))

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
+from fedsplit.disk import files
 from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
-from fedsplit.disk.files import Buffer, link_or_copy, make_private_directory, unreadable_name, write_json
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.errors import CheckpointError, FedSplitError
 from fedsplit.run.history import History, PartRow
@@ -68,7 +68,7 @@ class Run:
 
     def __init__(
         self, checkpoint_dir: Path, *, keep_checkpoints: int = 3, resume: bool = False,
-        settings: Mapping[str, Any] | None = None, initial: Callable[[], list[Buffer]] | None = None,
+        settings: Mapping[str, Any] | None = None, initial: Callable[[], list[files.Buffer]] | None = None,
     ) -> None:  # fmt: skip
         self.places = Places(checkpoint_dir)
         self.directory = self.places.server
@@ -93,7 +93,7 @@ class Run:
         return dict(self._record.get("settings", {}))
 
     def __enter__(self) -> Self:
-        make_private_directory(self.directory, CheckpointError)
+        files.make_private_directory(self.directory, CheckpointError)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -125,7 +125,7 @@ class Run:
         """Bring a checkpoint's state back into the payload store; its digest was checked when it was read."""
         source, digest = checkpoint.path(STATE_FILE), checkpoint.files[STATE_FILE]
         path = self.payloads.path(digest)
-        link_or_copy(source, path)
+        files.link_or_copy(source, path)
         return StoredPayload(digest=digest, bytes=source.stat().st_size, path=path)
 
     def partial_line(self) -> dict[str, Any]:
@@ -133,13 +133,13 @@ class Run:
         return dict(self.resumed.info["line"]) if self.resumed else {}
 
     def save(
-        self, server_round: int, digest: str, files: Mapping[str, Any], metrics: Mapping[str, Any],
+        self, server_round: int, digest: str, contents: Mapping[str, Any], metrics: Mapping[str, Any],
         line: Mapping[str, Any], best: int | None,
     ) -> None:  # fmt: skip
         """Write a round's checkpoint and let go of what came before it."""
+        info = {"line": dict(line), "local_entries": self._record.get("local_entries", {})}
         self.checkpoints.save(
-            run_id=self.run_id, server_round=server_round, files=files, metrics=metrics,
-            info={"line": dict(line), "local_entries": self._record.get("local_entries", {})},
+            run_id=self.run_id, server_round=server_round, files=contents, metrics=metrics, info=info,
             digests={STATE_FILE: digest},
         )  # fmt: skip
         self.checkpoints.prune(best=best)
@@ -150,19 +150,16 @@ class Run:
     def note_local_entries(self, entries: Mapping[str, Any]) -> None:
         """Note which entries stay with the trainers: name to (dtype, shape)."""
         if entries:
-            self._record["local_entries"] = dict(entries)
-            self._write_record()
+            self._note(local_entries=dict(entries))
 
     def note_split(self, rows: Sequence[PartRow]) -> None:
         """Note the resolved split, for the report."""
-        self._record["split"] = [row._asdict() for row in rows]
-        self._write_record()
+        self._note(split=[row._asdict() for row in rows])
 
     def note_session(self, *, command: str, software: Mapping[str, str]) -> None:
         """Note what the server was started with this time, for the report: a resumed run has had several sessions."""
         session = {"began": _now(), "command": without_password(command), "software": dict(software)}
-        self._record.setdefault("sessions", []).append(session)
-        self._write_record()
+        self._note(sessions=[*self._record.get("sessions", []), session])
 
     def local_entries(self) -> dict[str, torch.Tensor]:
         """Return the entries that stay with the trainers as tensors without data, to show and check the split."""
@@ -180,7 +177,7 @@ class Run:
                 return record
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
             log.debug("%s: %s", path, exc)
-        kept = unreadable_name(path)
+        kept = files.unreadable_name(path)
         try:
             path.rename(kept)
         except OSError as exc:
@@ -207,10 +204,11 @@ class Run:
             log.info("the run that was here is now in %s", places.old_runs / old)
         self._record = {"run_id": uuid.uuid4().hex[:16], "began": _now(), "settings": self._settings}
         self.checkpoints.begin_run(self.run_id)
-        self._write_record()
+        self._note()
 
-    def _write_record(self) -> None:
-        write_json(self.places.run, self._record, durable=True)
+    def _note(self, **entries: Any) -> None:
+        self._record |= entries
+        files.write_json(self.places.run, self._record, durable=True)
 
 
 def without_password(value: Any) -> Any:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsplit.disk.files import append_line, link_or_copy, unreadable_name, write_chunks
+from fedsplit.disk import files
 from fedsplit.run.events import finite
 
 log = logging.getLogger("fedsplit")
@@ -42,22 +43,22 @@ class History:
         self._best: dict[str, tuple[float, int]] = {}
         lines = read_history(path)
         if path.exists() and path.read_bytes().count(b"\n") > len(lines):
-            kept = unreadable_name(path)
-            link_or_copy(path, kept)
+            kept = files.unreadable_name(path)
+            files.link_or_copy(path, kept)
             log.warning("%s has lines that cannot be read; as it is it is kept as %s", path, kept)
         self._take(lines)
 
     def append(self, line: Line) -> None:
         """Add a round."""
         line = finite(line)
-        append_line(self.path, json.dumps(line, allow_nan=False))
+        files.append_line(self.path, json.dumps(line, allow_nan=False))
         self._take([line])
 
     def keep_up_to(self, server_round: int) -> None:
         """Drop the rounds after one: a resumed run does them again, and each appears once."""
         lines, self.lines, self._best = self.lines, [], {}
         self._take(line for line in lines if line["round"] <= server_round)
-        write_chunks(self.path, [(json.dumps(line) + "\n").encode() for line in self.lines])
+        files.write_chunks(self.path, [(json.dumps(line) + "\n").encode() for line in self.lines])
 
     def last_round(self) -> int:
         """Return the number of the last round, 0 before the first."""
@@ -79,27 +80,19 @@ class History:
 
 
 def read_history(path: Path) -> list[Line]:
-    """Return the lines of a history file; none if there is no file."""
-    if not path.exists():
-        return []
+    """Return the lines of a history file that can be read; none if there is no file."""
     lines = []
-    for text in path.read_bytes().decode(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if _is_line(line):
-            lines.append(line)
-    return lines
+    for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines if _is_line(line)]
 
 
 def _is_line(line: Any) -> bool:
+    if not isinstance(line, dict) or not isinstance(line.get("round"), int):
+        return False
     mappings = ("train", "evaluate", "central", "clients", "refused")
-    return (
-        isinstance(line, dict)
-        and isinstance(line.get("round"), int)
-        and all(isinstance(line.get(name) or {}, dict) for name in mappings)
-    )
+    return all(isinstance(line.get(name) or {}, dict) for name in mappings)
 
 
 def weighted_mean(rows: Iterable[tuple[float, Mapping[str, Any]]]) -> dict[str, float]:

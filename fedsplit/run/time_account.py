@@ -46,27 +46,17 @@ class Stages:
 
 
 def account(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of each of `STAGES`, in that order; their sum is the line's ``seconds``.
-
-    A line without stages is divided by what the trainers reported.
-    """
+    """Return the seconds of each of `STAGES`, in that order; their sum is the line's ``seconds``."""
     total, stages = _numbers(line).get("seconds", 0.0), _numbers(line.get("stages"))
-    rows = list(line.get("clients", {}).values())
+    ranks = [_numbers(row.get("stages")) for row in line.get("clients", {}).values()]
     seconds = dict.fromkeys(STAGES, 0.0)
-    if not stages:
-        training = min(total, max((_numbers(row).get("seconds", 0.0) for row in rows), default=0.0))
-        evaluation = max((_numbers(row.get("evaluate")).get("seconds", 0.0) for row in rows), default=0.0)
-        evaluation = min(total - training, evaluation)
-        return seconds | {"training": training, "evaluation": evaluation, "hand-off": total - training - evaluation}
-    _account_training(
-        seconds, stages.get("train", 0.0), [each for row in rows if (each := _numbers(row.get("stages")))]
-    )
-    seconds["training"] += stages.get("train ahead", 0.0)
-    seconds["merging"] += stages.get("merge", 0.0)
-    seconds["evaluation"] = stages.get("evaluate", 0.0)
+    train, ahead, merge, evaluate = (stages.get(key, 0.0) for key in ("train", "train ahead", "merge", "evaluate"))
+    _account_training(seconds, train, [stages for stages in ranks if stages])
+    seconds["training"] += ahead
+    seconds["merging"] += merge
+    seconds["evaluation"] = evaluate
     # What the server waited for by name, and whatever stage a later version adds.
-    known = sum(stages.get(name, 0.0) for name in ("train", "train ahead", "merge", "evaluate"))
-    seconds["waiting"] += max(0.0, total - known)
+    seconds["waiting"] += max(0.0, total - (train + ahead + merge + evaluate))
     return seconds
 
 
@@ -94,12 +84,11 @@ def _numbers(row: Mapping[str, Any] | None) -> dict[str, float]:
 def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
     """Return a round's line for people."""
     parts = [f"round {line['round']}/{total_rounds}", f"{line['accepted']}/{line['asked']} updates"]
-    phases = (("train", line["train"]), ("test", line["evaluate"]), ("test on the server", line.get("central", {})))
-    for phase, metrics in phases:
-        if shown := ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None):
+    for phase, name in (("train", "train"), ("test", "evaluate"), ("test on the server", "central")):
+        metrics = line.get(name, {}).items()
+        if shown := ", ".join(f"{metric} {value:.4f}" for metric, value in metrics if value is not None):
             parts.append(f"{phase} {shown}")
-    if spent := describe_privacy(line):
-        parts.append(spent)
+    parts += [spent] if (spent := describe_privacy(line)) else []
     if line["refused"]:
         parts.append("not counted: rank " + ", ".join(line["refused"]))
     return " | ".join([*parts, f"{line['seconds']:.2f} s", f"updates {format_bytes(update_bytes(line))}"])
@@ -107,8 +96,7 @@ def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
 
 def describe_privacy(line: Mapping[str, Any]) -> str:
     """Return what a round's line says of the privacy spent so far; empty where no rule is private."""
-    privacy = line.get("privacy")
-    if not privacy:
+    if not (privacy := line.get("privacy")):
         return ""
     epsilon = "unbounded" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3g}"
     return f"privacy spent: epsilon {epsilon} at delta {privacy['delta']:g}"

@@ -8,7 +8,7 @@ Floating entries are float32 at least on the strategy's side, since numpy has no
 dtype; complex entries are pairs of numbers. Whole numbers and truth values are float64 in the results, and what becomes
 of them is rounded: Flower's averages of integers come to 0 otherwise. So they are exact up to 2**53.
 
-Between rounds its attributes are kept in the checkpoints, those that `fedsplit.aggregation.flower.Attributes` can keep.
+Between rounds its attributes are kept in the checkpoints, those that `fedsplit.aggregation.flower_arrays` can encode.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +30,16 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy as FlowerStrategy
 
 from fedsplit.aggregation import Update
-from fedsplit.aggregation.flower import Attributes, decode, from_numpy, to_numpy
-from fedsplit.aggregation.grammar import Call, parse_call
+from fedsplit.aggregation.flower_arrays import Attributes, decode, fit_result, from_arrays, to_arrays
+from fedsplit.aggregation.grammar import parse_call
 from fedsplit.aggregation.numeric import is_floating
 from fedsplit.aggregation.split import find_object
 from fedsplit.aggregation.validation import check_output
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.history import PartRow, is_number
+from fedsplit.server import strategy as base
 from fedsplit.server.peer import RankProxy
 from fedsplit.server.settings import ServerSettings
-from fedsplit.server.strategy import (
-    EvaluateChoice,
-    EvaluateFailures,
-    EvaluateResults,
-    FitChoice,
-    FitFailures,
-    FitResults,
-    Merge,
-    Merged,
-    Metrics,
-    StreamingStrategy,
-    dump,
-    to_payload,
-)
 from fedsplit.states.state_dict import StateDict
 from fedsplit.states.state_dict import decode as decode_state
 from fedsplit.states.ties import find_ties
@@ -59,7 +47,7 @@ from fedsplit.states.ties import find_ties
 log = logging.getLogger("fedsplit")
 
 
-class ForeignStrategy(StreamingStrategy):
+class ForeignStrategy(base.StreamingStrategy):
     """Runs the strategy that ``settings.strategy`` names; raises UsageError if it cannot be made."""
 
     memory_file = "strategy.pt"
@@ -72,8 +60,8 @@ class ForeignStrategy(StreamingStrategy):
         self._settings = settings
         self._text = settings.strategy or ""
         call = parse_call(self._text)
-        if nested := next((key for key, value in call.params.items() if isinstance(value, Call)), None):
-            raise UsageError(f"--strategy {call.name}: {nested} must be a number, a text, true or false")
+        if call.rule:
+            raise UsageError(f"--strategy {call.name}: rule must be a number, a text, true or false")
         self._class, self._params = load_strategy(call.name), call.params
         self._name = self._class.__name__
         self._warned: set[str] = set()
@@ -94,16 +82,16 @@ class ForeignStrategy(StreamingStrategy):
         """Make the strategy, if it wants the initial parameters, and say what of it cannot be kept."""
         self._take_up(state)
         if self._wants_initial_parameters():
-            self._given = _to_arrays(self._reference)
+            self._given = to_arrays(self._reference)
             self._make(initial_parameters=self._given)
-        self._warn_of_what_is_lost()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        self._changed()
+        size = sum(tensor.nbytes for tensor in state.values())
         return [PartRow(part="*", entries=len(state), bytes=size, rule=self._text)]
 
-    def start_fit(self, server_round: int) -> Merge:
+    def start_fit(self, server_round: int) -> base.Merge:
         return _Collected()
 
-    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
+    def end_fit(self, server_round: int, merge: Any, failures: base.FitFailures) -> base.Ended:
         results = [(self._clients[update.rank], _result(update, self._reference)) for update in merge.updates]
         parameters, metrics = self.aggregate_fit(server_round, results, failures)
         if parameters is None:
@@ -113,9 +101,8 @@ class ForeignStrategy(StreamingStrategy):
 
     def dump_memory(self) -> bytes | None:
         """Return the attributes that have changed since the strategy was made."""
-        self._warn_of_what_is_lost()
-        changed = self._attributes.changed()
-        return dump({"strategy": self._name, "attributes": changed}) if changed else None
+        changed = self._changed()
+        return base.dump({"strategy": self._name, "attributes": changed}) if changed else None
 
     def load_memory(self, path: Path) -> None:
         memory = torch.load(path, weights_only=True, map_location="cpu")
@@ -131,32 +118,31 @@ class ForeignStrategy(StreamingStrategy):
         parameters = self._call("initialize_parameters", client_manager=client_manager)
         if parameters is None or parameters is self._given:
             return None
-        return to_payload(self._named(parameters, "initialize_parameters"))
+        return base.to_payload(self._named(parameters, "initialize_parameters"))
 
-    def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> FitChoice:
-        chosen = self._chosen("configure_fit", server_round, parameters, client_manager)
-        self._clients = {int(client.cid): client for client, _, _ in chosen}
-        return [(client, flower.FitIns(given, config)) for client, given, config in chosen]
+    def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> base.FitChoice:
+        chosen: base.FitChoice = self._chosen("configure_fit", server_round, parameters, client_manager)
+        self._clients = {int(client.cid): client for client, _ in chosen}
+        return chosen
 
-    def aggregate_fit(self, server_round: int, results: FitResults, failures: FitFailures) -> Merged:
+    def aggregate_fit(self, server_round: int, results: base.FitResults, failures: base.FitFailures) -> base.Merged:
         parameters, metrics = self._call("aggregate_fit", server_round, results, failures)
         return parameters, _numbers(metrics)
 
-    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, base.Metrics] | None:
         found = self._call("evaluate", server_round, parameters=self._arrays(parameters))
         return None if found is None else (float(found[0]), _numbers(found[1]))
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> EvaluateChoice:
+    ) -> base.EvaluateChoice:
         if not self._settings.is_evaluated(server_round):
             return []
-        chosen = self._chosen("configure_evaluate", server_round, parameters, client_manager)
-        return [(client, flower.EvaluateIns(given, config)) for client, given, config in chosen]
+        return self._chosen("configure_evaluate", server_round, parameters, client_manager)
 
     def aggregate_evaluate(
-        self, server_round: int, results: EvaluateResults, failures: EvaluateFailures
-    ) -> tuple[float | None, Metrics]:
+        self, server_round: int, results: base.EvaluateResults, failures: base.EvaluateFailures
+    ) -> tuple[float | None, base.Metrics]:
         loss, metrics = self._call("aggregate_evaluate", server_round, results, failures)
         return None if loss is None else float(loss), _numbers(metrics)
 
@@ -181,14 +167,16 @@ class ForeignStrategy(StreamingStrategy):
                 f"--strategy {self._text}: {self._name} refuses its parameters: {type(exc).__name__}: {exc}"
             ) from exc
 
-    def _warn_of_what_is_lost(self) -> None:
-        lost = self._attributes.not_keepable().items()
-        if new := {name: kind for name, kind in lost if name not in self._warned}:
+    def _changed(self) -> dict[str, Any]:
+        """Return the attributes to keep; what cannot be kept is told of once."""
+        changed, lost = self._attributes.changed()
+        if new := {name: kind for name, kind in lost.items() if name not in self._warned}:
             self._warned |= set(new)
             log.warning(
                 "%s keeps what no checkpoint can hold: %s. After --resume these are as in a new strategy",
                 self._name, ", ".join(f"{name} ({kind})" for name, kind in new.items()),
             )  # fmt: skip
+        return changed
 
     def _call(self, method: str, *arguments: Any, **named: Any) -> Any:
         with self._naming(method):
@@ -215,12 +203,12 @@ class ForeignStrategy(StreamingStrategy):
         """Return the global state as Flower's arrays."""
         if self._state is None or self._state[0] is not parameters:
             self._take_up(decode_state(parameters.tensors[0], "the global state"))
-            self._state = parameters, _to_arrays(self._reference)
+            self._state = parameters, to_arrays(self._reference)
         return self._state[1]
 
     def _chosen(
         self, method: str, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, Parameters, Metrics]]:
+    ) -> list[tuple[ClientProxy, Any]]:
         """Let the strategy choose, and turn each parameters object back once; most are the global state."""
         arrays = self._arrays(parameters)
         chosen = self._call(method, server_round=server_round, parameters=arrays, client_manager=client_manager)
@@ -230,35 +218,35 @@ class ForeignStrategy(StreamingStrategy):
                 f"the strategy {self._name}: {method} must choose among the clients of its client_manager, each at "
                 f"most once; it chose {', '.join(cids)}"
             )
-        known = {id(arrays): parameters}
-        found = []
+        known, found = {id(arrays): parameters}, []
         for client, ins in chosen:
             if id(ins.parameters) not in known:
-                known[id(ins.parameters)] = to_payload(self._named(ins.parameters, method))
-            found.append((client, known[id(ins.parameters)], self._config(client, ins.config, method)))
+                known[id(ins.parameters)] = base.to_payload(self._named(ins.parameters, method))
+            config = self._config(client, ins.config, method)
+            found.append((client, replace(ins, parameters=known[id(ins.parameters)], config=config)))
         return found
 
     def _named(self, parameters: Parameters, method: str) -> StateDict:
         """Return arrays of the strategy's under the names, shapes and dtypes of the state."""
+        who, reference = f"the strategy {self._name}", self._reference
         with self._naming(method):
             arrays = flower.parameters_to_ndarrays(parameters)
-        who = f"the strategy {self._name}: {method} gave"
-        if len(arrays) != len(self._reference):
-            raise AggregationError(f"{who} {len(arrays)} arrays, expected {len(self._reference)}, one for each entry")
-        for (key, tensor), array in zip(self._reference.items(), arrays, strict=True):
-            expected = (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
-            if array.shape != expected:
-                raise AggregationError(f"{who} {key!r} the shape {array.shape}, expected {expected}")
-        with self._naming(method):
-            pairs = zip(self._reference.items(), arrays, strict=True)
-            state = {key: from_numpy(array, tensor) for (key, tensor), array in pairs}
+            if len(arrays) != len(reference):
+                raise AggregationError(
+                    f"{who}: {method} gave {len(arrays)} arrays, expected {len(reference)}, one for each entry"
+                )
+            for (key, tensor), array in zip(reference.items(), arrays, strict=True):
+                expected = (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
+                if array.shape != expected:
+                    raise AggregationError(f"{who}: {method} gave {key!r} the shape {array.shape}, expected {expected}")
+            state = from_arrays(arrays, reference)
         try:
-            check_output(state, self._reference)
+            check_output(state, reference)
         except AggregationError as exc:
-            raise AggregationError(f"the strategy {self._name} in {method}: {exc}") from exc
+            raise AggregationError(f"{who} in {method}: {exc}") from exc
         return state | {key: state[kept] for key, kept in self._ties.items()}
 
-    def _config(self, client: ClientProxy, config: Mapping[str, Any], method: str) -> Metrics:
+    def _config(self, client: ClientProxy, config: Mapping[str, Any], method: str) -> base.Metrics:
         for key, value in config.items():
             if not isinstance(value, bool | int | float | str):
                 raise AggregationError(
@@ -291,17 +279,12 @@ def load_strategy(name: str) -> type[FlowerStrategy]:
     return target
 
 
-def _to_arrays(state: StateDict) -> Parameters:
-    return flower.ndarrays_to_parameters([to_numpy(tensor) for tensor in state.values()])
-
-
 def _result(update: Update, reference: StateDict) -> flower.FitRes:
     state = {key: update.state_dict[key] for key in reference}
-    wide = {key: tensor if is_floating(tensor) else tensor.to(torch.float64) for key, tensor in state.items()}
-    return flower.FitRes(flower.Status(flower.Code.OK, ""), _to_arrays(wide), update.num_examples, dict(update.metrics))
+    return fit_result(update, {key: each if is_floating(each) else each.double() for key, each in state.items()})
 
 
-def _numbers(metrics: Mapping[str, Any] | None) -> Metrics:
+def _numbers(metrics: Mapping[str, Any] | None) -> base.Metrics:
     """Return the metrics that a round's line can hold: numbers, numpy's among them."""
     plain = {str(name): value.item() if hasattr(value, "item") else value for name, value in (metrics or {}).items()}
     return {name: value for name, value in plain.items() if is_number(value)}

@@ -8,14 +8,18 @@ This module imports neither torch nor Flower, so that a wrong flag is told of at
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from msgspec import ValidationError, convert
 
 from fedsplit.aggregation.grammar import parse_call
 from fedsplit.aggregation.spec import RuleSpec, parse_rules
+from fedsplit.cli import key_scalar
 from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 
@@ -50,7 +54,7 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for name in ("rounds", "min_clients", "min_results"):
             if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                raise UsageError(f"--{_key(name)} must be at least 1, not {getattr(self, name)}")
         if not 0.0 < self.fraction_train <= 1.0:
             raise UsageError(f"--fraction-train must be above 0 and at most 1, not {self.fraction_train}")
         if self.evaluate_every < 0:
@@ -61,23 +65,22 @@ class ServerSettings:
             raise UsageError(f"--initial-checkpoint {self.initial_checkpoint} does not exist")
         if self.strategy is not None:
             parse_call(self.strategy)
-            for name in _OF_THE_RULES:
-                if getattr(self, name) != getattr(ServerSettings, name):
-                    raise UsageError(
-                        f"--{name.replace('_', '-')} cannot go with --strategy: the strategy itself decides who trains "
-                        "and how updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
-                    )
+            if beside := [name for name in _OF_THE_RULES if getattr(self, name) != getattr(ServerSettings, name)]:
+                raise UsageError(
+                    f"--{_key(beside[0])} cannot go with --strategy: the strategy itself decides who trains and how "
+                    "updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
+                )
         _ = self.rules
 
     @cached_property
     def rules(self) -> tuple[RuleSpec, ...]:
         """The rules of the split."""
-        return parse_rules(list(self.aggregate))
+        return parse_rules(self.aggregate)
 
     @property
     def local_patterns(self) -> tuple[tuple[str, bool], ...]:
         """``(pattern, local)`` for every rule in order: what a trainer needs to know of the split."""
-        return tuple((spec.pattern or "*", spec.name == "local") for spec in self.rules)
+        return tuple((spec.part, spec.name == "local") for spec in self.rules)
 
     def is_evaluated(self, server_round: int) -> bool:
         """Tell whether a round ends with an evaluation."""
@@ -93,39 +96,29 @@ class ServerSettings:
                 value = "; ".join(value)
             elif isinstance(value, Path):
                 value = str(value.absolute())
-            config[name.replace("_", "-")] = _ABSENT[name] if value is None else value
+            config[_key(name)] = _ABSENT[name] if value is None else value
         return config
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, Any]) -> ServerSettings:
         """Read a run config; raises UsageError for a value of the wrong kind. Keys of others are left alone."""
-        keys = {field: field.name.replace("_", "-") for field in fields(cls)}
-        return cls(**{field.name: _read(field, key, config[key]) for field, key in keys.items() if key in config})
+        kinds = {name: kind for name, kind in get_type_hints(cls).items() if _key(name) in config}
+        return cls(**{name: _read(name, kind, config[_key(name)]) for name, kind in kinds.items()})
 
 
-def _read(field: Field[Any], key: str, value: Any) -> Any:
-    name = field.name
-    if name in _REPEATABLE:
-        if not isinstance(value, str):
-            raise UsageError(f"run config: {key}: expected a text with semicolons, not {value!r}")
-        texts = [text.strip() for text in value.split(";") if text.strip()]
-        return tuple(_pair(text) for text in texts) if name == "train_config" else tuple(texts)
-    if name in _ABSENT and not value:
-        return None
-    if name in ("checkpoint_dir", "initial_checkpoint") and isinstance(value, str):
-        return Path(value)
-    kind = {"round_timeout": float, "strategy": str}.get(name, type(field.default))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UsageError(f"run config: {key} must be of type {kind.__name__}, not {value!r}")
-    return value
+def _key(name: str) -> str:
+    return name.replace("_", "-")
 
 
-def _pair(text: str) -> tuple[str, Scalar]:
-    from fedsplit.cli import scalar
+def _read(name: str, kind: Any, value: Any) -> Any:
+    try:
+        if name in _REPEATABLE:
+            texts = [text.strip() for text in convert(value, str).split(";") if text.strip()]
+            return tuple(map(key_scalar, texts) if name == "train_config" else texts)
+        return None if name in _ABSENT and not value else convert(value, kind, dec_hook=_path)
+    except (ValidationError, ArgumentTypeError) as exc:
+        raise UsageError(f"run config: {_key(name)}: {exc}; found {value!r}") from exc
 
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise UsageError(f"run config: train-config: expected key=value, not {text!r}")
-    return key.strip(), scalar(value.strip())
+
+def _path(kind: type[Path], value: Any) -> Path:
+    return kind(value)

@@ -41,6 +41,8 @@ Metrics = dict[str, FlowerScalar]
 FitChoice = list[tuple[ClientProxy, flower.FitIns]]
 EvaluateChoice = list[tuple[ClientProxy, flower.EvaluateIns]]
 Merged = tuple[Parameters | None, Metrics]
+# The next state, None if it stays as it was, and metrics for the round's line.
+Ended = tuple[StateDict | None, Metrics]
 FitResults = list[tuple[ClientProxy, flower.FitRes]]
 FitFailures = list[tuple[ClientProxy, flower.FitRes] | BaseException]
 EvaluateResults = list[tuple[ClientProxy, flower.EvaluateRes]]
@@ -83,8 +85,8 @@ class StreamingStrategy(FlowerStrategy):
         """Begin to merge the updates of the round that `configure_fit` configured."""
 
     @abstractmethod
-    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
-        """Return the next state, or None if it stays as it was, and metrics for the round's line."""
+    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:
+        """Return the next state and metrics."""
 
     @abstractmethod
     def dump_memory(self) -> bytes | None:
@@ -106,18 +108,8 @@ class Strategy(StreamingStrategy):
     ----------
     aggregate
         The rules, each as after ``--aggregate``: ``"fedavg"``, ``"body.*=median"``. One text is one rule.
-    min_clients
-        How many clients a round waits for.
-    min_results
-        With fewer accepted updates a round leaves the state as it was.
-    fraction_train
-        Share of the connected clients that train in a round.
-    evaluate_every
-        Evaluate after every N-th round; 0 is never.
-    train_config
-        What every client is told, for training and evaluation.
-    seed
-        For the sampling of clients and for rules that draw.
+    min_clients, min_results, fraction_train, evaluate_every, train_config, seed
+        As the server's flags of these names.
     rounds
         What rules are told as ``total_rounds``.
     keys
@@ -147,7 +139,7 @@ class Strategy(StreamingStrategy):
         )  # fmt: skip
         check_rules(self.settings.rules)
         self.asks_everyone = fraction_train == 1.0
-        self.split = Split(parts=(), rows=())
+        self.split = Split()
         self.memory: dict[str, dict[str, Any]] = {}
         self._config: Metrics = {**dict(self.settings.train_config)}
         self._keys = keys
@@ -175,7 +167,7 @@ class Strategy(StreamingStrategy):
                 f"the rules need at least {self.split.min_updates} updates a round, --min-clients is "
                 f"{self.settings.min_clients}; start with --min-clients {self.split.min_updates} or more"
             )
-        return list(self.split.rows)
+        return [part.row for part in self.split.parts]
 
     def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> FitChoice:
         """Draw the clients that train: the same ones whenever the same clients are there.
@@ -198,14 +190,14 @@ class Strategy(StreamingStrategy):
             seed=self.settings.seed, memory=self.memory,
         )  # fmt: skip
 
-    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> tuple[StateDict | None, Metrics]:
+    def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:
         needed = max(self.settings.min_results, self.split.min_updates)
-        if merge.count < needed:
-            log.warning(
-                "only %d of at least %d updates were accepted: the global state stays as it was", merge.count, needed
-            )
-            return None, {}
-        return merge.finish(), {}
+        if merge.count >= needed:
+            return merge.finish(), {}
+        log.warning(
+            "only %d of at least %d updates were accepted: the global state stays as it was", merge.count, needed
+        )
+        return None, {}
 
     def aggregate_fit(self, server_round: int, results: FitResults, failures: FitFailures) -> Merged:
         """Merge a list of results, in the order of their clients' ids; what must not be merged is refused."""
@@ -213,20 +205,23 @@ class Strategy(StreamingStrategy):
         for client, result in sorted(results, key=lambda each: _order(each[0].cid)):
             rank = int(client.cid) if client.cid.isdecimal() else self._order.index(client.cid) + 1
             tensor_type = result.parameters.tensor_type
-            update = self._read(rank, result)
+            try:
+                state = self._decoded(result.parameters, f"the update of rank {rank}")
+                update = _checked(rank, state, result.num_examples, result.metrics, self._reference)
+            except (RecordError, UsageError, TypeError, ValueError) as exc:
+                update = str(exc)
             if isinstance(update, str):
                 log.warning("the update of client %s was refused: %s", client.cid, update)
                 continue
             merge.add(update)
             accepted.append((result.num_examples, result.metrics))
-        state, _ = self.end_fit(server_round, merge, failures)
-        if state is None:
-            parameters = None
-        elif tensor_type == TENSOR_TYPE:
-            parameters = to_payload(state)
-        else:
-            parameters = flower.ndarrays_to_parameters([tensor.numpy() for tensor in state.values()])
-        return parameters, dict(weighted_mean(accepted))
+        merged, _ = self.end_fit(server_round, merge, failures)
+        metrics: Metrics = dict(weighted_mean(accepted))
+        if merged is None:
+            return None, metrics
+        if tensor_type == TENSOR_TYPE:
+            return to_payload(merged), metrics
+        return flower.ndarrays_to_parameters([tensor.numpy() for tensor in merged.values()]), metrics
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
         return None
@@ -235,9 +230,7 @@ class Strategy(StreamingStrategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> EvaluateChoice:
         """Every connected client evaluates, in the rounds that are evaluated."""
-        if not self.settings.is_evaluated(server_round):
-            return []
-        clients = client_manager.all()
+        clients = client_manager.all() if self.settings.is_evaluated(server_round) else {}
         return [
             (clients[cid], flower.EvaluateIns(parameters, dict(self._config))) for cid in sorted(clients, key=_order)
         ]
@@ -288,13 +281,6 @@ class Strategy(StreamingStrategy):
         if len(keys) != len(arrays):
             raise UsageError(f"keys names {len(keys)} arrays, the parameters have {len(arrays)}")
         return {key: torch.from_numpy(array) for key, array in zip(keys, arrays, strict=True)}
-
-    def _read(self, rank: int, result: flower.FitRes) -> Update | str:
-        try:
-            state = self._decoded(result.parameters, f"the update of rank {rank}")
-        except (RecordError, UsageError, TypeError, ValueError) as exc:
-            return str(exc)
-        return _checked(rank, state, result.num_examples, result.metrics, self._reference)
 
 
 def read_update(
