@@ -1,7 +1,6 @@
 """Disks that fill or lose a directory in the middle of a run: nothing is lost, and all is said.
 
-Each disk is a small file system in memory. Where the machine does not let a test mount one, the tests are skipped. Not
-covered: a disk that becomes read-only.
+Each disk is a small file system in memory. Where the machine does not let a test mount one, the tests are skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.errors import CheckpointError, NoSpaceError
+from fedsplit.errors import CheckpointError, ExchangeError, NoSpaceError
 from fedsplit.run.history import History, read_history
 from fedsplit.states.state_dict import map_file
 from tests.programs import Programs
@@ -46,6 +45,18 @@ class Disk:
     def free(self) -> None:
         (self.path / "filler").unlink()
 
+    def protect(self) -> None:
+        """Let whoever opens a file from now on find a read-only disk.
+
+        It is mounted over itself. A plain ``remount,ro`` is refused while a program holds a lock file open.
+        """
+        for flags in (["--bind", str(self.path)], ["-o", "remount,bind,ro"]):
+            subprocess.run(["mount", *flags, str(self.path)], check=True)
+
+    def release(self) -> None:
+        """Make it writable again."""
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
@@ -55,7 +66,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     if shutil.which("mount") is None or subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("this machine does not let the test mount a small file system")
     yield Disk(path)
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    while path.is_mount():
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.fixture
@@ -173,3 +185,65 @@ def assert_no_traceback(federation: Programs) -> None:
 
 def wait_for_rounds(federation: Programs, number: int) -> None:
     federation.wait_until(lambda: len(federation.history()) >= number)
+
+
+def test_on_a_disk_that_is_read_only_nothing_is_changed_and_its_path_is_named(disk: Disk) -> None:
+    history = History(disk.path / "history.jsonl")
+    history.append({"round": 1})
+    before = history.path.read_bytes()
+    disk.protect()
+    with pytest.raises(ExchangeError, match=r"history\.jsonl") as caught:
+        history.append({"round": 2})
+    assert not isinstance(caught.value, NoSpaceError), "nobody would wait for space there"
+    assert history.path.read_bytes() == before and len(history.lines) == 1
+    disk.release()
+    history.append({"round": 2})
+    assert [line["round"] for line in read_history(history.path)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_server_whose_disk_becomes_read_only_ends_with_its_code_and_goes_on_later(
+    federation: Programs, disk: Disk
+) -> None:
+    federation.server_flags = (*federation.server_flags, "--checkpoint-dir", str(disk.path), "--payload-store", "none")
+    federation.start_all()
+    history = disk.path / "server" / "history.jsonl"
+    federation.wait_until(lambda: len(read_history(history)) >= 3)
+    disk.protect()
+    codes = federation.wait()
+    assert codes.pop("server") == CheckpointError.exit_code, federation.tails()
+    assert set(codes.values()) == {15}, federation.tails()
+    assert_no_traceback(federation)
+    before = read_history(history)
+    disk.release()
+    federation.start("server", "--resume")
+    for name in CLIENTS + TRAINERS:
+        federation.start(name)
+    end_undisturbed(federation, disk.path)
+    assert read_history(history)[: len(before)] == before
+
+
+@pytest.mark.slow
+def test_programs_whose_exchange_becomes_read_only_end_with_their_code_and_the_next_ones_go_on(
+    federation: Programs, disk: Disk
+) -> None:
+    federation.exchange_dir = disk.path / "exchange"
+    federation.start_all()
+    wait_for_rounds(federation, 3)
+    disk.protect()
+    federation.wait_until(lambda: any(federation.processes[name].poll() == 3 for name in TRAINERS))
+    disk.release()
+    time.sleep(3)
+    for name in (*CLIENTS, *TRAINERS):
+        if (code := federation.processes[name].poll()) is not None:
+            assert code == 3, federation.tails()
+            federation.start(name)
+    end_undisturbed(federation)
+
+
+@pytest.mark.slow
+def test_a_trainers_checkpoint_directory_that_is_removed_costs_nothing_that_travels(federation: Programs) -> None:
+    federation.start_all()
+    wait_for_rounds(federation, 3)
+    (federation.checkpoints / "rank-2").rename(federation.directory / "gone")
+    end_undisturbed(federation)

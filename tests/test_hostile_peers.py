@@ -55,7 +55,7 @@ def ask(relay: Relay, record: dict[str, Any], blob: bytes | None = STATE) -> Ans
 def test_whatever_a_trainer_writes_the_client_says_what_the_server_takes(relay: Relay, exchange: Exchange) -> None:
     """Records and payloads of every wrong kind; then an honest answer still arrives."""
     grammar = Grammar(seed=2)
-    for number in range(scaled(200, 3_000)):
+    for number in range(scaled(200, 20_000)):
         asked = ask(relay, question(number))
         assert asked.status in ("working", "error"), asked
         task = exchange.read_task()
@@ -103,7 +103,7 @@ def test_whatever_a_server_says_the_client_does_it_or_ends_with_an_error_of_ours
         {"op": "refuse", "reason": "no"},
         {"op": "ping"},
     ]
-    for _ in range(scaled(200, 3_000)):
+    for _ in range(scaled(200, 20_000)):
         record = {"schema": SCHEMA, **grammar.random.choice(honest)}
         config: dict[str, Any] = {KEY: grammar.text(record)}
         blobs = grammar.random.choice([[], [b""], [STATE], [STATE[:-1]], [b"x" * 100, STATE]])

@@ -7,6 +7,7 @@ and where both sides see the same disk only a digest travels.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -215,6 +216,9 @@ class Relay(Client):
             return {"status": "working", **self._wait_for_space(exc, ask.hold_s)}, []
         except FedSplitError as exc:
             self._exchange.check_is_there()
+            if isinstance(exc, ExchangeError) and not os.access(self._exchange.directory, os.W_OK):
+                # Read-only, say. Reported, it would fail every round at once, and use up the run.
+                raise
             # Any other exception would end the client and with it the rank; the server decides what a failure means.
             return {"status": "error", **self._failed(exc)}, []
         if ask.then and reply["status"] == "ok":

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,8 @@ class Server(FlowerServer):
 
     def disconnect_all_clients(self, timeout: float | None) -> None:
         """Let every connection end; the ranks have been told before."""
-        reconnect_clients([(each, ReconnectIns(seconds=None)) for each in self._roster.connections()], None, 10.0)
+        with suppress(Exception):  # Flower closes the port after this, and only if nothing is raised
+            reconnect_clients([(each, ReconnectIns(seconds=None)) for each in self._roster.connections()], None, 10.0)
 
     def _run_rounds(self) -> None:
         # Here and not at the top: it imports torch, and the clients can connect meanwhile.
@@ -122,12 +123,13 @@ class Server(FlowerServer):
 
     def _end_early(self, failure: FedSplitError) -> None:
         self._stop.set()
-        try:
-            self._writer.close()
-        except Exception as exc:  # noqa: BLE001  (whatever it is, the clients must be told)
-            if exc is not failure:
-                log.error("%s", exc)
-        self._tell_all("stopped" if isinstance(failure, RunStoppedError) else "failed", str(failure), 0.0)
+        outcome = "stopped" if isinstance(failure, RunStoppedError) else "failed"
+        for last in (self._writer.close, lambda: self._tell_all(outcome, str(failure), 0.0)):
+            try:
+                last()
+            except Exception as exc:  # noqa: BLE001  (whatever it is, the clients must be told and the port closed)
+                if exc is not failure:
+                    log.error("%s", exc)
 
     def _tell_all(self, outcome: str, reason: str, farewell_s: float) -> None:
         if not self._told:
