@@ -188,7 +188,7 @@ def test_the_server_keeps_what_came_along(
 
 
 def test_a_client_that_gives_up_what_nobody_cancelled_fails_its_task_alone(tmp_path: Path) -> None:
-    """Seen before: without a deadline the message could not be made, and the run ended for everybody."""
+    """Without a deadline the message could not be made once, and the run would have ended for everybody."""
     roster: Any = Client({"status": "cancelled"}, None)
     store = PayloadStore(tmp_path / "payloads")
     context = RoundContext(roster=roster, store=store, remote=None, client_wait_s=1.0, stop=threading.Event())

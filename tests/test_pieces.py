@@ -123,9 +123,8 @@ def fetch(tmp_path: Path, client: Pulled, size: int = len(STATE)) -> bytes:
     )  # fmt: skip
     try:
         conversation = Conversation(context=context, rank=1, request=request())
-        return bytes(
-            conversation.fetch(Reply(status="ok", payload=ResultPayload(digest=DIGEST, bytes=size, via="pull")))
-        )
+        payload = ResultPayload(digest=DIGEST, bytes=size, via="pull")
+        return bytes(conversation.fetch(Reply(status="ok", payload=payload)))
     finally:
         assert names_in(store.root) == set()
 

@@ -97,10 +97,8 @@ def test_a_metric_does_not_stand_in_for_what_the_line_has_a_name_for() -> None:
     from fedsplit.watch.trackers import scalars_of
     from tests.unchanged import TAKEN
 
-    row = _row(Reply(status="ok", num_examples=3, seconds=1.5, metrics=TAKEN)) | {
-        "bytes": 100,
-        "stages": {"training": 1.0},
-    }
+    reply = Reply(status="ok", num_examples=3, seconds=1.5, metrics=TAKEN)
+    row = _row(reply) | {"bytes": 100, "stages": {"training": 1.0}}
     assert (row["num_examples"], row["seconds"]) == (3, 1.5)
     line: Any = {"round": 1, "seconds": 2.0, "stages": {"train": 1.0}, "train": {}, "clients": {"1": row}}
     assert update_bytes(line) == 100

@@ -116,7 +116,7 @@ class Roster(ClientManager):
         with self._changed:
             self._connections[client.cid] = peer
         # The stream serves messages only after this returns, so the question is asked from beside.
-        threading.Thread(target=self._greet, args=(peer,), name=f"greet-{client.cid[:8]}", daemon=True).start()
+        threading.Thread(target=self._keep, args=(peer,), name=f"client-{client.cid[:8]}", daemon=True).start()
         return True
 
     def unregister(self, client: ClientProxy) -> None:
@@ -176,8 +176,15 @@ class Roster(ClientManager):
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
+    def _keep(self, peer: Peer) -> None:
+        """Greet a connection, and ping it for as long as it is its rank's; in a thread of its own."""
+        self._greet(peer)
+        while self._ping_s is not None and self.wait_for_rank(peer.rank, 0.0) is peer:
+            if peer.is_silent(self._ping_s):
+                self._reaches(peer, _PING)
+            time.sleep(self._ping_s / 4)
+
     def _greet(self, peer: Peer) -> None:
-        """Greet a connection, and ping it for as long as it lasts."""
         try:
             peer.greet(self._run_id, self._store, self._join_key)
             self._admit(peer)
@@ -190,10 +197,6 @@ class Roster(ClientManager):
         except Exception as exc:  # noqa: BLE001  (the connection ended before it said who it is)
             log.debug("a connection ended during the greeting: %s", exc)
             peer.again_at = 0.0
-        while self._ping_s is not None and self.wait_for_rank(peer.rank, 0.0) is peer:
-            if peer.is_silent(self._ping_s):
-                self._reaches(peer, _PING)
-            time.sleep(self._ping_s / 4)
 
     def _admit(self, peer: Peer) -> None:
         rank = peer.rank

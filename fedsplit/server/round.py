@@ -240,7 +240,7 @@ class Rounds:
         self.writer.submit(lambda: self.run.save(server_round, state.digest, files, metrics, dict(line), best))
 
     def _context(self, timeout_s: float | None) -> RoundContext:
-        """Return what ranks are asked with from now on, for so many seconds; None is without end."""
+        """Return what ranks are asked with from now on, for ``timeout_s`` seconds or without end."""
         hold_s = min(_MANY_HOLD_S, _RANK_HOLD_S * len(self.roster.ranks()))
         return RoundContext(
             roster=self.roster, store=self.run.payloads, remote=self.remote, client_wait_s=self.settings.client_wait,
