@@ -172,14 +172,14 @@ def test_the_server_keeps_what_came_along(
     store.open()
     client = Client({"status": "ok", "loss": 0.5, "num_examples": 4, "then": then}, STATE if has_blob else None)
     roster: Any = client
-    context = RoundContext(roster=roster, store=store, remote=None, client_wait_s=1.0, deadline=None,
-                           deadline_s=None, stop=threading.Event(), engine=SUPERLINK)  # fmt: skip
+    context = RoundContext(roster=roster, store=store, remote=None, client_wait_s=1.0,
+                           stop=threading.Event(), engine=SUPERLINK)  # fmt: skip
     state = StoredPayload(digest=DIGEST, bytes=len(STATE), path=tmp_path / "state")
     conversation = Conversation(context=context, rank=1, request=EVALUATE, state=state, then=replace(TRAIN))
     answer = conversation.until_done()
     assert (answer.failure, answer.loss, answer.blob) == (None, 0.5, None)
     assert client.asked[0]["then"]["kind"] == "train"
-    assert answer.ahead_s == 1.5
+    assert answer.then is not None and answer.then.held_s == 1.5
     if failure == "none yet":
         assert answer.ahead is None
     else:
@@ -197,3 +197,12 @@ def test_the_relay_of_the_next_message_takes_up_what_the_one_before_left(tmp_pat
         found = after._greeting.store
         assert after.long_poll.missing_since == 5.0
         assert found is store if store is not local else found is not None and found.announced_root == str(local.root)
+
+
+def test_a_client_that_gives_up_what_nobody_cancelled_fails_its_task_alone(tmp_path: Path) -> None:
+    """Without a deadline the message could not be made once, and the run would have ended for everybody."""
+    roster: Any = Client({"status": "cancelled"}, None)
+    store = PayloadStore(tmp_path / "payloads")
+    context = RoundContext(roster=roster, store=store, remote=None, client_wait_s=1.0, stop=threading.Event())
+    answer = Conversation(context=context, rank=1, request=request("train", 1)).until_done()
+    assert answer.failure == "its client gave up a task that nobody had cancelled"

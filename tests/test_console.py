@@ -154,6 +154,11 @@ def test_an_observer_that_fails_is_let_go_and_the_others_are_told(fedsplit_log: 
     assert said.getvalue() == "Broken failed and is told nothing more: RuntimeError: dashboard\n"
 
 
+def test_every_event_is_passed_on() -> None:
+    events = {name for name in vars(Observer) if not name.startswith("_")}
+    assert events <= vars(Observers).keys()
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 

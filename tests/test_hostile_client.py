@@ -210,7 +210,7 @@ def assert_typed(answer: Any) -> None:
             assert not isinstance(value, str) or len(value) <= 10_000
     if isinstance(answer, Greeted | Joined):
         assert answer.rank >= 1
-    for text in (answer.failure, answer.traceback.replace("\n", "")):
+    for text in (answer.failure or "", answer.traceback.replace("\n", "")):
         assert text.isprintable() and len(text) < 60_000
 
 

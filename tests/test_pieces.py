@@ -17,6 +17,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.server.conversation import Conversation, RoundContext
 from fedsplit.server.peer import PeerLostError, Reply
+from fedsplit.wire.answers import ResultPayload
 from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, ask_record, pack, unpack
 from tests.handoffs import blob, digest_of, names_in, request
 
@@ -117,12 +118,13 @@ def fetch(tmp_path: Path, client: Pulled, size: int = len(STATE)) -> bytes:
     store = PayloadStore(tmp_path / "payloads")
     store.open()
     context = RoundContext(
-        roster=client, store=store, remote=None, client_wait_s=1.0, deadline=None, deadline_s=None,
-        stop=threading.Event(), engine=replace(EMBEDDED, piece_bytes=STEP),
+        roster=client, store=store, remote=None, client_wait_s=1.0, stop=threading.Event(),
+        engine=replace(EMBEDDED, piece_bytes=STEP),
     )  # fmt: skip
     try:
         conversation = Conversation(context=context, rank=1, request=request())
-        return bytes(conversation.fetch(Reply(digest=DIGEST, payload_bytes=size, via="pull")))
+        payload = ResultPayload(digest=DIGEST, bytes=size, via="pull")
+        return bytes(conversation.fetch(Reply(status="ok", payload=payload)))
     finally:
         assert names_in(store.root) == set()
 

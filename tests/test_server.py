@@ -97,7 +97,8 @@ def test_a_metric_does_not_stand_in_for_what_the_line_has_a_name_for() -> None:
     from fedsplit.watch.trackers import scalars_of
     from tests.unchanged import TAKEN
 
-    row = _row(Reply(num_examples=3, seconds=1.5, metrics=TAKEN)) | {"bytes": 100, "stages": {"training": 1.0}}
+    reply = Reply(status="ok", num_examples=3, seconds=1.5, metrics=TAKEN)
+    row = _row(reply) | {"bytes": 100, "stages": {"training": 1.0}}
     assert (row["num_examples"], row["seconds"]) == (3, 1.5)
     line: Any = {"round": 1, "seconds": 2.0, "stages": {"train": 1.0}, "train": {}, "clients": {"1": row}}
     assert update_bytes(line) == 100
@@ -126,8 +127,8 @@ def test_the_parameters_of_instructions_are_the_state_or_a_payload_of_their_own(
         assert state.payload_of(state.parameters) is state.payload
         other = state.payload_of(Parameters([b"".join(encode({"w": torch.ones(2)}))], "safetensors"))
         same = state.payload_of(Parameters([b"".join(encode({"w": torch.zeros(2)}))], "safetensors"))
-        assert same.digest == state.digest != other.digest
-        state.drop([other.digest, same.digest, None])
+        assert same.digest == state.payload.digest != other.digest
+        state.drop([other.digest, same.digest])
         assert run.payloads.take(other.digest) is None
         assert run.payloads.take(same.digest), "what is the state's is kept"
 

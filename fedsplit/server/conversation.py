@@ -7,13 +7,14 @@ twice.
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedsplit.disk.digest import bytes_digest
 from fedsplit.disk.files import Buffer
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload, read_part
 from fedsplit.disk.remote_store import RemoteStore
@@ -22,21 +23,21 @@ from fedsplit.exchange.records import Request
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Peer, PeerLostError, Reply
 from fedsplit.server.roster import Roster
+from fedsplit.wire.answers import ResultPayload
 from fedsplit.wire.protocol import BYTES_PER_S, EMBEDDED, Engine, ask_record
 
 log = logging.getLogger("fedsplit")
 
 # How many pieces are under way to clients at the same time: of each there are several copies in memory.
 _SENDERS = 8
-_LOOK_S = 1.0
+# How long it is looked for a client before anybody is told that it is away, and how often after that.
+_SOON_S, _LOOK_S = 0.05, 1.0
 # How long an answer may take beyond the round's deadline: long enough to be told of it.
 _LATE_S = 5.0
 # What a transfer may take beyond the time that its bytes need on the slowest link.
 _TRANSFER_S = 30.0
 # An update has the entries of the state that it started from; its header may be longer.
 _HEADER_BYTES = 4_000_000
-
-
 _WAITED_FOR = {"trainer": "a trainer", "space": "space on its disk"}
 
 
@@ -46,38 +47,34 @@ class _StoppedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundContext:
-    """What is the same for all ranks that are asked in a round; a deadline is by this machine's `time.monotonic`."""
+    """What is the same for all ranks that are asked in a round."""
 
     roster: Roster
     store: PayloadStore
     remote: RemoteStore | None
     # How long a client that is away is waited for.
     client_wait_s: float
-    # When an unfinished task is cancelled, and how many seconds after the round's start that is.
-    deadline: float | None
-    deadline_s: float | None
     # Set when the run is being stopped.
     stop: threading.Event
+    # An unfinished task is cancelled so many seconds after the beginning.
+    timeout_s: float = math.inf
+    began: float = field(default_factory=time.monotonic)
     engine: Engine = EMBEDDED
     observer: Observer = field(default_factory=Observer)
     sending: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_SENDERS))
 
     @property
-    def is_late(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
+    def left_s(self) -> float:
+        """How many seconds are left until the deadline."""
+        return max(0.0, self.began + self.timeout_s - time.monotonic())
 
-    @property
-    def hold_s(self) -> float:
-        """For how many seconds a client may hold a question that is asked now (long polling)."""
-        left = self.engine.hold_s if self.deadline is None else self.deadline - time.monotonic()
-        return max(0.0, min(self.engine.hold_s, left))
-
-    @property
-    def most_s(self) -> float | None:
-        """Within how many seconds a question that is asked now must be answered; None without a deadline."""
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic()) + _LATE_S
+    def check_time(self) -> None:
+        """Raise RecordError when the deadline is over."""
+        if not self.left_s:
+            raise RecordError(f"not completed within {self.timeout_s:g} s")
 
     def check_stop(self) -> None:
+        """End this thread when the run is being stopped."""
         if self.stop.is_set():
             raise _StoppedError
 
@@ -99,134 +96,125 @@ class Conversation:
 
     def until_done(self) -> Reply:
         """Ask until there is a result or a failure."""
-        self._heard_at = time.monotonic()
-        while True:
-            try:
+        context, self._heard_at = self.context, time.monotonic()
+        try:
+            while True:
                 peer = self._find_peer()
-                return self._ask(peer)
-            except PeerLostError:
-                self.context.roster.drop(peer)
-                if self.context.is_late:
-                    return self._too_late()
+                try:
+                    return self._ask(peer)
+                except PeerLostError:
+                    context.roster.drop(peer)
+                context.check_time()
                 # One that comes and goes and answers nothing is away all the same.
-                if time.monotonic() - self._heard_at > self.context.client_wait_s:
-                    return Reply(
-                        status="error", failure=f"no answer of its client for {self.context.client_wait_s:g} s"
-                    )
-            except RecordError as exc:
-                return Reply(status="error", failure=str(exc))
+                if time.monotonic() - self._heard_at > context.client_wait_s:
+                    raise RecordError(f"no answer of its client for {context.client_wait_s:g} s")
+        except RecordError as exc:
+            return Reply(status="error", error={"message": str(exc)})
 
     def fetch(self, reply: Reply) -> Buffer | Any:
-        """Get a result's payload, whose bytes match its digest; raises RecordError if the client cannot deliver it."""
+        """Get a result's payload, whose bytes match its digest; raises RecordError if there is none."""
         store, remote = self.context.store, self.context.remote
         while True:
-            digest = str(reply.digest)
-            if self.state and reply.payload_bytes > self.state.bytes + _HEADER_BYTES:
-                raise RecordError(f"its update has {reply.payload_bytes:,} bytes, the state {self.state.bytes:,}")
-            if reply.via == "store":
-                if remote is None:
-                    return store.map(digest)
-                # Checked on the way; large states wait for their merge in a file, not in memory.
-                remote.take(digest, store.path(digest))
-                return store.map(digest, own=True)
-            if reply.blob is not None:
-                if hashlib.sha256(reply.blob).hexdigest() != digest:
+            payload = reply.payload
+            if reply.failure or not payload:
+                raise RecordError(reply.failure or "it came without a state_dict")
+            if self.state and payload.bytes > self.state.bytes + _HEADER_BYTES:
+                raise RecordError(f"its update has {payload.bytes:,} bytes, the state {self.state.bytes:,}")
+            if payload.via == "store":
+                if remote:
+                    # Checked on the way; large states wait for their merge in a file, not in memory.
+                    remote.take(payload.digest, store.path(payload.digest))
+                return store.map(payload.digest, own=remote is not None)
+            if payload.via == "inline" and reply.blob is not None:
+                if bytes_digest(reply.blob) != payload.digest:
                     raise RecordError(f"the result of rank {self.rank} does not have the digest that it announced")
                 return reply.blob
-            if (content := self._receive(digest, reply.payload_bytes)) is not None:
+            if (content := self._receive(payload)) is not None:
                 return content
             # The client has lost the file: asked again, it looks at what became of the task.
             reply = self.until_done()
-            if reply.failure or not reply.digest:
-                raise RecordError(reply.failure or "no payload")
 
     def _ask(self, peer: Peer) -> Reply:
         context, state = self.context, self.state
         digest, size = (state.digest, state.bytes) if state else (None, 0)
-        force_send = False
+        sends = not (peer.sees_store or peer.held == digest)
         while True:
-            asked = time.monotonic()
             context.check_stop()
-            cancel = context.is_late
-            blob = None
-            if state and (force_send or not (peer.sees_store or peer.held == digest)):
-                if cancel:
-                    # Without the state no trainer has begun.
-                    return self._too_late()
+            asked, cancel, blob = time.monotonic(), not context.left_s, None
+            if state and sends:
+                # Without the state no trainer has begun.
+                context.check_time()
                 blob = self._bring(peer, state)
-            hold_s = 0.0 if cancel else context.hold_s
+            hold_s = min(context.engine.hold_s, context.left_s)
             record = ask_record(
                 self.request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=self.then
             )
-            reply = peer.ask(record, blob, most_s=context.most_s)
+            reply = peer.ask(record, blob, most_s=context.left_s + _LATE_S)
             self._heard_at = time.monotonic()
             if reply.status == "need":
-                peer.held, force_send = None, True
+                peer.held, sends = None, True
                 continue
             if state:
-                peer.held, force_send = digest, False
+                peer.held, sends = digest, False
             if reply.has_ended:
                 return reply
-            if reply.status == "cancelled":
-                return self._too_late()
             if cancel:
-                # It was told that the time is over, and goes on: its rank is free for another client.
-                context.roster.turn_away(peer, "it did not give up a task whose time was over")
-                return self._too_late()
-            took_s = time.monotonic() - asked
+                if reply.status == "working":
+                    # It was told that the time is over, and goes on: its rank is free for another client.
+                    context.roster.turn_away(peer, "it did not give up a task whose time was over")
+                context.check_time()
+            elif reply.status == "cancelled":
+                raise RecordError("its client gave up a task that nobody had cancelled")
+            took_s = self._heard_at - asked
             self._note(reply.waiting_for, took_s)
             # A client holds the question itself; one that does not must not make the server ask without a pause.
             context.stop.wait(hold_s - took_s)
 
-    def _too_late(self) -> Reply:
-        return Reply(status="error", failure=f"not completed within {self.context.deadline_s:g} s")
-
     def _bring(self, peer: Peer, state: StoredPayload) -> bytes | None:
         """Bring the state to a client: returns a small one, to go along with the question, and sends a large one."""
-        size, step = state.bytes, self.context.engine.piece_bytes
-        if size <= step:
+        context, size, have = self.context, state.bytes, 0
+        if size <= context.engine.piece_bytes:
             return state.path.read_bytes()
-        have = 0
         while have < size:
-            self.context.check_stop()
-            if self.context.is_late:
-                return None
-            piece = read_part(state.path, have, step)
-            with self.context.sending:
-                taken = peer.push(state.digest, size, have, piece, most_s=self.context.most_s)
-            before, have = have, taken.have
+            context.check_stop()
+            context.check_time()
+            piece = read_part(state.path, have, context.engine.piece_bytes)
+            with context.sending:
+                taken = peer.push(state.digest, size, have, piece, most_s=context.left_s + _LATE_S)
             if taken.waiting_for == "space":
                 self._note("space", 0.0)
-                self.context.stop.wait(_LOOK_S)
-            elif have <= before:
+                context.stop.wait(_LOOK_S)
+            elif taken.have <= have:
                 raise RecordError(f"the state could not be sent: the client of rank {self.rank} takes no more of it")
+            have = taken.have
         return None
 
-    def _receive(self, digest: str, size: int) -> Any:
+    def _receive(self, payload: ResultPayload) -> Any:
         """Fetch a result piece by piece, over as many connections as it takes; None if the client has lost it."""
+        context, size = self.context, payload.bytes
         try:
-            incoming = self.context.store.receive(digest, size)
+            incoming = context.store.receive(payload.digest, size)
         except ExchangeError as exc:
             # A size that a client made up must not end the run for everybody.
             raise RecordError(str(exc)) from exc
         # Its own deadline, as the ranks before this one may have needed all of the round's.
-        over = time.monotonic() + _TRANSFER_S + size / BYTES_PER_S + self.context.client_wait_s
+        over = time.monotonic() + _TRANSFER_S + size / BYTES_PER_S + context.client_wait_s
         try:
             while not incoming.is_whole:
                 peer = self._find_peer()
-                wanted = min(self.context.engine.piece_bytes, size - incoming.have)
+                wanted = min(context.engine.piece_bytes, size - incoming.have)
                 if (left_s := over - time.monotonic()) <= 0:
                     raise RecordError(f"its update did not arrive in time: {incoming.have:,} of {size:,} bytes came")
                 try:
-                    piece = peer.pull(digest, incoming.have, wanted, most_s=left_s)
+                    piece = peer.pull(payload.digest, incoming.have, wanted, most_s=left_s)
                 except PeerLostError:
-                    self.context.roster.drop(peer)
+                    context.roster.drop(peer)
                     continue
                 if not piece:
                     return None
                 if len(piece) != wanted:
                     raise RecordError(
-                        f"its update came in pieces of another length: {len(piece):,} for {wanted:,} bytes"
+                        f"its update came in pieces of another length: {len(piece):,}, not {wanted:,} bytes"
                     )
                 incoming.add(incoming.have, piece)
             return incoming.map()
@@ -235,21 +223,20 @@ class Conversation:
 
     def _find_peer(self) -> Peer:
         """Wait for the rank's client; raises RecordError if it stays away too long."""
-        context, began, said = self.context, time.monotonic(), False
-        while True:
+        context, began = self.context, time.monotonic()
+        context.check_stop()
+        if peer := context.roster.wait_for_rank(self.rank, _SOON_S):
+            return peer
+        context.observer.waiting(self.rank, "client")
+        log.warning("rank %d: waiting up to %g s for its client", self.rank, context.client_wait_s)
+        while not (peer := context.roster.wait_for_rank(self.rank, _LOOK_S)):
             context.check_stop()
-            if peer := context.roster.wait_for_rank(self.rank, _LOOK_S if said else 0.05):
-                if said:
-                    context.observer.waiting(self.rank, None)
-                return peer
-            if not said:
-                said = True
-                context.observer.waiting(self.rank, "client")
-                log.warning("rank %d: waiting up to %g s for its client", self.rank, context.client_wait_s)
             if time.monotonic() - began > context.client_wait_s:
                 raise RecordError(f"its client stayed away for {context.client_wait_s:g} s")
-            if context.is_late:
-                raise RecordError(f"its client was away when the round's {context.deadline_s:g} s were over")
+            if not context.left_s:
+                raise RecordError(f"its client was away when the round's {context.timeout_s:g} s were over")
+        context.observer.waiting(self.rank, None)
+        return peer
 
     def _note(self, waiting_for: str | None, seconds: float) -> None:
         if waiting_for:

@@ -36,6 +36,10 @@ class Observer:
         """A round is over, and its line is in the history."""
 
 
+def _passing_on(event: str) -> Callable[..., None]:
+    return lambda observers, *details: observers._tell(event, details)
+
+
 class Observers(Observer):
     """Passes each event on to several observers. One that raises is logged and told nothing more: the run goes on."""
 
@@ -46,7 +50,14 @@ class Observers(Observer):
         """Tell one more."""
         self._observers.append(observer)
 
-    def _tell(self, event: str, *details: object) -> None:
+    split_resolved = _passing_on("split_resolved")
+    clients_awaited = _passing_on("clients_awaited")
+    asked = _passing_on("asked")
+    waiting = _passing_on("waiting")
+    answered = _passing_on("answered")
+    round_ended = _passing_on("round_ended")
+
+    def _tell(self, event: str, details: Sequence[object]) -> None:
         for observer in list(self._observers):
             try:
                 getattr(observer, event)(*details)
@@ -55,11 +66,3 @@ class Observers(Observer):
                     self._observers.remove(observer)
                 name = type(observer).__name__
                 log.warning("%s failed and is told nothing more: %s: %s", name, type(exc).__name__, exc)
-
-
-def _passing_on(event: str) -> Callable[..., None]:
-    return lambda observers, *details: observers._tell(event, *details)
-
-
-for _event in [name for name in vars(Observer) if not name.startswith("_")]:
-    setattr(Observers, _event, _passing_on(_event))

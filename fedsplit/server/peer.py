@@ -7,10 +7,11 @@ that cannot be read raises `RecordError`.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import flwr.common as flower
@@ -19,7 +20,7 @@ from flwr.server.client_proxy import ClientProxy
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import AggregationError, RecordError
-from fedsplit.exchange.records import LocalEntries, Scalar, printable, read
+from fedsplit.exchange.records import printable, read
 from fedsplit.wire.answers import Answer, Greeted, Joined, Said, Taken, Told
 from fedsplit.wire.join import Transcript, new_nonce
 from fedsplit.wire.protocol import BYTES_PER_S, TENSOR_TYPE, pack, unpack
@@ -31,6 +32,8 @@ AnySaid = TypeVar("AnySaid", bound=Said)
 _GREETING_S = 30.0
 # What a relay may take to answer beyond what it was told to hold: it never waits for the trainer any longer.
 _GRACE_S = 30.0
+# One that was refused may be greeted again after this long, on an engine where a node outlives its questions.
+_REFUSED_S = 60.0
 
 
 class PeerLostError(Exception):
@@ -59,31 +62,22 @@ class RankProxy(ClientProxy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What a client says when it is asked for a task, and in the end how the task ended."""
+class Reply(Answer):
+    """An answer to ``ask``, and what came along with it; the server makes one itself where no answer came."""
 
-    # ``need`` (send the state), ``working``, ``cancelled``, ``ok`` or ``error``.
-    status: str = "ok"
-    # What the client has to wait for: a ``trainer``, or ``space`` on its disk.
-    waiting_for: str | None = None
-    failure: str | None = None
-    traceback: str = ""
-    # The result, if there was no failure.
-    num_examples: int = 0
-    loss: float | None = None
-    metrics: Mapping[str, Scalar] = field(default_factory=dict)
-    # Of ``initialize``: the entries that stay with the trainer.
-    local_entries: LocalEntries = field(default_factory=dict)
-    # What the trainer says it took.
-    seconds: float = 0.0
-    digest: str | None = None
-    payload_bytes: int = 0
-    # How the payload comes: ``store``, ``inline`` (the blob) or ``pull``.
-    via: str = ""
+    # The payload, if it came along.
     blob: bytes | None = None
-    # How the task asked for along with it ended, if it has, and for how many seconds the answer was held back for that.
+    # How the task that was asked for next ended, if it has.
     ahead: Reply | None = None
-    ahead_s: float = 0.0
+
+    @classmethod
+    def of(cls, answer: Answer, blob: bytes | None) -> Reply:
+        """Put an answer and what came along together."""
+        if answer.then is None:
+            return cls(**vars(answer), blob=blob)
+        # A blob that came along is the payload of the last of two tasks.
+        then = cls.of(replace(answer.then, then=None), blob)
+        return cls(**vars(answer), ahead=then if then.has_ended else None)
 
     @property
     def has_ended(self) -> bool:
@@ -93,7 +87,7 @@ class Reply:
     @property
     def all_metrics(self) -> dict[str, Any]:
         """The metrics, the loss among them."""
-        return ({} if self.loss is None else {"loss": self.loss}) | {**self.metrics}
+        return ({} if self.loss is None else {"loss": self.loss}) | self.shown_metrics
 
 
 class Peer:
@@ -108,20 +102,19 @@ class Peer:
         self.held: str | None = None
         # Whether payloads travel by reference.
         self.sees_store = False
-        # Whether the greeting is over, and when the client was refused, by `time.monotonic`.
-        self.is_greeted = False
-        self.refused_at: float | None = None
+        # When it may be greeted again if it is not here: not during a greeting, nor soon after it was refused.
+        self.again_at = math.inf
         self._last_heard = time.monotonic()
         # Flower's bridge takes one question at a time.
         self._lock = threading.Lock()
 
     def greet(self, run_id: str, store: PayloadStore | RemoteStore | None, join_key: bytes | None) -> None:
         """Ask who it is, once it has proved that it may know who asks; raises TurnedAwayError if it takes no part."""
-        transcript = None if join_key is None else self._challenge(run_id, join_key)
+        transcript = self._challenge(run_id, join_key) if join_key else None
         nonce_name, nonce = store.put_nonce() if store else ("", "")
         root = store.announced_root if store else None
         record = {"op": "hello", "run_id": run_id, "nonce_name": nonce_name, "store_root": root}
-        if transcript is not None and join_key is not None:
+        if transcript and join_key:
             record["proof"] = transcript.proof(join_key, "server")
         try:
             hello = self._question(record, Greeted)
@@ -142,27 +135,30 @@ class Peer:
 
     def _challenge(self, run_id: str, key: bytes) -> Transcript:
         """Let the client prove that it knows the join token."""
-        server_nonce = new_nonce()
-        reply = self._question({"op": "join", "run_id": run_id, "nonce": server_nonce}, Joined)
-        if not reply.proof:
-            log.warning("rank %d: turned away: its client has no join token", reply.rank)
+        nonce = new_nonce()
+        joined = self._question({"op": "join", "run_id": run_id, "nonce": nonce}, Joined)
+        if not joined.proof:
+            log.warning("rank %d: turned away: its client has no join token", joined.rank)
             raise TurnedAwayError("this server asks for a join token; start the client with its --join-token-file")
-        if reply.nonce is None or reply.exchange_id is None:
+        if joined.nonce is None or joined.exchange_id is None:
             raise RecordError("its answer has no challenge, or does not name its exchange directory")
         transcript = Transcript(
-            run_id=run_id, rank=reply.rank, exchange_id=reply.exchange_id, server_nonce=server_nonce,
-            client_nonce=reply.nonce,
+            run_id=run_id, rank=joined.rank, exchange_id=joined.exchange_id, server_nonce=nonce,
+            client_nonce=joined.nonce,
         )  # fmt: skip
-        if not transcript.is_proof(key, "client", reply.proof):
-            log.warning("rank %d: turned away: its client has another join token", transcript.rank)
+        if not transcript.is_proof(key, "client", joined.proof):
+            log.warning("rank %d: turned away: its client has another join token", joined.rank)
             raise TurnedAwayError("wrong join token: the --join-token-file of server and client hold different tokens")
         return transcript
 
     def refuse(self, reason: str) -> None:
-        """Tell the client why it cannot take part, and end the connection; raises whatever Flower does."""
-        self.refused_at = time.monotonic()
-        self._send({"op": "refuse", "reason": reason})
-        self.proxy.reconnect(flower.ReconnectIns(seconds=None), _GREETING_S, None)
+        """Tell the client why it cannot take part, and end the connection."""
+        self.again_at = time.monotonic() + _REFUSED_S
+        try:
+            self._send({"op": "refuse", "reason": reason})
+            self.proxy.reconnect(flower.ReconnectIns(seconds=None), _GREETING_S, None)
+        except Exception as exc:  # noqa: BLE001  (it is being sent away; whether it hears why is not ours to ensure)
+            log.debug("the refused client did not listen: %s", exc)
 
     def was_heard_within(self, seconds: float) -> bool:
         """Tell whether the client answered anything lately; while its trainer works it does so every second."""
@@ -176,31 +172,29 @@ class Peer:
         """Send ``finish`` or ``ping``."""
         self._call(lambda: self._question(record, Told))
 
-    def ask(self, record: Mapping[str, Any], blob: bytes | None, *, most_s: float | None = None) -> Reply:
-        """Ask for a task; ``blob`` is the state that goes along. With ``most_s`` the answer must come within that."""
-        timeout = _least(record["hold_s"] + _GRACE_S + record["bytes"] / BYTES_PER_S, most_s)
+    def ask(self, record: Mapping[str, Any], blob: bytes | None, *, most_s: float) -> Reply:
+        """Ask for a task, to be answered within ``most_s`` seconds; ``blob`` is the state that goes along."""
+        timeout = _timeout(record["bytes"], most_s, record["hold_s"])
         if record["kind"] != "evaluate" or "then" in record:
-            return _reply(*self._fit(record, blob, timeout, Answer))
+            return Reply.of(*self._fit(record, blob, timeout, Answer))
         # Not for what may come along with the answer: Flower's answer to an evaluation has no room for that.
         ins = flower.EvaluateIns(_parameters(blob), pack(record))
         found = self._call(lambda: self.proxy.evaluate(ins, timeout, None))
-        return _reply(self._read(found.metrics, Answer), None)
+        return Reply.of(self._read(found.metrics, Answer), None)
 
-    def push(self, digest: str, total_bytes: int, offset: int, piece: bytes, *, most_s: float | None = None) -> Taken:
+    def push(self, digest: str, total_bytes: int, offset: int, piece: bytes, *, most_s: float) -> Taken:
         """Send a piece of a state; returns how many bytes of it the client has."""
         record = {"op": "push", "digest": digest, "bytes": total_bytes, "offset": offset}
-        timeout = _least(_GRACE_S + len(piece) / BYTES_PER_S, most_s)
-        reply, _ = self._fit(record, piece, timeout, Taken)
-        if reply.error:
-            raise RecordError(f"the state could not be sent: {reply.failure}")
-        return reply
+        taken, _ = self._fit(record, piece, _timeout(len(piece), most_s), Taken)
+        if taken.error:
+            raise RecordError(f"the state could not be sent: {taken.failure}")
+        return taken
 
     def pull(self, digest: str, offset: int, piece_bytes: int, *, most_s: float) -> bytes | None:
         """Fetch a piece of the payload of a result; None if the client no longer has it."""
-        timeout = _least(_GRACE_S + piece_bytes / BYTES_PER_S, most_s)
         ins = flower.GetParametersIns(pack({"op": "pull", "digest": digest, "offset": offset, "bytes": piece_bytes}))
-        reply = self._call(lambda: self.proxy.get_parameters(ins, timeout, None))
-        return reply.parameters.tensors[0] if reply.status.code == flower.Code.OK and reply.parameters.tensors else None
+        found = self._call(lambda: self.proxy.get_parameters(ins, _timeout(piece_bytes, most_s), None))
+        return found.parameters.tensors[0] if found.status.code == flower.Code.OK and found.parameters.tensors else None
 
     def _fit(
         self, record: Mapping[str, Any], blob: bytes | None, timeout: float, kind: type[AnySaid]
@@ -234,23 +228,7 @@ def _parameters(blob: bytes | None) -> flower.Parameters:
     return flower.Parameters([] if blob is None else [blob], TENSOR_TYPE)
 
 
-def _least(timeout_s: float, most_s: float | None) -> float:
+def _timeout(size: int, most_s: float, hold_s: float = 0.0) -> float:
+    """Return within how many seconds a question with so many bytes must be answered."""
     # Flower takes a timeout of 0 for none at all.
-    return timeout_s if most_s is None else max(0.1, min(timeout_s, most_s))
-
-
-def _reply(answer: Answer, blob: bytes | None) -> Reply:
-    if answer.status in ("need", "working", "cancelled"):
-        return Reply(status=answer.status, waiting_for=answer.waiting_for)
-    if answer.status != "ok":
-        return Reply(status="error", failure=answer.failure, traceback=answer.traceback)
-    payload, then = answer.payload, answer.then
-    # A blob that came along is the payload of the last of two tasks.
-    ahead = _reply(replace(then, then=None), blob) if then else None
-    return Reply(
-        num_examples=answer.num_examples, loss=answer.loss, metrics=answer.shown_metrics, seconds=answer.seconds,
-        local_entries=answer.local_entries, digest=payload.digest if payload else None,
-        payload_bytes=payload.bytes if payload else 0, via=payload.via if payload else "",
-        blob=blob if payload and payload.via == "inline" and not then else None,
-        ahead=ahead if ahead and ahead.has_ended else None, ahead_s=then.held_s if then else 0.0,
-    )  # fmt: skip
+    return max(0.1, min(hold_s + _GRACE_S + size / BYTES_PER_S, most_s))

@@ -31,8 +31,6 @@ _PING = {"op": "ping"}
 # A client answers every second while its trainer works. One that was silent for longer is pinged: is it still there?
 _HEARD_S = 3.0
 _REMIND_S = 30.0
-# One that was refused may ask again after this long, on an engine where a node outlives its questions.
-_REFUSED_S = 60.0
 
 
 class Roster(ClientManager):
@@ -52,7 +50,6 @@ class Roster(ClientManager):
         self._ping_s = ping_s
         self._observer = observer or Observer()
         self._random = random.Random()
-        self._pinging: threading.Thread | None = None
         # Every connection by Flower's id, those that are here by rank, and every rank that was ever here.
         self._connections: dict[str, Peer] = {}
         self._peers: dict[int, Peer] = {}
@@ -82,7 +79,7 @@ class Roster(ClientManager):
         """Drop a peer that does not keep to the protocol, and end its connection."""
         self.drop(peer)
         log.warning("rank %d: its client was turned away: %s", peer.rank, reason)
-        threading.Thread(target=_refuse, args=(peer, reason), daemon=True).start()
+        threading.Thread(target=peer.refuse, args=(reason,), daemon=True).start()
 
     def connections(self) -> list[ClientProxy]:
         """Return every connection, also those that have not yet said who they are."""
@@ -118,11 +115,8 @@ class Roster(ClientManager):
         peer = Peer(client)
         with self._changed:
             self._connections[client.cid] = peer
-            if self._ping_s is not None and self._pinging is None:
-                self._pinging = threading.Thread(target=self._keep_pinging, args=(self._ping_s,), daemon=True)
-                self._pinging.start()
         # The stream serves messages only after this returns, so the question is asked from beside.
-        threading.Thread(target=self._greet, args=(peer,), name=f"greet-{client.cid[:8]}", daemon=True).start()
+        threading.Thread(target=self._keep, args=(peer,), name=f"client-{client.cid[:8]}", daemon=True).start()
         return True
 
     def unregister(self, client: ClientProxy) -> None:
@@ -133,15 +127,13 @@ class Roster(ClientManager):
             self.drop(peer)
 
     def is_lost(self, client: ClientProxy) -> bool:
-        """Tell whether a registered connection is of no use now and should be registered again.
+        """Tell whether a connection should be registered again.
 
         For an engine on which a node stays known when a question to it came to nothing.
         """
         with self._changed:
             peer = self._connections[client.cid]
-            if not peer.is_greeted or self._peers.get(peer.rank) is peer:
-                return False
-            return peer.refused_at is None or time.monotonic() - peer.refused_at > _REFUSED_S
+            return self._peers.get(peer.rank) is not peer and time.monotonic() > peer.again_at
 
     def num_available(self) -> int:
         """Return how many ranks are connected."""
@@ -184,19 +176,27 @@ class Roster(ClientManager):
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
+    def _keep(self, peer: Peer) -> None:
+        """Greet a connection, and ping it for as long as it is its rank's; in a thread of its own."""
+        self._greet(peer)
+        while self._ping_s is not None and self.wait_for_rank(peer.rank, 0.0) is peer:
+            if peer.is_silent(self._ping_s):
+                self._reaches(peer, _PING)
+            time.sleep(self._ping_s / 4)
+
     def _greet(self, peer: Peer) -> None:
         try:
             peer.greet(self._run_id, self._store, self._join_key)
             self._admit(peer)
+            peer.again_at = 0.0
         except TurnedAwayError as exc:
-            _refuse(peer, str(exc))
+            peer.refuse(str(exc))
         except RecordError as exc:
             log.warning("a client was turned away: %s", exc)
-            _refuse(peer, f"this server speaks fedsplit: {exc}")
+            peer.refuse(f"this server speaks fedsplit: {exc}")
         except Exception as exc:  # noqa: BLE001  (the connection ended before it said who it is)
             log.debug("a connection ended during the greeting: %s", exc)
-        finally:
-            peer.is_greeted = True
+            peer.again_at = 0.0
 
     def _admit(self, peer: Peer) -> None:
         rank = peer.rank
@@ -226,20 +226,3 @@ class Roster(ClientManager):
             self.drop(peer)
             return False
         return True
-
-    def _keep_pinging(self, period: float) -> None:
-        while True:
-            time.sleep(period / 4)
-            with self._changed:
-                peers = list(self._peers.values())
-            for peer in peers:
-                # Beside each other: one that is silent must not keep the others without a sign for half a minute.
-                if peer.is_silent(period):
-                    threading.Thread(target=self._reaches, args=(peer, _PING), daemon=True).start()
-
-
-def _refuse(peer: Peer, reason: str) -> None:
-    try:
-        peer.refuse(reason)
-    except Exception as exc:  # noqa: BLE001  (it is being sent away; whether it hears why is not ours to ensure)
-        log.debug("the refused client did not listen: %s", exc)

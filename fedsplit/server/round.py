@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,8 +63,9 @@ class Task(Conversation):
 
     client: ClientProxy
     state: StoredPayload
-    reply: Reply = field(default_factory=Reply)
+    reply: Reply = field(init=False)
     refused: str | None = None
+    update_bytes: int = 0
     stages: Stages = field(default_factory=Stages)
 
 
@@ -118,14 +118,13 @@ class Rounds:
         self.roster.begin_round(settings.seed, server_round)
         stages.end("wait for clients")
 
-        line = self.run.partial_line() if trained else self._train(server_round, self._context(), stages)
+        line = self.run.partial_line() if trained else self._train(server_round, stages)
         if not trained and not strategy.remembers_evaluations:
             self._save(server_round, line)
             stages.end("wait for the last checkpoint")
         # Where evaluations are remembered the checkpoint is written after them, with the whole line.
         if "seconds" not in line:
-            # With a deadline of its own: one slow rank in training must not cost everybody the evaluation.
-            self._evaluate(server_round, self._context(), stages, line)
+            self._evaluate(server_round, stages, line)
             if strategy.remembers_evaluations:
                 self.writer.wait()
                 stages.end("wait for the last checkpoint")
@@ -138,16 +137,15 @@ class Rounds:
         log.info("%s", text, extra=event("round", total_rounds=settings.rounds, **line))
         self.observer.round_ended(line, settings.rounds)
 
-    def _train(self, server_round: int, context: RoundContext, stages: Stages) -> Line:
+    def _train(self, server_round: int, stages: Stages) -> Line:
         """Let the strategy's choice of ranks train, merge their updates, and return what the line says of it."""
         strategy = self.strategy
         chosen = strategy.configure_fit(server_round, self._state.parameters, self.roster)
-        tasks = self._tasks("train", server_round, chosen, context)
+        tasks = self._tasks("train", server_round, chosen)
         merge, turns = strategy.start_fit(server_round), Turns([task.rank for task in tasks])
 
         def train(task: Task) -> None:
             rank = task.rank
-            task.stages = Stages()
             try:
                 reply = task.reply = self._ahead.get(rank) or task.until_done()
                 task.stages.end("hand-off", waiting=task.waited_s, training=reply.seconds)
@@ -155,9 +153,9 @@ class Rounds:
                     self.observer.answered(rank, None)
                 # What lies in the store is read and checked beside the others. What comes in messages takes room here:
                 # it is fetched when at most one other has to be merged before it.
-                turns.wait(rank, ahead=len(tasks) if reply.via == "store" else 1)
+                turns.wait(rank, ahead=len(tasks) if reply.payload and reply.payload.via == "store" else 1)
                 task.stages.end("turn")
-                update = reply.failure or self._fetch(task, retains=merge.retains)
+                update = self._fetch(task, retains=merge.retains)
                 turns.wait(rank)
                 task.stages.end("turn")
                 if isinstance(update, str):
@@ -175,20 +173,17 @@ class Rounds:
 
         failures: FitFailures = [(task.client, refusal(task.refused)) for task in tasks if task.refused]
         state, metrics = strategy.end_fit(server_round, merge, failures) if tasks else (None, {})
-        chunks = None if state is None else encode(state)
         # Only now: ranks with the same result share one payload.
         self._drop_payloads(tasks)
-        if chunks is not None:
-            self._state.put(chunks)
+        if state is not None:
+            self._state.put(encode(state))
         central = self._evaluate_centrally(server_round)
         stages.end("merge")
         good = [task for task in tasks if not task.refused]
         clients = {
-            str(task.rank): {
-                **_row(task.reply), "bytes": task.reply.payload_bytes, "stages": task.stages.seconds,
-            }
+            str(task.rank): {**_row(task.reply), "bytes": task.update_bytes, "stages": task.stages.seconds}
             for task in good
-        }  # fmt: skip
+        }
         return {
             "train": _mean(good) | {**metrics}, "evaluate": {}, "clients": clients, "asked": len(tasks),
             "accepted": len(good), "merged": state is not None,
@@ -196,13 +191,13 @@ class Rounds:
             **strategy.line_entries(), **central,
         }  # fmt: skip
 
-    def _evaluate(self, server_round: int, context: RoundContext, stages: Stages, line: Line) -> None:
+    def _evaluate(self, server_round: int, stages: Stages, line: Line) -> None:
         """Let the strategy's choice of ranks evaluate the state, and put their results into the line."""
         strategy = self.strategy
         chosen = strategy.configure_evaluate(server_round, self._state.parameters, self.roster)
         if not chosen:
             return
-        tasks = self._tasks("evaluate", server_round, chosen, context)
+        tasks = self._tasks("evaluate", server_round, chosen)
         # The next round's training starts from the same state. It is asked for along with the evaluation only where
         # all will certainly be asked for it, and no deadline has to be measured from its start.
         certain = strategy.asks_everyone and self.settings.round_timeout is None
@@ -236,7 +231,7 @@ class Rounds:
                 line["refused"].setdefault(rank, f"evaluate: {task.refused}")
             else:
                 line["clients"].setdefault(rank, {})["evaluate"] = _row(task.reply)
-        ahead_s = max(task.reply.ahead_s for task in tasks)
+        ahead_s = max(task.reply.then.held_s if task.reply.then else 0.0 for task in tasks)
         stages.end("evaluate", **({"train ahead": ahead_s} if ahead_s else {}))
 
     def _evaluate_centrally(self, server_round: int) -> dict[str, Any]:
@@ -247,22 +242,18 @@ class Rounds:
     def _save(self, server_round: int, line: Line) -> None:
         """Write a round's checkpoint beside what follows; waits only if the one before is still being written."""
         state, memory, best = self._state.payload, self.strategy.dump_memory(), self.run.history.best_round()
-        if state is None:
-            raise RunFailedError("there is no state to save")
         files: dict[str, Any] = {STATE_FILE: state.path}
         if memory is not None:
             files[self.strategy.memory_file] = [memory]
         metrics = {key: line.get(key, {}) for key in ("train", "evaluate")}
         self.writer.submit(lambda: self.run.save(server_round, state.digest, files, metrics, dict(line), best))
 
-    def _context(self, *, has_deadline: bool = True) -> RoundContext:
-        """Return what all ranks are asked with from now on; the deadline is counted from here."""
-        timeout_s = self.settings.round_timeout if has_deadline else None
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    def _context(self, timeout_s: float | None) -> RoundContext:
+        """Return what ranks are asked with from now on, for ``timeout_s`` seconds or without end."""
         hold_s = min(_MANY_HOLD_S, _RANK_HOLD_S * len(self.roster.ranks()))
         return RoundContext(
             roster=self.roster, store=self.run.payloads, remote=self.remote, client_wait_s=self.settings.client_wait,
-            deadline=deadline, deadline_s=self.settings.round_timeout, stop=self.stop, observer=self.observer,
+            timeout_s=math.inf if timeout_s is None else timeout_s, stop=self.stop, observer=self.observer,
             engine=replace(self.engine, hold_s=max(self.engine.hold_s, hold_s)),
         )  # fmt: skip
 
@@ -273,13 +264,14 @@ class Rounds:
         )  # fmt: skip
 
     def _tasks(
-        self, kind: str, server_round: int, chosen: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]],
-        context: RoundContext,
-    ) -> list[Task]:  # fmt: skip
+        self, kind: str, server_round: int, chosen: Sequence[tuple[ClientProxy, FitIns | EvaluateIns]]
+    ) -> list[Task]:
         """Turn a strategy's instructions into what each rank is asked for now, in rank order."""
         if any(ins.parameters is not self._state.parameters for _, ins in chosen):
             # The checkpoint being written drops the state before the last: it may be what a rank is given.
             self.writer.wait()
+        # With a deadline of its own: one slow rank in training must not cost everybody the evaluation.
+        context = self._context(self.settings.round_timeout)
         tasks = [
             Task(
                 context=context, rank=(rank := int(client.cid)),
@@ -295,18 +287,17 @@ class Rounds:
 
     def _fetch(self, task: Task, *, retains: bool) -> Update | str:
         """Get an update and check it; returns why it is refused if it is."""
-        reply = task.reply
-        if not reply.digest:
-            return "it came without a state_dict"
         try:
-            content = task.fetch(reply)
+            content = task.fetch(task.reply)
         except RecordError as exc:
             return str(exc)
+        task.update_bytes = len(content)
         if retains and isinstance(content, bytes):
             # What has to wait for the others waits in a file, not in memory.
             content = self.run.payloads.map(self.run.payloads.put([content]).digest, own=True)
         task.stages.end("transfer")
-        update = read_update(task.rank, content, reply.num_examples, reply.metrics, self._state.entries)
+        reply, reference = task.reply, self._state.entries
+        update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, reference)
         task.stages.end("checking")
         return update
 
@@ -332,7 +323,8 @@ class Rounds:
 
     def _drop_payloads(self, tasks: Sequence[Task]) -> None:
         """Remove the results of a round, and the states that were sent to single ranks."""
-        self._state.drop([digest for task in tasks for digest in (task.reply.digest, task.state.digest)])
+        results = [task.reply.payload.digest for task in tasks if task.reply.payload]
+        self._state.drop([*results, *(task.state.digest for task in tasks)])
 
     # -- the beginning -------------------------------------------------------------------------------------------------
 
@@ -344,7 +336,7 @@ class Rounds:
             log.info("run %s goes on after round %d of %d", run.run_id, resumed.server_round, self.settings.rounds)
         elif run.initial:
             self._state.put(self._without_local(run.initial()))
-        if self._state.payload is None:
+        else:
             self.roster.wait_for(self.settings.min_clients)
             self._state.put([self._ask_for_initial_state()])
         # With a state that is there already, before anybody is waited for: what is wrong with the rules shows now.
@@ -378,11 +370,9 @@ class Rounds:
         failures = []
         request = self._request("initialize", 0, dict(self.settings.train_config))
         for rank in self.roster.ranks():
-            conversation = Conversation(context=self._context(has_deadline=False), rank=rank, request=request)
+            conversation = Conversation(context=self._context(None), rank=rank, request=request)
             reply = conversation.until_done()
             try:
-                if reply.failure or not reply.digest:
-                    raise RecordError(reply.failure or "no payload")
                 content = conversation.fetch(reply)
                 # Another rank is asked if this one's cannot be read.
                 decode(content, "the initial state")
@@ -392,7 +382,7 @@ class Rounds:
                 log.warning("no initial state from %s", failures[-1])
                 continue
             self.run.note_local_entries(reply.local_entries)
-            log.info("rank %d: gave the initial state (%s bytes)", rank, f"{reply.payload_bytes:,}")
+            log.info("rank %d: gave the initial state (%s bytes)", rank, f"{len(content):,}")
             return content
         raise RunFailedError(f"no trainer gave an initial state ({'; '.join(failures)}); see --initial-checkpoint")
 
@@ -411,4 +401,4 @@ def _evaluation(task: Task) -> EvaluateRes:
         return EvaluateRes(Status(Code.EVALUATE_NOT_IMPLEMENTED, task.refused), 0.0, 0, {})
     reply = task.reply
     loss = math.nan if reply.loss is None else reply.loss
-    return EvaluateRes(Status(Code.OK, ""), loss, reply.num_examples, {**reply.metrics})
+    return EvaluateRes(Status(Code.OK, ""), loss, reply.num_examples, {**reply.shown_metrics})

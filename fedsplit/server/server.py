@@ -42,18 +42,10 @@ class _SignalError(BaseException):
 
 
 class Server(FlowerServer):
-    """Runs a federation on the connected ranks; what ended it early is its ``failure``.
+    """Runs a federation on the connected ranks, into an open `Run`; what ended it early is its ``failure``.
 
-    Parameters
-    ----------
-    run
-        What is on the disk, open: run id, checkpoints, history, payload store.
-    remote
-        The store at ``--payload-store URL``, for clients on other machines.
-    join_key
-        What a client must prove to know before it takes part; None lets everybody in who can connect.
-    strategy
-        What decides the rounds; None makes that of the settings, once the server listens.
+    ``remote`` is the store at ``--payload-store URL``, for clients on other machines. With a ``join_key`` nobody takes
+    part who does not know it. Without a ``strategy`` that of the settings is made, once the server listens.
     """
 
     def __init__(

@@ -20,19 +20,15 @@ class GlobalState:
     def __init__(self, store: PayloadStore, remote: RemoteStore | None) -> None:
         self._store = store
         self._remote = remote
-        self.payload: StoredPayload | None = None
+        # Of no file, before the first state is taken.
+        self.payload = StoredPayload(digest="", bytes=0, path=store.root)
         # Tensors over that file, and one safetensors payload, mapped and not copied: what strategies are given.
         self.entries: StateDict = {}
         self.parameters = Parameters([], TENSOR_TYPE)
 
-    @property
-    def digest(self) -> str | None:
-        """The digest of the state."""
-        return self.payload.digest if self.payload else None
-
     def set(self, payload: StoredPayload) -> None:
         """Take another state; it must stay in the store until the next one is taken."""
-        before, self.payload = self.digest, payload
+        before, self.payload = self.payload.digest, payload
         if self._remote and before != payload.digest:
             self._remote.give(payload.path, payload.digest)
             if before:
@@ -47,16 +43,16 @@ class GlobalState:
 
     def payload_of(self, parameters: Parameters) -> StoredPayload:
         """Return the payload of a client's instructions: the state itself, or one of its own, put where it is found."""
-        if parameters is self.parameters and self.payload:
+        if parameters is self.parameters:
             return self.payload
         payload = self._store.put(parameters.tensors)
-        if self._remote and payload.digest != self.digest:
+        if self._remote and payload.digest != self.payload.digest:
             self._remote.give(payload.path, payload.digest)
         return payload
 
-    def drop(self, digests: Iterable[str | None]) -> None:
+    def drop(self, digests: Iterable[str]) -> None:
         """Remove payloads that nobody needs any more; never the state itself."""
-        for digest in set(digests) - {None, self.digest}:
-            self._store.drop(str(digest))
+        for digest in set(digests) - {self.payload.digest}:
+            self._store.drop(digest)
             if self._remote:
-                self._remote.drop(str(digest))
+                self._remote.drop(digest)

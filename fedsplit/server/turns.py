@@ -44,12 +44,12 @@ def in_parallel(job: Callable[[Item], None], items: Sequence[Item]) -> None:
     outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run(item: Item) -> None:
+        error: BaseException | None = None
         try:
             job(item)
         except BaseException as exc:  # noqa: BLE001  (raised again in the main thread)
-            outcomes.put(exc)
-        else:
-            outcomes.put(None)
+            error = exc
+        outcomes.put(error)
 
     for item in items:
         # Daemons: a client that is silent in the middle of a question must not keep the process from ending.

@@ -50,10 +50,7 @@ class Answer:
 class Channel(Protocol):
     """What a trainer needs from the other side. All but `fail` are called in every process, in the same order.
 
-    Attributes
-    ----------
-    process, processes
-        Which of how many processes of one trainer this is, counted from 0.
+    This is number ``process``, counted from 0, of ``processes`` of one trainer.
     """
 
     process: int = 0
@@ -93,7 +90,7 @@ class ExchangeChannel(Channel):
         self._side = TrainerSide(exchange)
         self._client_wait_s = client_wait_s
         self._watch = Watch(exchange.task_path, exchange.finished_path)
-        self._looked: tuple[int, float] = (0, 0.0)
+        self._looked_at = 0.0
         self._client_checked = 0.0
         self._missing_since: float | None = None
 
@@ -102,8 +99,8 @@ class ExchangeChannel(Channel):
 
     def next(self) -> TaskRecord | FinishedRecord:
         began = reminded = time.monotonic()
-        self._watch.begin()
         bad_since: float | None = None
+        self._watch.begin()
         while True:
             now = time.monotonic()
             try:
@@ -121,11 +118,10 @@ class ExchangeChannel(Channel):
                     log.warning("%s; waiting for the client to write it anew", exc)
                     bad_since = now + _REMIND_S
             if now - self._client_checked > _CLIENT_CHECK_S:
-                was_missing = self._missing_since
-                self._check_client(now)
-                if now - reminded > _REMIND_S or (self._missing_since is None) != (was_missing is None):
+                self._client_checked = now
+                if self._check_client(now) or now - reminded > _REMIND_S:
                     reminded = now
-                    whom = "the server's next task" if self._missing_since is None else "a client"
+                    whom = "a client" if self._missing_since else "the server's next task"
                     rank, directory = self._exchange.rank, self._exchange.directory
                     log.info("rank %d: waiting for %s (%s, %.0f s)", rank, whom, directory, now - began)
             self._watch.sleep()
@@ -134,11 +130,9 @@ class ExchangeChannel(Channel):
         return {} if record.payload is None else map_file(self._exchange.directory / record.payload.file)
 
     def is_wanted(self, record: TaskRecord) -> bool:
-        version, looked = self._looked
-        now = time.monotonic()
-        if version == record.version and now - looked < _STOP_CHECK_S:
+        if time.monotonic() - self._looked_at < _STOP_CHECK_S:
             return True
-        self._looked = (record.version, now)
+        self._looked_at = time.monotonic()
         return self._side.is_wanted(record)
 
     def answer(self, record: TaskRecord, answer: Answer) -> bool:
@@ -153,18 +147,20 @@ class ExchangeChannel(Channel):
     def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
         wait_for_space(lambda: self._side.answer(record, error=error, seconds=seconds))
 
-    def _check_client(self, now: float) -> None:
-        self._client_checked = now
+    def _check_client(self, now: float) -> bool:
+        """Look whether the client is there; returns whether that has changed."""
+        was_missing = self._missing_since is not None
         if self._exchange.is_held("client"):
             self._missing_since = None
-            return
-        self._missing_since = now if self._missing_since is None else self._missing_since
+            return was_missing
+        self._missing_since = self._missing_since or now
         if self._client_wait_s is not None and now - self._missing_since > self._client_wait_s:
             rank = self._exchange.rank
             raise PeerMissingError(
                 f"no client of rank {rank} came to {self._exchange.directory} within {self._client_wait_s:g} s; "
                 f"start the client of rank {rank} with the same --exchange-dir"
             )
+        return not was_missing
 
 
 class StandaloneChannel(Channel):
@@ -195,12 +191,10 @@ class StandaloneChannel(Channel):
         if answer.state is not None:
             self._state = {name: tensor.detach().cpu().clone() for name, tensor in answer.state.items()}
         if record.kind != "initialize":
-            numbers = ({} if answer.loss is None else {"loss": answer.loss}) | dict(answer.metrics)
+            numbers = {**({} if answer.loss is None else {"loss": answer.loss}), **answer.metrics}
             shown = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, str))
-            log.info(
-                "standalone: %s of round %d/%d, %d examples%s",
-                record.kind, record.server_round, self._rounds, answer.num_examples, shown,
-            )  # fmt: skip
+            what = f"{record.kind} of round {record.server_round}/{self._rounds}"
+            log.info("standalone: %s, %d examples%s", what, answer.num_examples, shown)
         return True
 
     def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:

@@ -10,7 +10,6 @@ import io
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,11 @@ _LOCAL_PART = "local.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The round that a task continues from; `checkpoint` is None at the start of a run.
+    """The round that a task continues from."""
 
-    `restore` tells whether it has to be read: the process is not itself at the end of that round.
-    """
-
+    # None at the start of a run.
     checkpoint: Checkpoint | None
+    # Whether it has to be read: the process is not itself at the end of that round.
     restore: bool
 
     def load_local_state(self) -> Any:
@@ -128,11 +126,12 @@ class LocalStates:
             if later > record.server_round:  # the server went back: these rounds are trained again
                 self._store.remove(later)
         before = base.checkpoint.server_round if base.checkpoint else None
-        info = {"base": before, "processes": self._channel.processes}
-        write = partial(
-            self._store.save, run_id=record.run_id, server_round=record.server_round, files=files, info=info
-        )
-        wait_for_space(partial(write, durable=False))
+        wait_for_space(
+            lambda: self._store.save(
+                run_id=record.run_id, server_round=record.server_round, files=files, durable=False,
+                info={"base": before, "processes": self._channel.processes},
+            )
+        )  # fmt: skip
         self._store.prune()
         return True
 

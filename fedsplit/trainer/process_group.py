@@ -34,7 +34,7 @@ from fedsplit.trainer.channel import Answer, Channel
 
 log = logging.getLogger("fedsplit")
 
-_STEPS = ("enter", "next task", "should_stop()", "reply()", "agree")
+_STEPS = ("enter", "next task", "state", "should_stop()", "reply()", "agree")
 # A process may wait for slower ones, or for the server, for as long as it takes; a dead one is noticed anyway.
 _FOREVER = timedelta(days=365)
 # When a process is killed, the others fail because of it. Within this time its closed connection has told why.
@@ -66,7 +66,7 @@ class ProcessGroupChannel(Channel):
         ]
         with ExitStack() as stack:
             # Where the role cannot be had, every process raises the same error.
-            self._lead("enter", lambda: stack.enter_context(self._inner.hold()) and None)
+            self._lead("enter", lambda: {"held": stack.enter_context(self._inner.hold())})
             for listener in listeners:
                 listener.start()
             # After an exception nothing is waited for: the connections close with the process.
@@ -84,29 +84,25 @@ class ProcessGroupChannel(Channel):
             del self._control, self._data
 
     def next(self) -> TaskRecord | FinishedRecord:
-        flat: torch.Tensor | None = None
-
-        def find() -> dict[str, Any]:
-            nonlocal flat
-            found = self._inner.next()
-            if isinstance(found, FinishedRecord):
-                return {"finished": asdict(found)}
-            state = self._inner.read_state(found)
-            # Before anybody else has the task: a process may fail, and say so, while this one is still sending.
-            self._newest = (found, state)
-            flat = torch.frombuffer(bytearray().join(encode(state)), dtype=torch.uint8)
-            return {"task": asdict(found), "bytes": flat.numel()}
-
-        message = self._lead("next task", find)
+        message = self._lead("next task", self._find)
         if "finished" in message:
             return read(message["finished"], FinishedRecord, "process 0")
         record = read(message["task"], TaskRecord, "process 0")
-        if flat is None:
-            flat = torch.empty(message["bytes"], dtype=torch.uint8)
-        dist.broadcast(flat, src=0, group=self._data)
+        content = torch.empty(0, dtype=torch.uint8)
+        if self._newest and self.process == 0:
+            content = torch.frombuffer(bytearray().join(encode(self._newest[1])), dtype=torch.uint8)
+        content = self._tell("state", content)
         if self.process:
-            self._newest = (record, decode(flat.numpy().data))
+            self._newest = (record, decode(content.numpy().data))
         return record
+
+    def _find(self) -> dict[str, Any]:
+        found = self._inner.next()
+        if isinstance(found, FinishedRecord):
+            return {"finished": asdict(found)}
+        # Before anybody else has the task: a process may fail, and say so, while this one is still sending.
+        self._newest = (found, self._inner.read_state(found))
+        return {"task": asdict(found)}
 
     def read_state(self, record: TaskRecord) -> StateDict:
         return self._newest[1] if self._newest and self._newest[0].version == record.version else {}
@@ -141,7 +137,7 @@ class ProcessGroupChannel(Channel):
             if acknowledged is not None:
                 acknowledged.wait(_ACKNOWLEDGE)
         except RuntimeError as exc:  # process 0 is gone, or stuck where no thread of it runs
-            reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+            reason = str(exc).strip().partition("\n")[0]
             log.warning("process %d could not report its error to process 0: %s", self.process, reason)
 
     # -- the data group: collectives that process 0 begins. Each names what it is about -------------------------------
@@ -159,23 +155,23 @@ class ProcessGroupChannel(Channel):
             )
         return int(value)
 
-    def _lead(self, step: str, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    def _lead(self, step: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Make a message in process 0 and return it in every process; an error of ours is raised in every process."""
         content = torch.empty(0, dtype=torch.uint8)
         if self.process == 0:
             try:
-                content = _as_tensor({"made": make()})
+                content = _as_tensor(make())
             except FedSplitError as exc:
                 self._tell(step, _as_tensor({"error": [type(exc).__name__, str(exc)]}))
                 raise
-        message = _from_tensor(self._tell(step, content))
+        message: dict[str, Any] = _from_tensor(self._tell(step, content))
         if "error" in message:
             name, text = message["error"]
             raise getattr(errors, name, FedSplitError)(text)
-        made: dict[str, Any] = message["made"]
-        return made
+        return message
 
     def _tell(self, step: str, content: torch.Tensor) -> torch.Tensor:
+        """Return process 0's content in every process."""
         size = self._step(step, content.numel())
         if self.process:
             content = torch.empty(size, dtype=torch.uint8)
@@ -185,19 +181,19 @@ class ProcessGroupChannel(Channel):
     def _gather(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         """Return every process's message in every process."""
         content = _as_tensor(message)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.processes)]
-        dist.all_gather(sizes, torch.tensor([content.numel()]), group=self._data)
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
+        longest = torch.tensor(content.numel())
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._data)
+        # All of one length; JSON may end with spaces.
+        padded = torch.full((int(longest),), ord(" "), dtype=torch.uint8)
         padded[: content.numel()] = content
-        rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.processes)]
+        rows = [torch.empty_like(padded) for _ in range(self.processes)]
         dist.all_gather(rows, padded, group=self._data)
-        return [_from_tensor(row[: int(size)]) for row, size in zip(rows, sizes, strict=True)]
+        return [_from_tensor(row) for row in rows]
 
     def _compare(self, checksums: Sequence[float | None]) -> None:
         first = checksums[0]
         for process, checksum in enumerate(checksums):
-            if first is None or checksum is None or self._warned:
+            if self._warned or first is None or checksum is None:
                 continue
             if not math.isclose(first, checksum, rel_tol=1e-9, abs_tol=1e-12):
                 self._warned = True

@@ -30,10 +30,10 @@ class Said:
     error: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def failure(self) -> str:
-        """The error in one line."""
-        kind, message = self.error.get("type", "an error"), self.error.get("message", "")
-        return printable(f"{kind}: {message}", _MESSAGE)
+    def failure(self) -> str | None:
+        """The error in one line; None without one."""
+        kind, message = self.error.get("type"), self.error.get("message", "")
+        return printable(f"{kind}: {message}" if kind else message, _MESSAGE) or None
 
     @property
     def traceback(self) -> str:
@@ -100,6 +100,10 @@ class Answer(Said):
     # How the task that was asked for next ended, and for how long the answer was held for it.
     then: Answer | None = None
     held_s: Seconds = 0.0
+
+    @property
+    def failure(self) -> str | None:
+        return super().failure or "an error" if self.status == "error" else None
 
     @property
     def shown_metrics(self) -> dict[str, Scalar]:
