@@ -22,7 +22,6 @@ _POLL_S = 0.02
 _TAIL_BYTES = 65536
 _TAIL_LINES = 12
 _PR_SET_PDEATHSIG = 1
-_STDERR = 2
 
 
 class Child:
@@ -35,7 +34,7 @@ class Child:
     command
         The program and its arguments.
     log
-        The file that takes its output; what it held before is dropped. None leaves the output on this process's stderr.
+        The file that takes its output; what it held before is dropped. None leaves its output where this process's is.
 
     Attributes
     ----------
@@ -58,14 +57,15 @@ class Child:
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it with these environment variables; raises OSError if the program or the log cannot be opened."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-        output = os.dup(_STDERR) if self.log is None else os.open(self.log, flags, 0o600)
+        output = None if self.log is None else os.open(self.log, flags, 0o600)
         try:
             self._process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=output, env=dict(environment), start_new_session=True, preexec_fn=tie_to_parent(),
             )  # fmt: skip
         finally:
-            os.close(output)
+            if output is not None:
+                os.close(output)
 
     def poll(self) -> int | None:
         """Return its exit code, or None while it runs."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -96,6 +97,7 @@ class ExchangeChannel(Channel):
         self._looked: tuple[int, float] = (0, 0.0)
         self._client_checked = 0.0
         self._missing_since: float | None = None
+        self._awaited = ""
 
     def hold(self) -> AbstractContextManager[None]:
         return self._exchange.hold("trainer")
@@ -121,13 +123,15 @@ class ExchangeChannel(Channel):
                     log.warning("%s; waiting for the client to write it anew", exc)
                     bad_since = now + _REMIND_S
             if now - self._client_checked > _CLIENT_CHECK_S:
-                was_missing = self._missing_since
                 self._check_client(now)
-                if now - reminded > _REMIND_S or (self._missing_since is None) != (was_missing is None):
-                    reminded = now
-                    whom = "the server's next task" if self._missing_since is None else "a client"
+                whom = "the server's next task" if self._missing_since is None else "a client"
+                if now - reminded > _REMIND_S or whom != self._awaited:
                     rank, directory = self._exchange.rank, self._exchange.directory
                     log.info("rank %d: waiting for %s (%s, %.0f s)", rank, whom, directory, now - began)
+                    if whom != self._awaited and not log.hasHandlers():
+                        # A script that has set up no logging must not seem to hang.
+                        print(f"fedsplit: rank {rank}: waiting for {whom} ({directory})", file=sys.stderr)
+                    reminded, self._awaited = now, whom
             self._watch.sleep()
 
     def read_state(self, record: TaskRecord) -> StateDict:
