@@ -171,9 +171,10 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         log.debug("where it came from", exc_info=exc)
         _say_last(program, log_format, f"error: {exc}", error=type(exc).__name__, exit_code=exc.exit_code)
         return exc.exit_code
-    except KeyboardInterrupt:
-        _say_last(program, log_format, "interrupted", exit_code=EXIT_INTERRUPTED)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as exc:
+        code: int = getattr(exc, "exit_code", EXIT_INTERRUPTED)
+        _say_last(program, log_format, str(exc) or "interrupted", exit_code=code)
+        return code
 
 
 def typed_command() -> list[str]:

@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from fedsplit.cli import set_up_logging
+from fedsplit.commands.server import conclude
+from fedsplit.run.directory import Places
 from fedsplit.run.events import JsonFormatter, event, format_bytes
 from fedsplit.run.history import Line, PartRow
 from fedsplit.run.time_account import account
@@ -159,6 +161,23 @@ def test_every_event_is_passed_on() -> None:
     assert events <= vars(Observers).keys()
 
 
+# -- the end of a run --------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_run_is_told_with_every_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = Places(tmp_path / "my runs")
+    conclude([LINE], tmp_path / "my runs", "text")
+    assert capsys.readouterr().out.splitlines() == [
+        "final accuracy 0.7500 after 1 round",
+        f"checkpoints: {places.server}",
+        f"report:      python -m fedsplit report --checkpoint-dir '{tmp_path}/my runs' --output report.html",
+    ]
+    places.server.mkdir(parents=True)
+    places.final_plot.touch()
+    conclude([{**LINE, "evaluate": {}}], tmp_path / "my runs", "text")
+    assert capsys.readouterr().out.splitlines()[::2] == ["finished after 1 round", f"plot:        {places.final_plot}"]
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +216,13 @@ def test_a_server_on_a_terminal_shows_the_split_the_rounds_and_leaves_a_plot(tmp
     assert re.search(r"round [12] of 2: (training|evaluating), waiting for rank", text)
     assert "round 1/2 |" not in text, "the plain line is in the table"
     assert (tmp_path / "checkpoints/server/plot.png").read_bytes().startswith(b"\x89PNG")
+    server = tmp_path / "checkpoints/server"
+    assert text.splitlines()[-4:] == [
+        f"final accuracy {programs.history()[-1]['evaluate']['accuracy']:.4f} after 2 rounds",  # type: ignore[index]
+        f"checkpoints: {server}",
+        f"plot:        {server / 'plot.png'}",
+        f"report:      python -m fedsplit report --checkpoint-dir {server.parent} --output report.html",
+    ]
 
 
 @pytest.mark.slow
@@ -242,6 +268,8 @@ def test_without_a_terminal_the_same_facts_are_lines_of_json(tmp_path: Path) -> 
         {key: value for key, value in data.items() if key != "total_rounds"} for data in rounds
     ] == programs.history()
     assert [line["data"]["rule"] for line in lines if line.get("event") == "split"] == ["fedavg"]
+    assert lines[-1]["event"] == "complete"
+    assert lines[-1]["data"]["checkpoints"] == str(tmp_path / "checkpoints/server")
     for name in programs.names[1:]:
         assert all(json.loads(text)["level"] in ("info", "warning") for text in programs.log(name).splitlines())
 

@@ -86,6 +86,11 @@ def test_a_run_ends_with_the_accuracy_the_checkpoints_and_the_plot(tmp_path: Pat
     assert f"final accuracy {last['evaluate']['accuracy']:.4f} after 2 rounds" in lines
     assert "checkpoints: checkpoints/server" in lines
     assert "plot:        checkpoints/server/plot.png" in lines
+    assert "logs:        checkpoints/logs" in lines
+    said = finished.stdout + finished.stderr
+    assert [said.count(f"{fact} ") for fact in ("final accuracy", "checkpoints:", "plot:", "report:", "logs:")] == [
+        1
+    ] * 5
     logs = {path.name for path in (tmp_path / "checkpoints/logs").iterdir()}
     assert logs == {"client-1.log", "client-2.log", "trainer-1.log", "trainer-2.log"}
     for place in find_ranks(tmp_path / "exchange"):
@@ -198,11 +203,6 @@ def test_a_run_in_which_no_update_was_accepted_is_a_failure(tmp_path: Path) -> N
     refused = {**LINE, "accepted": 0, "refused": {"1": "its loss is NaN"}}
     with pytest.raises(RunFailedError, match=r"no update of any trainer was accepted .*rank 1: its loss is NaN"):
         demo._conclude([refused], Places(tmp_path))
-
-
-def test_without_an_evaluation_the_end_is_told_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo._conclude([{**LINE, "evaluate": {}}], Places(tmp_path))
-    assert capsys.readouterr().out.splitlines()[0] == "finished after 1 round"
 
 
 # -- child processes, small ones ---------------------------------------------------------------------------------------

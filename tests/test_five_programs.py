@@ -46,6 +46,9 @@ def test_five_programs_in_any_order_learn_the_digits_to_the_bits_of_plain_loops(
         lines = federation.history()
         assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
         assert lines[-1]["evaluate"]["accuracy"] >= 0.93  # type: ignore[index]
+        for rank in (1, 2):
+            last = federation.log(f"client-{rank}").splitlines()[-1]
+            assert last.endswith(f"client rank {rank}: the run is complete: 5 of 5 rounds")
         found = map_file(federation.final_state())
     expected = federated_averaging(digits, ranks=2, rounds=5)
     assert list(found) == list(expected)
@@ -158,6 +161,39 @@ def test_ctrl_c_on_the_server_ends_all_five_and_says_so(tmp_path: Path) -> None:
         assert codes == dict.fromkeys(federation.names, 14), federation.tails()
         assert "stopped by SIGINT" in federation.log("server")
         assert "stopped by SIGINT" in federation.log("model-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_plot_is_drawn_ends_a_complete_run_with_one_line(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing = tmp_path / "drawing"
+    (tmp_path / "slow/matplotlib").mkdir(parents=True)
+    plot = f"import pathlib, time\npathlib.Path({str(drawing)!r}).touch()\ntime.sleep({BOUND_S})\n"
+    (tmp_path / "slow/matplotlib/__init__.py").write_text(plot)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "slow"))
+    with programs(tmp_path, ranks=1, server_flags=("--rounds", "1", "--min-clients", "1")) as federation:
+        federation.start_all()
+        federation.wait_until(drawing.exists)
+        before = federation.log("server")
+        federation.kill("server", number)
+        assert federation.wait() == {"server": 128 + number, "client-1": 0, "model-1": 0}, federation.tails()
+        (said,) = federation.log("server")[len(before) :].splitlines()
+        assert f"server interrupted by {number.name}; the run is complete: 1 of 1 rounds, in {tmp_path}" in said
+        assert list((tmp_path / "checkpoints/server/payloads").iterdir()) == []
+
+
+def test_a_trainer_says_what_it_does_before_it_loads_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise SystemExit('torch is loaded')")
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedsplit", "trainer", "--rank", "2"], capture_output=True, text=True, cwd=tmp_path,
+        timeout=BOUND_S,
+    )  # fmt: skip
+    first, second = ended.stderr.splitlines()
+    assert first.endswith("trainer rank 2: starting (loading torch and the workload digits)")
+    assert second == "torch is loaded"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from tests.bounds import BOUND_S
 from tests.programs import programs
-from tests.terminal import on_a_terminal
+from tests.terminal import on_a_terminal, screens_of
 
 LOOP = """
 import time
@@ -36,6 +36,87 @@ def test_a_loop_of_ones_own_shows_its_epochs_batches_and_loss(tmp_path: Path) ->
 def test_without_a_terminal_there_is_no_bar(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=BOUND_S, check=True)
     assert (ended.stdout, ended.stderr) == ("", "")
+
+
+TALKATIVE = """
+import contextlib, logging, sys, time
+from types import SimpleNamespace
+from fedsplit import Progress
+from fedsplit.cli import set_up_logging
+
+set_up_logging("trainer", verbose=False) if sys.argv[1] == "fedsplit" else logging.basicConfig(level=logging.INFO)
+log, progress = logging.getLogger(sys.argv[1]), Progress(2)
+for number in (1, 2, 3):
+    task = SimpleNamespace(kind="train", server_round=number, total_rounds=3)
+    with contextlib.suppress(ValueError), progress.task(task):
+        for done in range(1, 4):
+            if sys.argv[2] == "batches":
+                progress.update(done, 3, 1 / done)
+            time.sleep(0.15)
+        log.info("logged %d", number)
+        print("printed", number)
+        time.sleep(0.15)
+        if number == 2:
+            raise ValueError
+    log.info("after %d", number)
+"""
+
+
+@pytest.mark.parametrize("logger", ["fedsplit", "script"])
+def test_what_is_logged_stands_above_the_bar_and_the_bar_goes_with_its_task(tmp_path: Path, logger: str) -> None:
+    code, screens = screens_of([sys.executable, "-c", TALKATIVE, logger, "batches"], tmp_path)
+    assert code == 0, screens[-1]
+    # Never on one line, never two bars, and none below a line that came while it was shown.
+    for screen in screens:
+        bars = [number for number, line in enumerate(screen) if "rank 2 train" in line]
+        assert bars in ([], [len(screen) - 1]), screen
+        assert not re.search(r"rank 2.*(logged|after|printed)|(logged|after|printed).*rank 2", "\n".join(screen)), (
+            screen
+        )
+    shown = ["\n".join(screen) for screen in screens]
+    assert any(re.search(r"logged 1\nprinted 1\nrank 2 train 1/3 .* 3/3 .*loss 0\.3333$", each) for each in shown)
+    last = [" ".join(line.split()[-2:]) for line in screens[-1]]
+    expected = [f"{word} {number}" for number in (1, 2, 3) for word in ("logged", "printed", "after")]
+    assert [re.sub(r".*:", "", line) for line in last] == expected
+
+
+def test_a_workload_that_reports_no_batches_gets_no_count_of_them(tmp_path: Path) -> None:
+    code, screens = screens_of([sys.executable, "-c", TALKATIVE, "fedsplit", "none"], tmp_path)
+    assert code == 0, screens[-1]
+    bars = [line for screen in screens for line in screen if "rank 2 train" in line]
+    assert any(re.fullmatch(r"rank 2 train 1/3 \S+ +0:00:00", line) for line in bars), bars
+    assert not any("?" in line for line in bars)
+
+
+def test_what_is_printed_into_a_file_goes_there_also_beside_a_bar(tmp_path: Path) -> None:
+    command = f"{sys.executable} -c '{TALKATIVE}' fedsplit batches > printed"
+    assert screens_of(["sh", "-c", command], tmp_path)[0] == 0
+    assert (tmp_path / "printed").read_text() == "printed 1\nprinted 2\nprinted 3\n"
+
+
+STANDALONE = """
+from fedsplit import Progress, Trainer, WorkloadContext
+from fedsplit.cli import set_up_logging
+from fedsplit.commands.template.workload import make_workload
+from fedsplit.workloads.runner import run_workload
+
+set_up_logging("trainer", verbose=False)
+workload = make_workload(WorkloadContext(rank=1, options={"epochs": "400"}))
+with Trainer(1, workload.model, standalone=True, standalone_rounds=2) as trainer:
+    run_workload(trainer, workload, Progress(1))
+"""
+
+
+def test_a_new_project_shows_its_epochs_and_leaves_nothing_but_its_log(tmp_path: Path) -> None:
+    code, screens = screens_of([sys.executable, "-c", STANDALONE], tmp_path)
+    assert code == 0, screens[-1]
+    bars = [line for screen in screens for line in screen if "rank 1 train" in line]
+    assert any(re.search(r" \d+/400 .*epoch \d+/400, loss \d\.\d{4}", line) for line in bars), bars
+    assert not any("trained" in line for line in bars), "a line of the log and the bar are glued together"
+    assert all(re.match(r"\d\d:\d\d:\d\d trainer ", line) for line in screens[-1]), screens[-1]
+    assert [line.split(" trainer ")[1].split(",")[0] for line in screens[-1] if "standalone" not in line] == [
+        "round 1: trained", "round 1: evaluated", "round 2: trained", "round 2: evaluated",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -143,7 +143,6 @@ def raising(*_: object, **__: object) -> NoReturn:
     raise PlantedError("nobody thought of this")
 
 
-@pytest.mark.xfail(strict=True, reason="it is logged with --verbose only, and the client is left without an answer")
 @pytest.mark.parametrize("place", ["peer.Peer.greet", "roster.Roster._admit"])
 def test_in_the_thread_of_a_greeting_it_is_said_and_the_client_is_sent_away(
     place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

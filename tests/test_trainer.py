@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -742,3 +742,44 @@ def test_neither_role_loads_what_belongs_to_the_other(module, absent):
     code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=BOUND_S, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# -- what a script says while it waits ---------------------------------------------------------------------------------
+
+WAITING = """
+import logging, sys
+if len(sys.argv) > 1:
+    logging.basicConfig(level=sys.argv[1], format="configured %(message)s")
+from fedsplit import Trainer
+with Trainer(1) as trainer:
+    print("ready", file=sys.stderr, flush=True)
+    for task in trainer:
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("level", "client", "said"),
+    [
+        ([], False, ["fedsplit: rank 1: waiting for a client (exchange/rank-1)"]),
+        ([], True, ["fedsplit: rank 1: waiting for the server's next task (exchange/rank-1)"]),
+        (["INFO"], False, ["configured rank 1: waiting for a client (exchange/rank-1, 0 s)"]),
+        (["WARNING"], False, []),
+    ],
+)
+def test_a_script_says_for_whom_it_waits_unless_it_has_set_up_logging(
+    tmp_path: Path, level: list[str], client: bool, said: list[str]
+) -> None:
+    side = ClientSide(Exchange(tmp_path / "exchange", 1))
+    with side.exchange.hold("client") if client else nullcontext():
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITING, *level], cwd=tmp_path, text=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in ["ready", *said]]
+        time.sleep(0.7)
+        side.finish("a run", "complete")
+        lines += process.stderr.readlines()
+    assert process.wait(BOUND_S) == 0
+    assert [line.rstrip() for line in lines] == ["ready", *said]

@@ -10,6 +10,7 @@ It may be started before the server and before the trainer, and waits for both. 
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from fedsplit.errors import RunFailedError, RunStoppedError, UsageError
 if TYPE_CHECKING:
     from fedsplit.exchange.directory import Exchange
     from fedsplit.exchange.records import FinishedRecord
+
+log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the relay until the run is over."""
     from fedsplit.engines import embedded, tls
-    from fedsplit.exchange.directory import Exchange
+    from fedsplit.exchange.directory import Exchange, forgive
     from fedsplit.wire.join import read_token
 
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
@@ -72,6 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
     if finished and finished.outcome != "complete":
         kind = RunStoppedError if finished.outcome == "stopped" else RunFailedError
         raise kind(f"the run ended before it was complete: {finished.reason or finished.outcome}")
+    task = forgive(exchange.read_task)
+    is_known = finished and task and task.run_id == finished.run_id
+    rounds = f": {task.total_rounds} of {task.total_rounds} rounds" if task and is_known else ""
+    log.info("rank %d: the run is complete%s", arguments.rank, rounds)
     return 0
 
 

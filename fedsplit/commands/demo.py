@@ -27,7 +27,7 @@ from fedsplit.engines.processes import Child, free_port
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, RunStoppedError
 from fedsplit.run.directory import Places
 from fedsplit.run.history import Line, read_history
-from fedsplit.watch.rounds import refusals, value
+from fedsplit.watch.rounds import refusals
 
 _POLL_S = 0.05
 # How long a program has to end by itself once it is asked to.
@@ -155,20 +155,14 @@ def _end(children: Sequence[Child], received: Sequence[signal.Signals]) -> None:
 
 
 def _conclude(lines: Sequence[Line], places: Places) -> None:
-    """Say what came out; a run in which nothing was ever learned is a failed one."""
+    """Add to the server's last lines where the logs are; a run in which nothing was ever learned is a failed one."""
     if not any(line.get("accepted") for line in lines):
         reasons = [f"round {number}: rank {rank}: {reason}" for number, rank, reason in refusals(lines)[-2:]]
         raise RunFailedError(
             f"no update of any trainer was accepted ({'; '.join(reasons) or 'no round was run'}); "
             f"see the logs in {places.logs}"
         )
-    judged = {name: value(lines[-1], "evaluate", name) for name in ("accuracy", "loss")}
-    name, number = next(((name, number) for name, number in judged.items() if number == number), ("", 0.0))
-    shown = f"final {name} {number:.4f}" if name else "finished"
-    print(f"{shown} after {cli.count(lines[-1]['round'], 'round')}")
-    for title, path in (("checkpoints", places.server), ("plot", places.final_plot), ("logs", places.logs)):
-        if path.exists():
-            print(f"{title + ':':<12} {path}", flush=True)
+    print(f"logs:        {places.logs}", flush=True)
 
 
 def _check_roles_are_free(exchange_dir: Path, clients: int) -> None:

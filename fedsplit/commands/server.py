@@ -12,11 +12,20 @@ A tiny run on one machine, in five terminals and any order:
 from __future__ import annotations
 
 import argparse
+import logging
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedsplit import cli
 from fedsplit.errors import UsageError
+from fedsplit.run.directory import Places
+from fedsplit.run.events import event
+from fedsplit.run.history import Line
+from fedsplit.watch.rounds import value
+
+log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +136,25 @@ def run(arguments: argparse.Namespace) -> int:
             embedded.serve(server, arguments.address, certificates=certificates)
     if server.failure:
         raise server.failure
+    conclude(server.run.history.lines, arguments.checkpoint_dir, arguments.log_format)
     return 0
+
+
+def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:
+    """Say what came out and where it is."""
+    places, rounds = Places(checkpoint_dir), lines[-1]["round"] if lines else 0
+    judged = {name: value(lines[-1], "evaluate", name) for name in ("accuracy", "loss")} if lines else {}
+    name, number = next(((name, number) for name, number in judged.items() if number == number), ("", 0.0))
+    report = f"python -m fedsplit report --checkpoint-dir {shlex.quote(str(checkpoint_dir))} --output report.html"
+    facts = {"checkpoints": str(places.server)}
+    facts |= {"plot": str(places.final_plot)} if places.final_plot.exists() else {}
+    shown = f"{f'final {name} {number:.4f}' if name else 'finished'} after {cli.count(rounds, 'round')}"
+    if log_format == "json":
+        log.info("%s", shown, extra=event("complete", rounds=rounds, **facts))
+        return
+    print(shown)
+    for title, text in {**facts, "report": report}.items():
+        print(f"{title + ':':<12} {text}", flush=True)
 
 
 def _read_certificates(arguments: argparse.Namespace) -> tuple[bytes, bytes, bytes] | None:

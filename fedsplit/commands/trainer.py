@@ -20,6 +20,8 @@ from pathlib import Path
 
 from fedsplit import cli
 
+log = logging.getLogger("fedsplit")
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags, and what is run."""
@@ -66,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
             pass
     elif not arguments.verbose:
         # Each of its lines would only repeat process 0's.
-        logging.getLogger("fedsplit").setLevel(logging.WARNING)
+        log.setLevel(logging.WARNING)
+    log.info("rank %d: starting (loading torch and the workload %s)", arguments.rank, arguments.workload)
     device = set_up_torch(arguments.device, arguments.threads, arguments.num_partitions, launch)
     with process_group(device, launch):
         _train(arguments, device)

@@ -21,7 +21,6 @@ _STOP_S = 10.0
 _POLL_S = 0.02
 _TAIL_LINES = 12
 _PR_SET_PDEATHSIG = 1
-_STDERR = 2
 
 
 class Child:
@@ -44,14 +43,15 @@ class Child:
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it, its log empty, with these environment variables; raises OSError if either cannot be opened."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-        output = os.dup(_STDERR) if self.log is None else os.open(self.log, flags, 0o600)
+        output = None if self.log is None else os.open(self.log, flags, 0o600)
         try:
             self._process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment),
                 start_new_session=True, preexec_fn=_tie_to_parent(),
             )  # fmt: skip
         finally:
-            os.close(output)
+            if output is not None:
+                os.close(output)
 
     def poll(self) -> int | None:
         """Return its exit code, or None while it runs."""

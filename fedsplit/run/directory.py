@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from fedsplit.disk import files
 from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
-from fedsplit.errors import CheckpointError, FedSplitError
+from fedsplit.errors import CheckpointError, ExchangeError, FedSplitError
 from fedsplit.run.history import History, PartRow
 
 if TYPE_CHECKING:
@@ -93,6 +93,13 @@ class Run:
         return dict(self._record.get("settings", {}))
 
     def __enter__(self) -> Self:
+        try:
+            return self._open()
+        except ExchangeError as exc:
+            # The server has no exchange: what it cannot write or read is its run's.
+            raise CheckpointError(str(exc)) from exc
+
+    def _open(self) -> Self:
         files.make_private_directory(self.directory, CheckpointError)
         try:
             self._lock.acquire(timeout=0)
@@ -208,7 +215,10 @@ class Run:
 
     def _note(self, **entries: Any) -> None:
         self._record |= entries
-        files.write_json(self.places.run, self._record, durable=True)
+        try:
+            files.write_json(self.places.run, self._record, durable=True)
+        except ExchangeError as exc:
+            raise CheckpointError(str(exc)) from exc
 
 
 def without_password(value: Any) -> Any:

@@ -19,7 +19,7 @@ from flwr.server.client_proxy import ClientProxy
 
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.disk.remote_store import RemoteStore
-from fedsplit.errors import AggregationError, RecordError
+from fedsplit.errors import AggregationError, FedSplitError, RecordError
 from fedsplit.exchange.records import printable, read
 from fedsplit.wire.answers import Answer, Greeted, Joined, Said, Taken, Told
 from fedsplit.wire.join import Transcript, new_nonce
@@ -111,7 +111,11 @@ class Peer:
     def greet(self, run_id: str, store: PayloadStore | RemoteStore | None, join_key: bytes | None) -> None:
         """Ask who it is, once it has proved that it may know who asks; raises TurnedAwayError if it takes no part."""
         transcript = self._challenge(run_id, join_key) if join_key else None
-        nonce_name, nonce = store.put_nonce() if store else ("", "")
+        nonce_name, nonce = "", ""
+        try:
+            nonce_name, nonce = store.put_nonce() if store else ("", "")
+        except FedSplitError as exc:
+            log.warning("%s; payloads of a new client travel in messages", exc)
         root = store.announced_root if store else None
         record = {"op": "hello", "run_id": run_id, "nonce_name": nonce_name, "store_root": root}
         if transcript and join_key:
@@ -119,7 +123,7 @@ class Peer:
         try:
             hello = self._question(record, Greeted)
         finally:
-            if store:
+            if store and nonce:
                 store.drop(nonce_name)
         if hello.leaving:
             reason = printable(hello.leaving)
@@ -213,7 +217,11 @@ class Peer:
             return answer
 
     def _send(self, record: Mapping[str, Any]) -> flower.GetPropertiesRes:
-        return self.proxy.get_properties(flower.GetPropertiesIns(pack(record)), _GREETING_S, None)
+        ins = flower.GetPropertiesIns(pack(record))
+        try:
+            return self.proxy.get_properties(ins, _GREETING_S, None)
+        except Exception as exc:  # whatever Flower raises: no answer came
+            raise PeerLostError(f"{type(exc).__name__}: {exc}") from exc
 
     def _question(self, record: Mapping[str, Any], kind: type[AnySaid]) -> AnySaid:
         return self._read(self._send(record).properties, kind)

@@ -194,9 +194,12 @@ class Roster(ClientManager):
         except RecordError as exc:
             log.warning("a client was turned away: %s", exc)
             peer.refuse(f"this server speaks fedsplit: {exc}")
-        except Exception as exc:  # noqa: BLE001  (the connection ended before it said who it is)
+        except PeerLostError as exc:
             log.debug("a connection ended during the greeting: %s", exc)
             peer.again_at = 0.0
+        except Exception as exc:  # left without an answer, the client would wait for as long as this server lives
+            log.exception("the greeting of a client failed")
+            peer.refuse(f"the server failed: {type(exc).__name__}: {exc}")
 
     def _admit(self, peer: Peer) -> None:
         rank = peer.rank

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,13 @@ _FAREWELL_S = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class _SignalError(BaseException):
-    """Raised in the main thread by a signal, past every handler of ordinary errors."""
+class _SignalError(KeyboardInterrupt):
+    """Raised in the main thread by a signal, past every handler of ordinary errors; the program ends with its text."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.name = signal.Signals(number).name
+        self.exit_code = 128 + number
 
 
 class Server(FlowerServer):
@@ -74,13 +77,15 @@ class Server(FlowerServer):
         """Run all rounds; Flower calls this, and disconnects the clients after it. So errors are kept, not raised."""
         began = time.monotonic()
         try:
-            with self._signals():
-                self._run_rounds()
-                self._writer.close()
+            self._catch_signals()
+            self._run_rounds()
+            self._writer.close()
             self._tell_all("complete", "", _FAREWELL_S)
         except _SignalError as exc:
+            if self._told:
+                raise
             done, rounds = self.run.history.last_round(), self._settings.rounds
-            self.failure = RunStoppedError(f"stopped by {exc} after {done} of {rounds} rounds; --resume goes on")
+            self.failure = RunStoppedError(f"stopped by {exc.name} after {done} of {rounds} rounds; --resume goes on")
         except (ExchangeError, OSError) as exc:
             # The server has no exchange: what it could not write or read is its run's.
             self.failure = CheckpointError(str(exc))
@@ -90,11 +95,9 @@ class Server(FlowerServer):
             log.exception("the server failed")
             self.failure = RunFailedError(f"the server failed: {type(exc).__name__}: {exc}")
         if self.failure:
+            # Raised while the clients are told, a signal would leave the port open.
+            self.end_at_signals()
             self._end_early(self.failure)
-        if threading.current_thread() is threading.main_thread():
-            # The run is over: what comes now, a plot, is ended like any other program.
-            for number in _SIGNALS[1:]:
-                signal.signal(number, signal.SIG_DFL)
         return FlowerHistory(), time.monotonic() - began
 
     def disconnect_all_clients(self, timeout: float | None) -> None:
@@ -126,28 +129,50 @@ class Server(FlowerServer):
     def _tell_all(self, outcome: str, reason: str, farewell_s: float) -> None:
         if not self._told:
             self._told = True
-            self._roster.finish(outcome, reason, farewell_s)
+            try:
+                self._roster.finish(outcome, reason, farewell_s)
+            except Exception:
+                self._told = False
+                raise
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def end_at_signals(self) -> None:
+        """From now on let a signal end the process at once, with a line.
+
+        An exception, raised in the middle of an import or of a library's callback, may come out as a traceback there.
+        """
+
+        def end(number: int, _: FrameType | None) -> None:
+            _set_signals(signal.SIG_DFL)
+            log.warning("%s", self._describe(number))
+            with suppress(FedSplitError):
+                self.run.payloads.clear()
+            os._exit(128 + number)
+
+        _set_signals(end)
+
+    def _catch_signals(self) -> None:
         """Turn signals into an end of the run that the ranks are told of; a second one ends the process at once."""
 
         def stop(number: int, _: FrameType | None) -> None:
-            for each in _SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
+            _set_signals(signal.SIG_DFL)
             self._stop.set()
-            raise _SignalError(number)
+            raise _SignalError(number, self._describe(number))
 
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main:
-            # Flower has set its own by now, which would end the process without a word to anybody.
-            for number in _SIGNALS:
-                signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            if is_main:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Flower has set its own by now, which would end the process without a word to anybody.
+        _set_signals(stop)
+
+    def _describe(self, number: int) -> str:
+        text = f"interrupted by {signal.Signals(number).name}"
+        if not self._told or self.failure:
+            return text
+        rounds = self._settings.rounds
+        return f"{text}; the run is complete: {rounds} of {rounds} rounds, in {self.run.directory}"
+
+
+def _set_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, handler)
 
 
 def make_strategy(settings: ServerSettings) -> StreamingStrategy:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -93,6 +94,7 @@ class ExchangeChannel(Channel):
         self._looked_at = 0.0
         self._client_checked = 0.0
         self._missing_since: float | None = None
+        self._awaited = ""
 
     def hold(self) -> AbstractContextManager[None]:
         return self._exchange.hold("trainer")
@@ -119,11 +121,15 @@ class ExchangeChannel(Channel):
                     bad_since = now + _REMIND_S
             if now - self._client_checked > _CLIENT_CHECK_S:
                 self._client_checked = now
-                if self._check_client(now) or now - reminded > _REMIND_S:
-                    reminded = now
-                    whom = "a client" if self._missing_since else "the server's next task"
+                self._check_client(now)
+                whom = "a client" if self._missing_since else "the server's next task"
+                if now - reminded > _REMIND_S or whom != self._awaited:
                     rank, directory = self._exchange.rank, self._exchange.directory
                     log.info("rank %d: waiting for %s (%s, %.0f s)", rank, whom, directory, now - began)
+                    if whom != self._awaited and not log.hasHandlers():
+                        # A script that has set up no logging must not seem to hang.
+                        print(f"fedsplit: rank {rank}: waiting for {whom} ({directory})", file=sys.stderr)
+                    reminded, self._awaited = now, whom
             self._watch.sleep()
 
     def read_state(self, record: TaskRecord) -> StateDict:
@@ -147,12 +153,10 @@ class ExchangeChannel(Channel):
     def fail(self, record: TaskRecord, error: Mapping[str, str], seconds: float) -> None:
         wait_for_space(lambda: self._side.answer(record, error=error, seconds=seconds))
 
-    def _check_client(self, now: float) -> bool:
-        """Look whether the client is there; returns whether that has changed."""
-        was_missing = self._missing_since is not None
+    def _check_client(self, now: float) -> None:
         if self._exchange.is_held("client"):
             self._missing_since = None
-            return was_missing
+            return
         self._missing_since = self._missing_since or now
         if self._client_wait_s is not None and now - self._missing_since > self._client_wait_s:
             rank = self._exchange.rank
@@ -160,7 +164,6 @@ class ExchangeChannel(Channel):
                 f"no client of rank {rank} came to {self._exchange.directory} within {self._client_wait_s:g} s; "
                 f"start the client of rank {rank} with the same --exchange-dir"
             )
-        return not was_missing
 
 
 class StandaloneChannel(Channel):

@@ -46,6 +46,7 @@ def watching(
                 title = f"fedsplit run {run.run_id}, {rounds} round{'' if rounds == 1 else 's'}"
                 server.observe(stack.enter_context(LiveConsole(console, title, run.history.lines)))
         yield
+    server.end_at_signals()
     lines = run.history.lines
     if server.failure is not None or not lines:
         return

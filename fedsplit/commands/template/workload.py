@@ -6,6 +6,7 @@ Replace the data and the model by yours; what is looked for are `make_workload`,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class Spirals:
         self.model = Net().to(context.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=float(context.options.get("lr", 0.01)))
         self.epochs = int(context.options.get("epochs", 20))
+        # Set by a trainer on a terminal, to show batches done, batches in all, the loss, and in how many epochs.
+        self.on_batch: Callable[[int, int, float, int], None] | None = None
         # Other points for every rank; the last of them are kept for evaluation.
         points, labels = make_spirals(400, seed=1000 * context.seed + context.rank)
         points, labels = points.to(context.device), labels.to(context.device)
@@ -49,13 +52,15 @@ class Spirals:
         points, labels = self.training
         self.model.train()
         loss = torch.zeros(())
-        for _ in range(self.epochs):
+        for epoch in range(1, self.epochs + 1):
             if task.should_stop():
                 break
             self.optimizer.zero_grad()
             loss = nn.functional.cross_entropy(self.model(points), labels)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
+            if self.on_batch:
+                self.on_batch(epoch, self.epochs, loss.item(), self.epochs)
         return TrainResult(num_examples=len(points), metrics={"loss": loss.item()})
 
     @torch.no_grad()
