@@ -116,7 +116,7 @@ class Roster(ClientManager):
         with self._changed:
             self._connections[client.cid] = peer
         # The stream serves messages only after this returns, so the question is asked from beside.
-        threading.Thread(target=self._keep, args=(peer,), name=f"client-{client.cid[:8]}", daemon=True).start()
+        threading.Thread(target=self._keep, args=(peer,), name=f"greet-{client.cid[:8]}", daemon=True).start()
         return True
 
     def unregister(self, client: ClientProxy) -> None:
