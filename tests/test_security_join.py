@@ -12,11 +12,12 @@ import pytest
 from flwr.common import FitIns, GetPropertiesIns, GetPropertiesRes, Parameters
 
 from fedsplit.client.relay import Relay
-from fedsplit.errors import RefusedError, UsageError
+from fedsplit.errors import RecordError, RefusedError, UsageError
 from fedsplit.exchange.directory import Exchange
+from fedsplit.exchange.records import read
 from fedsplit.server.roster import Roster
-from fedsplit.wire.join import Transcript, is_nonce, new_nonce, read_token
-from fedsplit.wire.protocol import pack, unpack
+from fedsplit.wire.join import Transcript, new_nonce, read_token
+from fedsplit.wire.protocol import Message, pack, unpack
 from tests.bounds import BOUND_S
 from tests.programs import programs
 
@@ -101,10 +102,12 @@ def test_one_sides_proof_is_not_the_others(tmp_path: Path) -> None:
 
 
 def test_a_nonce_is_fresh_and_nothing_else_is_one() -> None:
-    assert is_nonce(new_nonce())
     assert new_nonce() != new_nonce()
-    for value in (None, "", "a" * 63, "g" * 64, "A" * 64, b"a" * 64, 1):
-        assert not is_nonce(value)
+    challenge = {"op": "join", "nonce": new_nonce()}
+    assert read(challenge, Message, "the server").nonce == challenge["nonce"]
+    for value in ("", "a" * 63, "g" * 64, "A" * 64, 1):
+        with pytest.raises(RecordError, match="nonce"):
+            read({**challenge, "nonce": value}, Message, "the server")
 
 
 # -- the greeting --------------------------------------------------------------------------------------------------

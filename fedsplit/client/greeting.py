@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError, RefusedError
 from fedsplit.exchange.client_side import ClientSide
-from fedsplit.wire.join import Transcript, is_nonce
+from fedsplit.exchange.records import printable
+from fedsplit.wire.join import Transcript
+from fedsplit.wire.protocol import Message
 
 if TYPE_CHECKING:
     from fedsplit.disk.remote_store import RemoteStore
@@ -44,39 +46,38 @@ class Greeting:
         self.knows_server = self._join_key is None
         self.store: PayloadStore | RemoteStore | None = None
 
-    def prove(self, message: dict[str, Any]) -> dict[str, Any]:
+    def prove(self, message: Message) -> dict[str, Any]:
         """Answer ``join``: give the client's proof, and ask for the server's."""
         if self._join_key is None:
             return {"rank": self._rank}
-        if not is_nonce(message.get("nonce")):
+        if message.nonce is None:
             raise RecordError("the server asked for a proof of the join token without a nonce to prove it with")
         transcript = self._transcript = Transcript(
-            run_id=str(message.get("run_id")), rank=self._rank, exchange_id=self._side.exchange.exchange_id(),
-            server_nonce=message["nonce"],
+            run_id=message.run_id, rank=self._rank, exchange_id=self._side.exchange.exchange_id(),
+            server_nonce=message.nonce,
         )  # fmt: skip
         return {
             "rank": transcript.rank, "exchange_id": transcript.exchange_id, "nonce": transcript.client_nonce,
             "proof": transcript.proof(self._join_key, "client"),
         }  # fmt: skip
 
-    def greet(self, message: dict[str, Any]) -> dict[str, Any]:
+    def greet(self, message: Message) -> dict[str, Any]:
         """Answer ``hello``; raises RefusedError if this is no server to work for."""
         if self._join_key is not None:
             if self._transcript is None:
                 raise RefusedError(
                     "the server asks for no join token, this client was given one; start both with --join-token-file"
                 )
-            if not self._transcript.is_proof(self._join_key, "server", message.get("proof")):
+            if not self._transcript.is_proof(self._join_key, "server", message.proof):
                 raise RefusedError("the server did not prove that it knows the join token")
         self.knows_server = True
         # The content of the server's nonce proves to it that both see the same store.
-        root, nonce = message.get("store_root"), None
-        store = self.remote or (PayloadStore(Path(str(root))) if self._use_store and root else None)
-        if store:
-            nonce = store.read_nonce(str(message.get("nonce_name")))
+        root = message.store_root
+        store = self.remote or (PayloadStore(Path(root)) if self._use_store and root else None)
+        nonce = store.read_nonce(message.nonce_name) if store else None
         self.store = store if nonce else None
         how = "the payload store" if self.store else "messages"
-        log.info("rank %d: joined run %s; payloads travel by %s", self._rank, message.get("run_id"), how)
+        log.info("rank %d: joined run %s; payloads travel by %s", self._rank, printable(message.run_id), how)
         return {
             "rank": self._rank, "exchange_id": self._side.exchange.exchange_id(), "held": self._side.held_digest(),
             "nonce": nonce,

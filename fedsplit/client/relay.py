@@ -24,13 +24,13 @@ from flwr.client import Client
 from fedsplit.client.greeting import Greeting
 from fedsplit.client.long_poll import LongPoll
 from fedsplit.disk.digest import bytes_digest
-from fedsplit.disk.files import remove
+from fedsplit.disk.files import explained, remove
 from fedsplit.disk.payload_store import Incoming, PayloadStore, read_part
 from fedsplit.errors import ExchangeError, FedSplitError, NoSpaceError, RecordError, RefusedError
 from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, ResultRecord, read
-from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, Ask, Engine, Piece, pack, unpack
+from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, ResultRecord, printable, read
+from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, Ask, Engine, Message, Piece, pack, unpack
 
 if TYPE_CHECKING:
     from fedsplit.disk.remote_store import RemoteStore
@@ -129,26 +129,24 @@ class Relay(Client):
 
     def get_properties(self, ins: flower.GetPropertiesIns) -> flower.GetPropertiesRes:
         """Answer ``join``, ``hello``, ``finish``, ``refuse`` and ``ping``."""
-        with self._question(ins.config) as message:
-            operation, rank = message.get("op"), self._exchange.rank
+        with self._question(ins.config) as fields:
+            message, rank = read(fields, Message, "the server's message"), self._exchange.rank
             reply: dict[str, Any] = {}
-            if operation == "join":
+            if message.op == "join":
                 reply = self._greeting.prove(message)
-            elif operation == "hello":
+            elif message.op == "hello":
                 try:
                     reply = self._greeting.greet(message)
                 except RefusedError as exc:
                     self.refused = RefusedError(f"rank {rank} turned the server down: {exc}")
                     reply = {"rank": rank, "leaving": str(exc)}
-            elif operation == "finish":
-                run_id, outcome, reason = (str(message.get(key, "")) for key in ("run_id", "outcome", "reason"))
+            elif message.op == "finish":
+                run_id, outcome, reason = message.run_id, message.outcome, printable(message.reason)
                 self._side.finish(run_id, outcome, reason)
                 self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
-            elif operation == "refuse":
-                reason = f"the server refused rank {rank}: {message.get('reason')}"
+            elif message.op == "refuse":
+                reason = f"the server refused rank {rank}: {printable(message.reason)}"
                 self.refused = self.refused or RefusedError(reason)
-            elif operation != "ping":
-                raise RecordError(f"the server asks for {operation!r}, which this version of fedsplit does not know")
             return flower.GetPropertiesRes(status=_OK, properties=pack(reply))
 
     def fit(self, ins: flower.FitIns) -> flower.FitRes:
@@ -286,7 +284,9 @@ class Relay(Client):
             via = self._place(result.payload)
             reply["payload"] = {"digest": result.payload.digest, "bytes": result.payload.bytes, "via": via}
             if via == "inline":
-                blobs = [(self._exchange.directory / result.payload.file).read_bytes()]
+                path = self._exchange.directory / result.payload.file
+                with explained(path, "read"):
+                    blobs = [path.read_bytes()]
         return reply, blobs
 
     def _place(self, payload: PayloadRecord) -> str:

@@ -152,6 +152,8 @@ class Conversation:
             reply = peer.ask(record, blob, most_s=context.left_s + _LATE_S)
             self._heard_at = time.monotonic()
             if reply.status == "need":
+                if sends or not state:
+                    raise RecordError("its client asks for a state that it was given, or that there is none of")
                 peer.held, sends = None, True
                 continue
             if state:

@@ -21,6 +21,7 @@ from flwr.server.criterion import Criterion
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import RecordError
+from fedsplit.exchange.records import printable
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Peer, PeerLostError, RankProxy, TurnedAwayError
 from fedsplit.server.turns import in_parallel
@@ -89,7 +90,7 @@ class Roster(ClientManager):
     def finish(self, outcome: str, reason: str, farewell_s: float) -> None:
         """Tell every rank that the run is over, also those that are away and come back in time."""
         told: set[int] = set()
-        record = {"op": "finish", "run_id": self._run_id, "outcome": outcome, "reason": reason}
+        record = {"op": "finish", "run_id": self._run_id, "outcome": outcome, "reason": printable(reason)}
         deadline = time.monotonic() + farewell_s
 
         def tell(peer: Peer) -> None:

@@ -30,11 +30,6 @@ def new_nonce() -> str:
     return secrets.token_hex(_NONCE_BYTES)
 
 
-def is_nonce(value: object) -> bool:
-    """Tell whether a value has the form of a nonce; nothing else may become part of a proof."""
-    return isinstance(value, str) and len(value) == 2 * _NONCE_BYTES and set(value) <= set("0123456789abcdef")
-
-
 def read_token(path: Path | None) -> bytes | None:
     """Read a token file and return the key made from it; None without a file.
 

@@ -31,12 +31,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from fedsplit.errors import RecordError
-from fedsplit.exchange.records import SCHEMA, Count, Digest, Request, parse
+from fedsplit.exchange.records import MOST_NAME, SCHEMA, Count, Digest, Request, parse
 
 KEY = "fedsplit"
 # No server may make a client hold a question for longer.
@@ -71,6 +71,22 @@ EMBEDDED = Engine(name="embedded", hold_s=1.0, piece_bytes=1 << 22, asks_ahead=F
 # held for ever: a trainer in the middle of a task must hear that the run was stopped. Flower cuts its messages into
 # pieces itself.
 SUPERLINK = Engine(name="superlink", hold_s=20.0, piece_bytes=1 << 62, asks_ahead=True, ping_s=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """The record of what travels as ``get_properties``, as a client reads it."""
+
+    op: Literal["join", "hello", "finish", "refuse", "ping"]
+    run_id: Annotated[str, Meta(max_length=MOST_NAME)] = ""
+    # Of ``join``: the challenge. Of ``hello``: the server's proof, and where to look for which nonce of its store.
+    nonce: Digest | None = None
+    proof: Digest | None = None
+    store_root: str | None = None
+    nonce_name: str = ""
+    # Of ``finish`` and ``refuse``.
+    outcome: Literal["complete", "stopped", "failed"] = "complete"
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
