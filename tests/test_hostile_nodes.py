@@ -92,7 +92,7 @@ class Nodes:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let a node that was turned away come back at once, and leave the log of the tests as it was."""
-    monkeypatch.setattr("fedsplit.server.roster._REFUSED_S", 0.0)
+    monkeypatch.setattr("fedsplit.server.peer._REFUSED_S", 0.0)
     monkeypatch.setattr(apps, "_LOST_PAUSE_S", 0.0)
     monkeypatch.setattr(apps, "_NODES_S", 0.02)
     monkeypatch.setattr(apps, "_begin", lambda program, config: None)

@@ -137,7 +137,7 @@ def test_a_run_without_matplotlib_ends_well_and_says_that_there_is_no_plot(
     monkeypatch.setattr(logging.getLogger("fedsplit"), "propagate", True)
     with Run(tmp_path) as run:
         run.history.append(LINES[0])
-        server = SimpleNamespace(run=run, failure=None)
+        server = SimpleNamespace(run=run, failure=None, end_at_signals=lambda: None)
         with caplog.at_level(logging.INFO), watching(server, live=False, rounds=1):  # type: ignore[arg-type]
             pass
     assert not Places(tmp_path).server.joinpath("plot.png").exists()
