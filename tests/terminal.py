@@ -21,6 +21,8 @@ ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 LINES, COLUMNS = 40, 120
+# Set by whoever runs the tests they would count for more than the terminal itself.
+SIZE = {"LINES": str(LINES), "COLUMNS": str(COLUMNS)}
 
 
 def on_a_terminal(command: Sequence[str], directory: Path) -> tuple[int, str]:
@@ -46,7 +48,7 @@ def _started(command: Sequence[str], directory: Path) -> tuple[subprocess.Popen[
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     process = subprocess.Popen(
-        command, cwd=directory, stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm-256color"}
+        command, cwd=directory, stdin=end, stdout=end, stderr=end, env=os.environ | SIZE | {"TERM": "xterm-256color"}
     )
     os.close(end)
     return process, _pieces(terminal)

@@ -61,22 +61,27 @@ class HostileNode(Client):
 
 
 class Nodes:
-    """A grid whose nodes are ClientApps of this process; the number of a node is its rank."""
+    """A grid whose nodes are ClientApps of this process; the number of a node is its rank.
+
+    The hostile ones come once the honest ones were greeted and asked for the initial state.
+    """
 
     def __init__(self, nodes: dict[int, tuple[ClientApp, Context]]) -> None:
         self.run = SimpleNamespace(run_id=7)
         self._nodes = nodes
         self._replies: dict[str, Message] = {}
         self._numbers = itertools.count()
+        self._asked = 0
         self.most_threads = 0
 
     def get_node_ids(self) -> list[int]:
-        return [*self._nodes]
+        return [*self._nodes] if self._asked > len(HONEST) else [*HONEST]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         names = []
         for message in messages:
             names.append(str(next(self._numbers)))
+            self._asked += 1
             app, context = self._nodes[message.metadata.dst_node_id]
             try:
                 self._replies[names[-1]] = app(message, context)
