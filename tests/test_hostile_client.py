@@ -76,8 +76,8 @@ def assert_harmless(found: Programs) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("with_token", [False, True], ids=["open", "join token"])
 def test_the_honest_finish_every_round_with_the_same_bits(federation: Programs, with_token: bool) -> None:
-    """Wrong answers of every kind, in greetings, rounds and evaluations, of six clients at once."""
-    rounds, key = scaled(50, 400), None
+    """Wrong answers of every kind, in greetings, rounds and evaluations, of ten clients at once."""
+    rounds, key = scaled(50, 1_400), None
     flags = ["--rounds", str(rounds), "--min-clients", "2", "--keep-checkpoints", "2"]
     if with_token:
         token = federation.directory / "token"
@@ -87,12 +87,13 @@ def test_the_honest_finish_every_round_with_the_same_bits(federation: Programs, 
         flags, key = [*flags, "--join-token-file", str(token)], read_token(token)
     federation.server_flags = flags
     clients = [
-        HostileClient(f"127.0.0.1:{federation.port}", rank=rank, seed=rank, join_key=key) for rank in range(3, 9)
+        HostileClient(f"127.0.0.1:{federation.port}", rank=rank, seed=rank, join_key=key, spoils=0.8)
+        for rank in range(3, 13)
     ]
     threads, memory = attack(federation, clients)
     assert_undisturbed(federation, rounds)
     assert_harmless(federation)
-    assert sum(client.spoiled for client in clients) >= scaled(100, 1_000)
+    assert sum(client.spoiled for client in clients) >= scaled(100, 20_000)
     assert "not counted" in federation.log("server")
     assert with_token or "turned away" in federation.log("server")
     # Flower serves a connection with a few threads and keeps some for the next ones.

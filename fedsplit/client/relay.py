@@ -308,9 +308,8 @@ class Relay(Client):
         if what != self._announced:
             self._announced = what
             if request.refused:
-                log.warning(
-                    "rank %d: the server did not count its last answer: %s", self._exchange.rank, request.refused
-                )
+                why = printable(request.refused)
+                log.warning("rank %d: the server did not count its last answer: %s", self._exchange.rank, why)
             log.info(
                 "rank %d: %s, round %d of %d (version %d)",
                 self._exchange.rank, request.kind, request.server_round, request.total_rounds, version,

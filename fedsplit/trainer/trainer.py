@@ -31,7 +31,7 @@ import torch
 
 from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange
-from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, scalars
+from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, printable, scalars
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, own_state
 from fedsplit.states.ties import check_shared
@@ -255,7 +255,8 @@ class Trainer:
                 self._channel.fail(record, _describe(exc), 0.0)
                 raise
             if task.refused and self.process == 0:
-                log.warning("rank %d: the server did not count its last answer: %s", self.exchange.rank, task.refused)
+                why = printable(task.refused)
+                log.warning("rank %d: the server did not count its last answer: %s", self.exchange.rank, why)
             if task.kind == "initialize" and self._has_model:
                 state = self._local.initial_state()
                 task.reply(state, num_examples=0)
