@@ -52,7 +52,7 @@ docs: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# A hundred SIGKILLs over all five programs; takes about ten minutes on two cores.
+# Three hundred faults over all five programs, SIGKILL and SIGSTOP; takes about a quarter of an hour on two cores.
 chaos: .venv/.dev
 	$(BIN)/python -m tests.chaos --faults 300
 

@@ -24,6 +24,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 
 from fedsplit.states.state_dict import map_file
@@ -39,7 +40,7 @@ STOPPED_SHARE = 0.3
 # How many programs are killed at the same instant.
 AT_ONCE = (1, 1, 1, 2, 3, 5)
 # How long to try to catch a program with the lock, which it holds for microseconds.
-CATCH_S = 1.0
+CATCH_S = 3.0
 
 
 @dataclass
@@ -122,10 +123,14 @@ def _stop(federation: Programs, name: str, *, with_lock: bool) -> bool:
     lock = federation.exchange / f"rank-{name.partition('-')[2]}" / "handoff.lock"
     while True:
         process.send_signal(signal.SIGSTOP)
+        # A signal to a busy process takes effect a little later: until then it may still let go of the lock.
+        while process.poll() is None and psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.0001)
         holds = process.pid == lock_holder(lock)
         if holds or time.monotonic() >= tries_end:
             return holds
         process.send_signal(signal.SIGCONT)
+        time.sleep(0.0005)
 
 
 def lock_holder(path: Path) -> int | None:
