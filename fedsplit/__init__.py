@@ -14,20 +14,21 @@ if TYPE_CHECKING:
     from fedsplit.aggregation.base import AggregationContext, Update
     from fedsplit.errors import FedSplitError
     from fedsplit.server.strategy import Strategy
+    from fedsplit.trainer.keep import keep
     from fedsplit.trainer.progress import Progress
     from fedsplit.trainer.trainer import Task, Trainer
     from fedsplit.workloads import EvaluateResult, TrainResult, WorkloadContext
 
 __all__ = [
     "AggregationContext", "EvaluateResult", "FedSplitError", "Progress", "Strategy", "Task", "TrainResult", "Trainer",
-    "Update", "WorkloadContext",
+    "Update", "WorkloadContext", "keep",
 ]  # fmt: skip
 
 _HOMES = {
     "AggregationContext": "aggregation.base", "Update": "aggregation.base", "FedSplitError": "errors",
     "Strategy": "server.strategy", "Progress": "trainer.progress", "Task": "trainer.trainer",
     "Trainer": "trainer.trainer", "EvaluateResult": "workloads", "TrainResult": "workloads",
-    "WorkloadContext": "workloads",
+    "WorkloadContext": "workloads", "keep": "trainer.keep",
 }  # fmt: skip
 
 

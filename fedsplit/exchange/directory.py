@@ -245,7 +245,10 @@ class Exchange:
         known = self._parsed.get(path)
         if known and known[0] == text and isinstance(known[1], kind):
             return known[1]
-        record = records.decode(text, kind, str(path))
+        try:
+            record = records.decode(text, kind, str(path))
+        except SchemaError as exc:
+            raise SchemaError(f"{exc}; if an earlier version left that file there, remove it") from exc
         self._parsed[path] = (text, record)
         return record
 

@@ -200,7 +200,8 @@ class Conversation:
             # A size that a client made up must not end the run for everybody.
             raise RecordError(str(exc)) from exc
         # Its own deadline, as the ranks before this one may have needed all of the round's.
-        over = time.monotonic() + _TRANSFER_S + size / BYTES_PER_S + context.client_wait_s
+        wait_s = min(context.client_wait_s, context.timeout_s)
+        over = time.monotonic() + _TRANSFER_S + size / BYTES_PER_S + wait_s
         try:
             while not incoming.is_whole:
                 peer = self._find_peer()

@@ -21,6 +21,7 @@ from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.exchange.records import TaskRecord
 from fedsplit.states.state_dict import ModelSource, StateDict, encode, map_file, own_state
 from fedsplit.trainer.channel import Channel
+from fedsplit.trainer.keep import from_plain, to_plain
 
 log = logging.getLogger("fedsplit")
 
@@ -43,7 +44,7 @@ class Base:
     def load_local_state(self) -> Any:
         """Return what the script asked to keep, or None."""
         path = self._path(_LOCAL_STATE)
-        return None if path is None else torch.load(path, weights_only=True, map_location="cpu")
+        return None if path is None else from_plain(torch.load(path, weights_only=True, map_location="cpu"))
 
     def load_local_part(self) -> StateDict | None:
         """Return the entries of the state_dict that stayed at home, or None if none are kept."""
@@ -166,11 +167,11 @@ class LocalStates:
 
 def _dump(local_state: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.save(local_state, buffer)
+    torch.save(to_plain(local_state), buffer)
     buffer.seek(0)
     if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):  # type: ignore[arg-type]
         raise UsageError(
             f"local_state holds {', '.join(sorted(map(str, unsafe)))}, which cannot be read back safely; "
-            "use tensors, numbers, strings, and lists, tuples and dicts of these"
+            "use tensors, arrays, numbers, strings, generators, and lists, tuples and dicts of these"
         )
     return buffer.getvalue()

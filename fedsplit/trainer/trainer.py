@@ -36,6 +36,7 @@ from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, own_state
 from fedsplit.states.ties import check_shared
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
+from fedsplit.trainer.keep import Kept
 from fedsplit.trainer.local_state import Base, LocalStates
 
 log = logging.getLogger("fedsplit")
@@ -132,8 +133,9 @@ class Task:
             Further numbers for the server's history. In several processes each gives those of its own examples, as with
             `loss`; the answer has the weighted means, and the sum of the examples.
         local_state
-            What must outlive the process (optimizer, scheduler, generators): tensors, numbers, strings, and lists,
-            tuples and dicts of these. It comes back as `local_state`, also after a kill.
+            What must outlive the process (optimizer, scheduler, generators): what `fedsplit.keep` made, or tensors,
+            arrays, numbers, strings, generators of torch and numpy, and lists, tuples and dicts of these. It comes back
+            as `local_state`, also after a kill.
         """
         if self.answered:
             raise UsageError(f"{self.kind} of round {self.server_round} was answered already")
@@ -275,7 +277,8 @@ class Trainer:
         self.outcome = record
 
     def _answer(self, task: Task, answer: Answer, local_part: StateDict, local_state: Any) -> None:
-        saved = self._local.save(task._record, task._base, local_part, local_state)
+        kept = local_state.state() if isinstance(local_state, Kept) else local_state
+        saved = self._local.save(task._record, task._base, local_part, kept)
         try:
             accepted = self._channel.answer(task._record, answer)
         except RecordError:  # nobody could read it, so nothing was offered

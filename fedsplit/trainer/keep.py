@@ -1,0 +1,152 @@
+"""What of a script outlives its process: `keep` gathers the usual objects, and whatever they hold becomes plain data.
+
+::
+
+    kept = keep(optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    with Trainer(rank=1, model=model) as trainer:
+        for task in trainer:
+            task.load_into(model)
+            kept.restore(task)
+            ...
+            task.reply(model, num_examples=n, local_state=kept)
+
+A checkpoint of a trainer is read without pickle. So numpy's arrays and the generators of random numbers are written as
+tensors and numbers, and made again when they are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedsplit.errors import UsageError
+
+if TYPE_CHECKING:
+    from fedsplit.trainer.trainer import Task
+
+# The only key of a dict that stands for an object; its value is the kind and what the object is made of.
+_MARK = "fedsplit object"
+
+
+class Kept:
+    """Objects of a script under their names; made by `keep`."""
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        for name, each in objects.items():
+            if not (_has_state(each) or isinstance(each, torch.Generator | np.random.Generator | random.Random)):
+                raise UsageError(
+                    f"keep({name}=…): a {type(each).__name__} has no state_dict() and load_state_dict(), and is no "
+                    "generator of random numbers"
+                )
+        self._objects = dict(objects)
+        # A run may begin again in this process: then the objects must be what they are now.
+        self._initial = copy.deepcopy(self.state())
+
+    def state(self) -> dict[str, Any]:
+        """Return what is kept: the state of each object, and of the global generators of Python, numpy and torch."""
+        objects = self._objects.items()
+        found = {name: each.state_dict() if _has_state(each) else _generator(each) for name, each in objects}
+        generators: dict[str, Any] = {
+            "python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state(),
+        }  # fmt: skip
+        if torch.cuda.is_initialized():
+            generators["cuda"] = torch.cuda.get_rng_state_all()
+        return {"objects": found, "generators": generators}
+
+    def restore(self, task: Task) -> None:
+        """Give the objects the state that they had at the end of the round before, if they are not in it.
+
+        To be called for every task, before training.
+        """
+        if task.kind != "train" or not task.restore:
+            return
+        state = self._initial if task.local_state is None else task.local_state
+        if missing := self._objects.keys() ^ state["objects"].keys():
+            raise UsageError(f"keep(…): the checkpoint and this script do not both have {', '.join(sorted(missing))}")
+        for name, each in self._objects.items():
+            saved = copy.deepcopy(state["objects"][name])
+            each.load_state_dict(saved) if _has_state(each) else _set_generator(each, saved)
+        generators = state["generators"]
+        random.setstate(generators["python"])
+        np.random.set_state(generators["numpy"])
+        torch.set_rng_state(generators["torch"])
+        if "cuda" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(generators["cuda"])
+
+
+def keep(**objects: Any) -> Kept:
+    """Gather what must outlive the process: optimizers, schedulers, scalers, averages of weights, generators.
+
+    Each object has ``state_dict()`` and ``load_state_dict()``, or is a `torch.Generator`, `numpy.random.Generator` or
+    `random.Random`. The global generators of Python, numpy and torch are kept without being named. Raises UsageError
+    for anything else.
+    """
+    return Kept(objects)
+
+
+def to_plain(value: Any) -> Any:
+    """Return a value in the types that a checkpoint is read with; an `argparse.Namespace` becomes a dict."""
+    match value:
+        case np.ndarray():
+            return {_MARK: ["array", torch.from_numpy(value.copy())]}
+        case np.generic():
+            return value.item()
+        case torch.Generator() | np.random.Generator():
+            return {_MARK: ["generator", to_plain(_generator(value))]}
+        case argparse.Namespace():
+            return to_plain(vars(value))
+        case Mapping():
+            return {key: to_plain(each) for key, each in value.items()}
+        case list():
+            return [to_plain(each) for each in value]
+        case tuple():
+            return tuple(to_plain(each) for each in value)
+        case _:
+            return value
+
+
+def from_plain(value: Any) -> Any:
+    """Return what `to_plain` was given."""
+    match value:
+        case {"fedsplit object": ["array", tensor]}:
+            return tensor.numpy()
+        case {"fedsplit object": ["generator", state]}:
+            state = from_plain(state)
+            made: Any = torch.Generator()
+            if isinstance(state, dict):
+                made = np.random.Generator(getattr(np.random, state["bit_generator"])())
+            _set_generator(made, state)
+            return made
+        case dict():
+            return {key: from_plain(each) for key, each in value.items()}
+        case list():
+            return [from_plain(each) for each in value]
+        case tuple():
+            return tuple(from_plain(each) for each in value)
+        case _:
+            return value
+
+
+def _has_state(value: Any) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def _generator(value: Any) -> Any:
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    return value.getstate() if isinstance(value, random.Random) else value.get_state()
+
+
+def _set_generator(value: Any, state: Any) -> None:
+    if isinstance(value, np.random.Generator):
+        value.bit_generator.state = state
+    elif isinstance(value, random.Random):
+        value.setstate(state)
+    else:
+        value.set_state(state)

@@ -1,0 +1,121 @@
+"""What of a script outlives its process: optimizers, schedulers, scalers, averages, generators, and plain data."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fedsplit
+from fedsplit import Trainer
+from fedsplit.errors import UsageError
+from fedsplit.states.state_dict import StateDict, own_state
+from tests.test_trainer import Federation
+
+
+class Script:
+    """A training script with all that real ones have: one that is started again must go on as if it never ended."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.1, total_steps=50)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        self.draws, self.order = np.random.default_rng(3), torch.Generator().manual_seed(4)
+        random.seed(1)
+        np.random.seed(2)
+        self.kept = fedsplit.keep(
+            optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler, ema=self.ema, draws=self.draws,
+            order=self.order,
+        )  # fmt: skip
+
+    def serve(self, trainer: Trainer) -> None:
+        for task in trainer:
+            task.load_into(self.model)
+            self.kept.restore(task)
+            self.model.train()
+            for _ in range(2):
+                x = torch.randn(8, 3, generator=self.order) + self.draws.normal() + random.random() + np.random.rand()
+                self.optimizer.zero_grad()
+                self.scaler.scale(self.model(x).square().mean()).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.scheduler.step()
+                self.ema.update_parameters(self.model)
+            task.reply(self.model, num_examples=8, local_state=self.kept)
+
+
+def rounds(federation: Federation, numbers: range, state: StateDict) -> StateDict:
+    script = Script()
+    with federation.script(script.serve, script.model):
+        for number in numbers:
+            state = federation.state_of(federation.wait(federation.ask("train", number, state)))
+    return state
+
+
+def test_a_script_that_is_started_again_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    start = {name: tensor.clone() for name, tensor in own_state(Script().model).items()}
+    expected = rounds(Federation(tmp_path / "undisturbed"), range(1, 7), start)
+    federation, state = Federation(tmp_path / "started again"), start
+    for first in (1, 3, 5):
+        state = rounds(federation, range(first, first + 2), state)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_when_a_run_begins_again_the_objects_are_what_they_were_at_first() -> None:
+    script = Script()
+    before = script.kept.state()
+    first = script.draws.normal()
+    script.scheduler.last_epoch = 9
+    script.kept.restore(SimpleNamespace(kind="train", restore=True, local_state=None))  # type: ignore[arg-type]
+    assert script.scheduler.last_epoch == before["objects"]["scheduler"]["last_epoch"]
+    assert script.draws.normal() == first
+
+
+@pytest.mark.parametrize("wrong", [3, {"a": 1}, nn.functional.relu])
+def test_what_has_no_state_is_refused_by_its_name(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=r"keep\(thing=…\): a \w+ has no state_dict"):
+        fedsplit.keep(thing=wrong)
+
+
+def test_a_checkpoint_with_other_objects_is_refused() -> None:
+    other = fedsplit.keep(scaler=Script().scaler).state()
+    task: Any = SimpleNamespace(kind="train", restore=True, local_state=other)
+    with pytest.raises(UsageError, match="do not both have draws, ema, optimizer, order, scheduler"):
+        Script().kept.restore(task)
+
+
+def test_what_real_scripts_keep_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
+    draws, order = np.random.Generator(np.random.MT19937(3)), torch.Generator().manual_seed(4)
+    kept = {
+        "arguments": argparse.Namespace(lr=0.1, name="x", layers=[1, 2]), "array": np.arange(6.0).reshape(2, 3),
+        "number": np.float32(0.5), "draws": draws, "order": order, "random": random.getstate(),
+        "nested": {"a": [(np.int64(3), None)], 5: True},
+    }  # fmt: skip
+    federation, state, seen = Federation(tmp_path), {"a": torch.ones(1)}, []
+
+    def serve(trainer: Trainer) -> None:
+        for task in trainer:
+            seen.append(task.local_state)
+            task.reply(dict(task.state_dict), num_examples=1, local_state=kept)
+
+    for number in (1, 2):
+        with federation.script(serve):
+            federation.wait(federation.ask("train", number, state))
+    found = seen[1]
+    assert found["arguments"] == {"lr": 0.1, "name": "x", "layers": [1, 2]}
+    assert np.array_equal(found["array"], kept["array"]) and found["array"].dtype == np.float64
+    assert found["number"] == 0.5 and found["nested"] == {"a": [(3, None)], 5: True}
+    assert found["random"] == kept["random"]
+    assert found["draws"].normal() == draws.normal()
+    assert torch.equal(torch.rand(3, generator=found["order"]), torch.rand(3, generator=order))
