@@ -118,6 +118,8 @@ class Stalling(HostileClient):
                 self.stop.wait(BOUND_S)
             case "leaves":
                 return None
+            case "need":
+                return {"status": "need"}
             case "byte by byte":
                 payload = {"digest": "0" * 64, "bytes": 100_000_000, "via": "pull"}
                 return {"status": "ok", "num_examples": 3, "payload": payload}
@@ -128,9 +130,9 @@ class Stalling(HostileClient):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["working", "never", "leaves", "byte by byte"])
+@pytest.mark.parametrize("how", ["working", "never", "leaves", "byte by byte", "need"])
 def test_what_is_late_is_over_whatever_the_client_says(federation: Programs, how: str) -> None:
-    """One that says for ever that it is working, says nothing, leaves and comes back, or sends a byte at a time."""
+    """It is always working, says nothing, leaves and comes back, sends a byte at a time, or wants the state again."""
     rounds = 2
     federation.server_flags = ("--rounds", str(rounds), "--min-clients", "2", "--round-timeout", "5")
     client = Stalling(f"127.0.0.1:{federation.port}", rank=3, spoils=0.0)
