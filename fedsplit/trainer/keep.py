@@ -55,7 +55,7 @@ class Kept:
         generators: dict[str, Any] = {
             "python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state(),
         }  # fmt: skip
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             generators["cuda"] = torch.cuda.get_rng_state_all()
         return {"objects": found, "generators": generators}
 
