@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +101,7 @@ def test_what_real_scripts_keep_comes_back_from_the_checkpoint(tmp_path: Path) -
     kept = {
         "arguments": argparse.Namespace(lr=0.1, name="x", layers=[1, 2]), "array": np.arange(6.0).reshape(2, 3),
         "number": np.float32(0.5), "draws": draws, "order": order, "random": random.getstate(),
-        "nested": {"a": [(np.int64(3), None)], 5: True},
+        "nested": {"a": [(np.int64(3), None)], 5: True}, "milestones": Counter({3: 1, 5: 2}),
     }  # fmt: skip
     federation, state, seen = Federation(tmp_path), {"a": torch.ones(1)}, []
 
@@ -117,5 +118,6 @@ def test_what_real_scripts_keep_comes_back_from_the_checkpoint(tmp_path: Path) -
     assert np.array_equal(found["array"], kept["array"]) and found["array"].dtype == np.float64
     assert found["number"] == 0.5 and found["nested"] == {"a": [(3, None)], 5: True}
     assert found["random"] == kept["random"]
+    assert list(found["milestones"].elements()) == [3, 5, 5]
     assert found["draws"].normal() == draws.normal()
     assert torch.equal(torch.rand(3, generator=found["order"]), torch.rand(3, generator=order))

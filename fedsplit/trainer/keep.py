@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +94,8 @@ def keep(**objects: Any) -> Kept:
 def to_plain(value: Any) -> Any:
     """Return a value in the types that a checkpoint is read with; an `argparse.Namespace` becomes a dict."""
     match value:
-        case np.ndarray():
-            return {_MARK: ["array", torch.from_numpy(value.copy())]}
+        case np.ndarray() if value.dtype.kind in "biufc":
+            return {_MARK: ["array", torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))]}
         case np.generic():
             return value.item()
         case torch.Generator() | np.random.Generator():
@@ -102,7 +103,7 @@ def to_plain(value: Any) -> Any:
         case argparse.Namespace():
             return to_plain(vars(value))
         case Mapping():
-            return {key: to_plain(each) for key, each in value.items()}
+            return _like(value, {key: to_plain(each) for key, each in value.items()})
         case list():
             return [to_plain(each) for each in value]
         case tuple():
@@ -124,13 +125,18 @@ def from_plain(value: Any) -> Any:
             _set_generator(made, state)
             return made
         case dict():
-            return {key: from_plain(each) for key, each in value.items()}
+            return _like(value, {key: from_plain(each) for key, each in value.items()})
         case list():
             return [from_plain(each) for each in value]
         case tuple():
             return tuple(from_plain(each) for each in value)
         case _:
             return value
+
+
+def _like(value: Mapping[Any, Any], found: dict[Any, Any]) -> dict[Any, Any]:
+    # Torch's own state_dicts are of these two kinds, MultiStepLR's milestones are a Counter.
+    return type(value)(found) if isinstance(value, OrderedDict | Counter) else found
 
 
 def _has_state(value: Any) -> bool:
