@@ -131,7 +131,7 @@ class Server(FlowerServer):
             self._told = True
             try:
                 self._roster.finish(outcome, reason, farewell_s)
-            except Exception:
+            except Exception:  # whatever it was, they were not told
                 self._told = False
                 raise
 
