@@ -96,6 +96,12 @@ def test_a_checkpoint_with_other_objects_is_refused() -> None:
         Script().kept.restore(task)
 
 
+def test_a_local_state_that_was_made_by_hand_is_refused() -> None:
+    task: Any = SimpleNamespace(kind="train", restore=True, local_state={"optimizer": {}})
+    with pytest.raises(UsageError, match="a local_state that keep"):
+        Script().kept.restore(task)
+
+
 def test_what_real_scripts_keep_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
     draws, order = np.random.Generator(np.random.MT19937(3)), torch.Generator().manual_seed(4)
     kept = {

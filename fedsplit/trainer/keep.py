@@ -67,7 +67,12 @@ class Kept:
         """
         if task.kind != "train" or not task.restore:
             return
-        state = self._initial if task.local_state is None else task.local_state
+        saved_state = task.local_state
+        state = self._initial if saved_state is None else saved_state
+        if not (isinstance(state, dict) and {"objects", "generators"} <= state.keys()):
+            raise UsageError(
+                "the checkpoint has a local_state that keep() did not make; take another checkpoint directory"
+            )
         if missing := self._objects.keys() ^ state["objects"].keys():
             raise UsageError(f"keep(…): the checkpoint and this script do not both have {', '.join(sorted(missing))}")
         for name, each in self._objects.items():
