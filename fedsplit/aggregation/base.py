@@ -9,7 +9,7 @@ Rules are given only updates that passed `fedsplit.aggregation.validation.check_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -24,14 +24,16 @@ from fedsplit.states.state_dict import StateDict as StateDict
 class Update:
     """What one client, `rank`, sent back in one round.
 
-    `state_dict` has the entries of the part that the rule merges, and is not to be changed. `num_examples` is how many
-    examples the client says it trained on, at least 1; `metrics` is what the trainer reported, as it is.
+    `state_dict` has the entries of the part that the rule merges, and `extra` the tensors that the trainer sent beside
+    the model; neither is to be changed. `num_examples` is how many examples the client says it trained on, at least 1;
+    `metrics` is what the trainer reported, as it is.
     """
 
     rank: int
     state_dict: Mapping[str, Tensor]
     num_examples: int
     metrics: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,15 @@ class AggregationContext:
     memory : dict
         Kept between rounds and in the checkpoints, for this part and this kind of rule. It may hold None, bool, int,
         float, str, torch.Tensor, and lists and dicts (with str keys) of these.
+    extra : dict of str to Tensor
+        The tensors that the trainers of this round had in `task.extra`, the same dict for the rules of all parts. What
+        a rule puts there is what they have from now on. To be replaced, not changed in place.
+    rank_extra : dict of int to dict of str to Tensor
+        The same for single ranks: a rank also has its own, which comes before one of `extra` of the same name.
+    ranks : sequence of int
+        The ranks that were asked to train in this round; some may give no update.
+    num_ranks : int
+        How many ranks were connected when the round began.
     """
 
     server_round: int
@@ -59,6 +70,10 @@ class AggregationContext:
     previous: StateDict
     generator: torch.Generator
     memory: dict[str, Any]
+    extra: StateDict = field(default_factory=dict)
+    rank_extra: dict[int, StateDict] = field(default_factory=dict)
+    ranks: Sequence[int] = ()
+    num_ranks: int = 0
 
 
 def seeded_generator(seed: int, server_round: int, part: str) -> torch.Generator:
@@ -88,11 +103,13 @@ class Rule:
     accumulator: Callable[[AggregationContext], Accumulator]  # begins the merge of a round
     one_pass: bool = False  # whether that keeps no tensor of an update, so that the server may drop the payload
     min_updates: int = 1  # with fewer, the rule refuses
+    reads_extra: bool = False  # whether extra tensors are of use to it; a class of the user's need not say so
 
     @classmethod
-    def of_function(cls, name: str, function: RuleFunction, *, min_updates: int = 1) -> Rule:
+    def of_function(cls, name: str, function: RuleFunction, *, min_updates: int = 1, reads_extra: bool = False) -> Rule:
         """Make a rule of ``function(updates, context)``, which sees all updates at once."""
-        return cls(name=name, accumulator=partial(_Collector, function), min_updates=min_updates)
+        begin = partial(_Collector, function)
+        return cls(name=name, accumulator=begin, min_updates=min_updates, reads_extra=reads_extra)
 
 
 class _Collector:

@@ -50,14 +50,15 @@ class _PrivateAccumulator:
         self._context = context
         self._start = {key: widened(t) for key, t in context.previous.items() if is_floating(t)}
         memory = context.memory.setdefault("inner", {})
-        self._inner = inner.accumulator(replace(context, previous=self._start, memory=memory))
+        # Extra tensors are neither clipped nor noisy: the rule inside is given none, and can send none.
+        self._inner = inner.accumulator(replace(context, previous=self._start, memory=memory, extra={}, rank_extra={}))
         self._count = 0
 
     def add(self, update: Update) -> None:
         self._count += 1
         state = {key: widened(update.state_dict[key]) for key in self._start}
         clipped = _clip(state, self._start, self._clip)
-        self._inner.add(replace(update, state_dict=clipped, num_examples=1))
+        self._inner.add(replace(update, state_dict=clipped, num_examples=1, extra={}))
 
     def result(self) -> StateDict:
         merged = self._inner.result()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +24,7 @@ from torch import Tensor
 from fedsplit.aggregation.base import AggregationContext, Rule, StateDict, Update, seeded_generator
 from fedsplit.aggregation.rules import BUILTIN
 from fedsplit.aggregation.spec import RuleSpec, first_match
-from fedsplit.aggregation.validation import Watched, check_memory, check_output
+from fedsplit.aggregation.validation import Watched, check_memory, check_output, extra_reason
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.history import PartRow
 from fedsplit.states.state_dict import named
@@ -101,40 +101,53 @@ class Split:
         """With fewer updates in a round than this, one of the rules refuses."""
         return max((part.rule.min_updates for part in self.parts if part.rule is not None), default=1)
 
+    @property
+    def reads_extra(self) -> bool:
+        """Whether a rule may read the extra tensors of an update."""
+        return any(getattr(part.rule, "reads_extra", True) for part in self.parts if part.rule is not None)
+
     def start_round(
         self, *, server_round: int, total_rounds: int, previous: Mapping[str, Tensor], seed: int,
-        memory: dict[str, dict[str, Any]],
+        memory: dict[str, dict[str, Any]], extra: StateDict | None = None,
+        rank_extra: Mapping[int, StateDict] | None = None, ranks: Sequence[int] = (), num_ranks: int = 0,
     ) -> RoundMerger:  # fmt: skip
         """Begin the merging of one round; rounds count from 1.
 
         `previous` is the global state that the clients started from, `seed` the run's, and `memory` what the rules
-        remember, by `Part.memory_key`: it is changed in place, and saved with the checkpoint of the round.
+        remember, by `Part.memory_key`: it is changed in place, and saved with the checkpoint of the round. The others
+        are as in `AggregationContext`.
         """
+        extra = dict(extra or {})
+        rank_extra = {rank: dict(own) for rank, own in (rank_extra or {}).items()}
         rules, local = [], {key for part in self.parts if part.rule is None for key in part.keys}
         for part in self.parts:
             if part.rule is not None:
                 context = AggregationContext(
                     server_round=server_round, total_rounds=total_rounds, part=part.name,
                     previous={key: previous[key] for key in part.keys}, memory=memory.setdefault(part.memory_key, {}),
-                    generator=seeded_generator(seed, server_round, part.name),
+                    generator=seeded_generator(seed, server_round, part.name), extra=extra, rank_extra=rank_extra,
+                    ranks=tuple(ranks), num_ranks=num_ranks,
                 )  # fmt: skip
                 rules.append((part.rule, context))
         kept = {key: tensor for key, tensor in previous.items() if key not in local}
-        return RoundMerger(rules, kept, self.ties)
+        return RoundMerger(rules, kept, self.ties, extra, rank_extra)
 
 
 class RoundMerger:
     """The merging of one round: an accumulator for each part, and the watch over what its rule does to its inputs.
 
     `count` is how many updates were added. `retains` tells whether they are kept until `finish`; if not, the server may
-    drop each payload after `add`.
+    drop each payload after `add`. `extra` and `rank_extra` are the extra tensors, as the rules leave them.
     """
 
     def __init__(
-        self, rules: Sequence[tuple[Rule, AggregationContext]], previous: StateDict, ties: Mapping[str, str]
-    ) -> None:
+        self, rules: Sequence[tuple[Rule, AggregationContext]], previous: StateDict, ties: Mapping[str, str],
+        extra: StateDict, rank_extra: dict[int, StateDict],
+    ) -> None:  # fmt: skip
         self._previous = previous
         self._ties = ties
+        self.extra, self.rank_extra = extra, rank_extra
+        self._extra_before = [Watched("the extra tensors", dict(each)) for each in (extra, *rank_extra.values())]
         self.count = 0
         self.retains = not all(rule.one_pass for rule, _ in rules)
         self._parts = []
@@ -148,13 +161,14 @@ class RoundMerger:
         self.count += 1
         for rule, context, accumulator, watched in self._parts:
             state = {key: update.state_dict[key] for key in context.previous}
-            given = Watched(f"the update of rank {update.rank}", state)
+            who = f"the update of rank {update.rank}"
+            given = [Watched(who, state), Watched(f"the extra tensors of {who}", update.extra)]
             with _naming(rule, context):
                 accumulator.add(replace(update, state_dict=state))
                 if rule.one_pass:
-                    given.check()
+                    _check_unchanged(given)
                 else:
-                    watched.append(given)
+                    watched += given
 
     def finish(self) -> StateDict:
         """Return the new global state without the local parts; without a single update, the previous tensors.
@@ -166,12 +180,19 @@ class RoundMerger:
         for rule, context, accumulator, watched in self._parts if self.count else ():
             with _naming(rule, context):
                 result = accumulator.result()
-                for given in watched:
-                    given.check()
+                _check_unchanged(watched + self._extra_before)
                 check_output(result, context.previous)
                 check_memory(context.memory)
+                for extra in (self.extra, *self.rank_extra.values()):
+                    if reason := extra_reason(extra):
+                        raise AggregationError(f"it left {reason}")
             merged |= result
         return merged | {key: merged[kept] for key, kept in self._ties.items()}
+
+
+def _check_unchanged(watched: Iterable[Watched]) -> None:
+    for given in watched:
+        given.check()
 
 
 @contextmanager
@@ -228,7 +249,7 @@ def _user_rule(spec: RuleSpec) -> Rule:
         raise UsageError(f"{spec.name} cannot be called as rule({call}): {exc}") from exc
     if inspect.isclass(target):
         return cast(Rule, target(**spec.params))
-    return Rule.of_function(spec.rule, partial(target, **spec.params))
+    return Rule.of_function(spec.rule, partial(target, **spec.params), reads_extra=True)
 
 
 def find_object(name: str, what: str) -> Any:

@@ -35,7 +35,17 @@ def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
     if broken := broken_tie(find_ties(reference), state, expected="the global state", found="it"):
         return broken
     bad = [key for key, tensor in state.items() if _new_non_finite(tensor, reference[key])]
-    return f"NaN or Inf in {named(bad)}" if bad else None
+    return f"NaN or Inf in {named(bad)}" if bad else extra_reason(update.extra)
+
+
+def extra_reason(extra: Mapping[str, Tensor]) -> str | None:
+    """Return in one line why extra tensors cannot be taken, or None."""
+    for name, tensor in extra.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
+            return f"the extra tensor {name!r}: expected a name and a tensor on the CPU, found {_kind(tensor)}"
+        if not (surely_finite(tensor) or bool(real_view(widened(tensor)).isfinite().all())):
+            return f"NaN or Inf in the extra tensor {name!r}"
+    return None
 
 
 def check_output(result: object, previous: Mapping[str, Tensor]) -> None:
@@ -98,6 +108,10 @@ class Watched:
                 did.append(f"changed {key!r} in")
         if did:
             raise AggregationError(f"it {did[0]} {self._what}; a rule must not change what it is given")
+
+
+def _kind(value: object) -> str:
+    return f"a tensor on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _key_difference(found: Mapping[str, object], expected: Mapping[str, object]) -> str:

@@ -88,6 +88,8 @@ class Conversation:
     request: Request
     # What the task starts from; None for ``initialize``.
     state: StoredPayload | None = None
+    # What an update may have beside the state's entries.
+    extra_bytes: int = 0
     then: Request | None = None
     # Seconds in which the client waited for a trainer.
     waited_s: float = 0.0
@@ -118,7 +120,7 @@ class Conversation:
             payload = reply.payload
             if reply.failure or not payload:
                 raise RecordError(reply.failure or "it came without a state_dict")
-            if self.state and payload.bytes > self.state.bytes + _HEADER_BYTES:
+            if self.state and payload.bytes > self.state.bytes + self.extra_bytes + _HEADER_BYTES:
                 raise RecordError(f"its update has {payload.bytes:,} bytes, the state {self.state.bytes:,}")
             if payload.via == "store":
                 if remote:

@@ -40,6 +40,7 @@ from fedsplit.run.history import PartRow, is_number
 from fedsplit.server import strategy as base
 from fedsplit.server.peer import RankProxy
 from fedsplit.server.settings import ServerSettings
+from fedsplit.states.extra import separate
 from fedsplit.states.state_dict import StateDict
 from fedsplit.states.state_dict import decode as decode_state
 from fedsplit.states.ties import find_ties
@@ -202,7 +203,7 @@ class ForeignStrategy(base.StreamingStrategy):
     def _arrays(self, parameters: Parameters) -> Parameters:
         """Return the global state as Flower's arrays."""
         if self._state is None or self._state[0] is not parameters:
-            self._take_up(decode_state(parameters.tensors[0], "the global state"))
+            self._take_up(separate(decode_state(parameters.tensors[0], "the global state"))[0])
             self._state = parameters, to_arrays(self._reference)
         return self._state[1]
 

@@ -45,7 +45,7 @@ from fedsplit.server.state import GlobalState
 from fedsplit.server.strategy import EvaluateFailures, FitFailures, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
 from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import decode, describe_state, described_state, encode
+from fedsplit.states.state_dict import decode, describe_state, described_state, encode, named
 from fedsplit.states.ties import check_shared
 from fedsplit.wire.protocol import Engine
 
@@ -55,6 +55,8 @@ log = logging.getLogger("fedsplit")
 # that is stopped waits at most that long for the ranks.
 _RANK_HOLD_S, _MANY_HOLD_S = 0.05, 5.0
 _FAREWELL_S = 10.0
+# Extra tensors of an update, for rules that read them: at most so much, and so many times the state.
+_EXTRA_BYTES, _EXTRA_STATES = 64_000_000, 4
 
 
 @dataclass(kw_only=True)
@@ -88,6 +90,7 @@ class Rounds:
         self._state = GlobalState(self.run.payloads, self.remote)
         # What came along with the evaluation of the round before.
         self._ahead: dict[int, Reply] = {}
+        self._told_of_extra = False
         # Why a rank's last answer did not count: it is told with its next task.
         last = self.run.history.lines[-1] if self.run.history.lines else {}
         self._refused = {int(rank): str(why) for rank, why in last.get("refused", {}).items() if rank.isdecimal()}
@@ -272,11 +275,12 @@ class Rounds:
             self.writer.wait()
         # With a deadline of its own: one slow rank in training must not cost everybody the evaluation.
         context = self._context(self.settings.round_timeout)
+        extra_bytes = _EXTRA_BYTES + _EXTRA_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
         tasks = [
             Task(
                 context=context, rank=(rank := int(client.cid)),
                 request=replace(self._request(kind, server_round, ins.config), refused=self._refused.get(rank)),
-                state=self._state.payload_of(ins.parameters), client=client,
+                state=self._state.payload_of(ins.parameters), extra_bytes=extra_bytes, client=client,
             )
             for client, ins in chosen
         ]  # fmt: skip
@@ -298,6 +302,11 @@ class Rounds:
         task.stages.end("transfer")
         reply, reference = task.reply, self._state.entries
         update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, reference)
+        if isinstance(update, Update) and update.extra and not self.strategy.reads_extra:
+            if not self._told_of_extra:
+                log.warning("rank %d sent extra tensors, which no rule reads: %s", task.rank, named(update.extra))
+                self._told_of_extra = True
+            update = replace(update, extra={})
         task.stages.end("checking")
         return update
 

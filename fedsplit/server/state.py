@@ -10,6 +10,7 @@ from flwr.common import Parameters
 from fedsplit.disk.files import Buffer
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.disk.remote_store import RemoteStore
+from fedsplit.states.extra import separate
 from fedsplit.states.state_dict import StateDict, decode
 from fedsplit.wire.protocol import TENSOR_TYPE
 
@@ -22,7 +23,8 @@ class GlobalState:
         self._remote = remote
         # Of no file, before the first state is taken.
         self.payload = StoredPayload(digest="", bytes=0, path=store.root)
-        # Tensors over that file, and one safetensors payload, mapped and not copied: what strategies are given.
+        # The state's tensors over that file. And all of it, with extra tensors, as one safetensors payload, mapped and
+        # not copied: what strategies are given.
         self.entries: StateDict = {}
         self.parameters = Parameters([], TENSOR_TYPE)
 
@@ -34,7 +36,7 @@ class GlobalState:
             if before:
                 self._remote.drop(before)
         content: Any = self._store.map(payload.digest, own=True)
-        self.entries = decode(content, "the global state")
+        self.entries, _ = separate(decode(content, "the global state"))
         self.parameters = Parameters([content], TENSOR_TYPE)
 
     def put(self, chunks: Iterable[Buffer]) -> None:

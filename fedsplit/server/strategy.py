@@ -26,15 +26,19 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy as FlowerStrategy
 
 from fedsplit.aggregation import Split, Update, check_update
-from fedsplit.aggregation.split import check_rules
+from fedsplit.aggregation.split import RoundMerger, check_rules
 from fedsplit.errors import RecordError, UsageError
 from fedsplit.exchange.records import Scalar
 from fedsplit.run.history import PartRow, weighted_mean
 from fedsplit.server.settings import ServerSettings
+from fedsplit.states.extra import join, separate
 from fedsplit.states.state_dict import StateDict, decode, encode
 from fedsplit.wire.protocol import TENSOR_TYPE
 
 log = logging.getLogger("fedsplit")
+
+# Where the memory has the extra tensors of single ranks; the other keys have the form PATTERN=RULE.
+_RANK_EXTRA = "extra tensors by rank"
 
 # What Flower's interface takes and gives back.
 Metrics = dict[str, FlowerScalar]
@@ -73,6 +77,11 @@ class StreamingStrategy(FlowerStrategy):
     # Whether evaluations may change the memory, so that a checkpoint has to wait for them.
     remembers_evaluations: bool = False
 
+    @property
+    def reads_extra(self) -> bool:
+        """Whether the extra tensors of an update are of use."""
+        return False
+
     @abstractmethod
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
         """Get to know the state, and the entries that stay with the clients (without data); returns the resolved split.
@@ -86,7 +95,7 @@ class StreamingStrategy(FlowerStrategy):
 
     @abstractmethod
     def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:
-        """Return the next state and metrics."""
+        """Return the next state, joined with the extra tensors that go along with it, and metrics."""
 
     @abstractmethod
     def dump_memory(self) -> bytes | None:
@@ -145,7 +154,11 @@ class Strategy(StreamingStrategy):
         self._keys = keys
         self._initial_parameters = initial_parameters
         self._reference: StateDict = {}
+        self._extra: StateDict = {}
+        # By rank, as text: a part of the memory.
+        self._rank_extra: dict[str, StateDict] = {}
         self._order: list[str] = []
+        self._ranks: list[int] = []
 
     @classmethod
     def of(cls, settings: ServerSettings) -> Self:
@@ -182,18 +195,28 @@ class Strategy(StreamingStrategy):
         number = max(1, math.ceil(settings.fraction_train * len(clients)), settings.min_results)
         draw = random.Random(f"{settings.seed}/{server_round}")
         chosen = draw.sample(self._order, min(number, len(clients)))
-        return [(clients[cid], flower.FitIns(parameters, dict(self._config))) for cid in sorted(chosen, key=_order)]
+        chosen.sort(key=_order)
+        self._ranks = [self._rank(cid) for cid in chosen]
+        return [(clients[cid], flower.FitIns(self._given(cid, parameters), dict(self._config))) for cid in chosen]
 
-    def start_fit(self, server_round: int) -> Merge:
+    @property
+    def reads_extra(self) -> bool:
+        return self.split.reads_extra
+
+    def start_fit(self, server_round: int) -> RoundMerger:
         return self.split.start_round(
             server_round=server_round, total_rounds=self.settings.rounds, previous=self._reference,
-            seed=self.settings.seed, memory=self.memory,
+            seed=self.settings.seed, memory=self.memory, extra=self._extra,
+            rank_extra={int(rank): own for rank, own in self._rank_extra.items()}, ranks=self._ranks,
+            num_ranks=len(self._order),
         )  # fmt: skip
 
     def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:
         needed = max(self.settings.min_results, self.split.min_updates)
         if merge.count >= needed:
-            return merge.finish(), {}
+            merged = merge.finish()
+            self._rank_extra = {str(rank): own for rank, own in merge.rank_extra.items() if own}
+            return join(merged, merge.extra), {}
         log.warning(
             "only %d of at least %d updates were accepted: the global state stays as it was", merge.count, needed
         )
@@ -203,7 +226,7 @@ class Strategy(StreamingStrategy):
         """Merge a list of results, in the order of their clients' ids; what must not be merged is refused."""
         merge, accepted, tensor_type = self.start_fit(server_round), [], TENSOR_TYPE
         for client, result in sorted(results, key=lambda each: _order(each[0].cid)):
-            rank = int(client.cid) if client.cid.isdecimal() else self._order.index(client.cid) + 1
+            rank = self._rank(client.cid)
             tensor_type = result.parameters.tensor_type
             try:
                 state = self._decoded(result.parameters, f"the update of rank {rank}")
@@ -221,6 +244,8 @@ class Strategy(StreamingStrategy):
             return None, metrics
         if tensor_type == TENSOR_TYPE:
             return to_payload(merged), metrics
+        if merge.extra or self._rank_extra:
+            raise UsageError("a rule sends extra tensors, which clients of Flower's own do not take")
         return flower.ndarrays_to_parameters([tensor.numpy() for tensor in merged.values()]), metrics
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
@@ -232,7 +257,8 @@ class Strategy(StreamingStrategy):
         """Every connected client evaluates, in the rounds that are evaluated."""
         clients = client_manager.all() if self.settings.is_evaluated(server_round) else {}
         return [
-            (clients[cid], flower.EvaluateIns(parameters, dict(self._config))) for cid in sorted(clients, key=_order)
+            (clients[cid], flower.EvaluateIns(self._given(cid, parameters), dict(self._config)))
+            for cid in sorted(clients, key=_order)
         ]
 
     def aggregate_evaluate(
@@ -243,10 +269,12 @@ class Strategy(StreamingStrategy):
         return means.pop("loss", None), dict(means)
 
     def dump_memory(self) -> bytes | None:
-        return dump(self.memory) if any(self.memory.values()) else None
+        memory = self.memory | ({_RANK_EXTRA: self._rank_extra} if self._rank_extra else {})
+        return dump(memory) if any(memory.values()) else None
 
     def load_memory(self, path: Path) -> None:
         self.memory = torch.load(path, weights_only=True, map_location="cpu")
+        self._rank_extra = self.memory.pop(_RANK_EXTRA, {})
         for key in self.memory.keys() - {part.memory_key for part in self.split.parts}:
             # What dp(…) has spent stays spent, whichever rule follows.
             kept = {name: value for name, value in self.memory[key].items() if name == "privacy"}
@@ -264,7 +292,7 @@ class Strategy(StreamingStrategy):
 
     def _take_up(self, parameters: Parameters) -> None:
         """Remember the state that the round starts from; in Flower's own server, find out about it first."""
-        self._reference = self._decoded(parameters, "the global state")
+        self._reference, self._extra = separate(self._decoded(parameters, "the global state"))
         if not self.split.parts:
             if local := [str(spec) for spec in self.settings.rules if spec.name == "local"]:
                 raise UsageError(
@@ -272,6 +300,18 @@ class Strategy(StreamingStrategy):
                     "those arrays out of its get_parameters, or run fedsplit's client and a fedsplit.Trainer"
                 )
             self.begin_run(self._reference, {})
+
+    def _given(self, cid: str, parameters: Parameters) -> Parameters:
+        """Return what a client is given: the global state, and its own extra tensors if there are any."""
+        if not (own := self._rank_extra.get(cid)):
+            return parameters
+        state, extra = separate(decode(parameters.tensors[0], "the global state"))
+        # Not joined to one: the buffers are those of the tensors, and are written one after the other.
+        chunks: list[Any] = encode(join(state, {**extra, **own}))
+        return Parameters(chunks, TENSOR_TYPE)
+
+    def _rank(self, cid: str) -> int:
+        return int(cid) if cid.isdecimal() else self._order.index(cid) + 1
 
     def _decoded(self, parameters: Parameters, where: str) -> StateDict:
         if parameters.tensor_type == TENSOR_TYPE:
@@ -300,7 +340,8 @@ def read_update(
 def _checked(
     rank: int, state: StateDict, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
 ) -> Update | str:
-    update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics)
+    state, extra = separate(state)
+    update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics, extra=extra)
     return check_update(update, reference) or update
 
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fedsplit.disk.files import Buffer, map_regular
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError, StateMismatchError, UsageError
+from fedsplit.states.extra import separate
 from fedsplit.states.header import Entry, build_header, parse_header
 from fedsplit.states.ties import broken_tie, find_ties
 
@@ -206,7 +207,7 @@ def read_initial_checkpoint(path: Path) -> list[Buffer]:
     """
     try:
         if path.suffix == ".safetensors":
-            return encode(decode(bytearray(path.read_bytes()), str(path)))
+            return encode(separate(decode(bytearray(path.read_bytes()), str(path)))[0])
         state = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as exc:
         raise UsageError(f"--initial-checkpoint {path} does not exist") from exc
@@ -224,15 +225,15 @@ def read_initial_checkpoint(path: Path) -> list[Buffer]:
 
 
 def export_state(payload: Path, output: Path) -> list[Buffer]:
-    """Return a payload file as the bytes of a ``.safetensors`` or ``.pt`` file, by the output's ending."""
-    if output.suffix == ".safetensors":
-        return [payload.read_bytes()]
-    if output.suffix != ".pt":
+    """Return a payload's state as the bytes of a ``.safetensors`` or ``.pt`` file, by the output's ending."""
+    if output.suffix not in (".safetensors", ".pt"):
         raise UsageError(f"--output {output}: expected a name ending in .safetensors or .pt")
     try:
-        state = decode(bytearray(payload.read_bytes()), str(payload))
+        state, _ = separate(decode(bytearray(payload.read_bytes()), str(payload)))
     except RecordError as exc:
         raise CheckpointError(str(exc)) from exc
+    if output.suffix == ".safetensors":
+        return encode(state)
     buffer = io.BytesIO()
     # Copies: torch refuses views of one buffer under several dtypes.
     torch.save({name: tensor.clone() for name, tensor in state.items()}, buffer)

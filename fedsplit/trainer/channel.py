@@ -21,6 +21,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, LocalEntries, Scalar, TaskRecord
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.exchange.waiting import Watch
+from fedsplit.states.extra import separate
 from fedsplit.states.state_dict import StateDict, encode, map_file
 
 log = logging.getLogger("fedsplit")
@@ -170,7 +171,8 @@ class StandaloneChannel(Channel):
     """Asks what a server with this one client would ask: for a debugger, and to try a script by itself.
 
     The trainer's own model is the initial state. Each of the `rounds` asks for training and for evaluation, and the
-    state of a reply is the state of the next task. There is no exchange directory, no client and no server.
+    state of a reply is the state of the next task. There is no exchange directory, no client, no server and no rule, so
+    extra tensors go nowhere.
     """
 
     def __init__(self, rounds: int) -> None:
@@ -192,7 +194,8 @@ class StandaloneChannel(Channel):
 
     def answer(self, record: TaskRecord, answer: Answer) -> bool:
         if answer.state is not None:
-            self._state = {name: tensor.detach().cpu().clone() for name, tensor in answer.state.items()}
+            state, _ = separate(answer.state)
+            self._state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if record.kind != "initialize":
             numbers = {**({} if answer.loss is None else {"loss": answer.loss}), **answer.metrics}
             shown = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isinstance(value, str))

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -32,6 +33,7 @@ import torch
 from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, printable, scalars
+from fedsplit.states.extra import join, separate
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, own_state
 from fedsplit.states.ties import check_shared
@@ -73,16 +75,22 @@ class Task:
         self.restore = base.restore
         self.answered = self.failed = False
         self._trainer, self._record, self._base = trainer, record, base
-        self._state: StateDict | None = None
         self._began = time.monotonic()
         self._stop = False
 
     @property
     def state_dict(self) -> StateDict:
         """The state that was received: tensors over a mapped file. Writing to them changes nothing elsewhere."""
-        if self._state is None:
-            self._state = self._trainer._channel.read_state(self._record)
-        return self._state
+        return self._received[0]
+
+    @property
+    def extra(self) -> StateDict:
+        """The tensors that came beside the state, from the server's rules; none before a rule has put any there."""
+        return self._received[1]
+
+    @cached_property
+    def _received(self) -> tuple[StateDict, StateDict]:
+        return separate(self._trainer._channel.read_state(self._record))
 
     @property
     def local_state(self) -> Any:
@@ -118,6 +126,7 @@ class Task:
         loss: float | torch.Tensor | None = None,
         metrics: Mapping[str, Scalar] | None = None,
         local_state: Any = None,
+        extra: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Answer the task.
 
@@ -136,6 +145,9 @@ class Task:
             What must outlive the process (optimizer, scheduler, generators): what `fedsplit.keep` made, or tensors,
             arrays, numbers, strings, generators of torch and numpy, and lists, tuples and dicts of these. It comes back
             as `local_state`, also after a kill.
+        extra
+            Tensors beside the model for the server's rules, by name, with the answer to ``train``. No rule merges them
+            unless it is written for them. In several processes those of process 0 are sent.
         """
         if self.answered:
             raise UsageError(f"{self.kind} of round {self.server_round} was answered already")
@@ -143,6 +155,8 @@ class Task:
             raise UsageError("an evaluation is answered with task.reply(loss=…, num_examples=…)")
         if self.kind != "evaluate" and model is None:
             raise UsageError(f"{self.kind} is answered with task.reply(model, num_examples=…)")
+        if extra and self.kind != "train":
+            raise UsageError(f"extra tensors go with the answer to train, not with that to {self.kind}")
         examples = _plain(num_examples)
         if isinstance(examples, bool) or not isinstance(examples, int | float) or not 0 <= examples == examples // 1:
             raise UsageError(f"num_examples must be a whole number of examples, not {num_examples!r}")
@@ -150,8 +164,9 @@ class Task:
         state = None if self.kind == "evaluate" or model is None else own_state(model)
         check_shared(state or {}, self.is_local)
         local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
+        sent = {name: tensor for name, tensor in (state or {}).items() if name not in local_part}
         answer = Answer(
-            state=None if state is None else {name: state[name] for name in state if name not in local_part},
+            state=None if state is None else join(sent, extra or {}),
             local_entries=describe_state(local_part) if self.kind == "initialize" else {},
             num_examples=int(examples), loss=None if loss is None else float(loss), seconds=seconds,
             metrics=scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics"),

@@ -55,11 +55,13 @@ class WorkloadContext:
 class TrainResult:
     """What `train` returns: how many different examples this rank trained on, and metrics like ``{"loss": 0.31}``.
 
-    The number is the weight of the update in an average; with 0 it is left out.
+    The number is the weight of the update in an average; with 0 it is left out. `extra` are tensors beside the model,
+    for the server's rules.
     """
 
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,10 @@ def _answer(task: Task, workload: Workload, initial: Any) -> None:
         stateful.load_local_state(copy.deepcopy(initial) if task.local_state is None else task.local_state)
     trained = workload.train(task)
     state = stateful.local_state() if stateful else None
-    task.reply(workload.model, num_examples=trained.num_examples, metrics=trained.metrics, local_state=state)
+    task.reply(
+        workload.model, num_examples=trained.num_examples, metrics=trained.metrics, local_state=state,
+        extra=trained.extra,
+    )  # fmt: skip
     log.info("round %d: trained%s", task.server_round, _format(trained.metrics))
 
 
