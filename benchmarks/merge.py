@@ -125,13 +125,17 @@ def _ours(size: int, updates: int, directory: Path, keep: Callable[[Path], Any])
     reference = decode(_content(contents[0]))
     strategy.begin_run(reference, {})
 
+    def add(round_: Any, rank: int, content: bytes | Path) -> None:
+        # A function of its own, as in the server: the update is let go of before the next one is mapped.
+        update = read_update(rank, _content(content), rank, {}, reference)
+        if isinstance(update, str):
+            raise BenchmarkError(update)
+        round_.add(update)
+
     def merge() -> object:
         round_ = strategy.start_fit(1)
         for rank, content in enumerate(contents, start=1):
-            update = read_update(rank, _content(content), rank, {}, reference)
-            if isinstance(update, str):
-                raise BenchmarkError(update)
-            round_.add(update)
+            add(round_, rank, content)
         state, _ = strategy.end_fit(1, round_, [])
         return encode(state or {})
 
