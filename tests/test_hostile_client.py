@@ -160,7 +160,8 @@ class First(HostileClient):
     {"payload": {"digest": "0" * 64, "bytes": 100, "via": "store"}},
     {"local_entries": {"own": ["int999", [3]]}},
     {"local_entries": {"own": ["float32", [2**40] * 60]}},
-], ids=["digest", "store", "dtype", "size"])  # fmt: skip
+    {"local_entries": {"own": ["float32", [3]]}},
+], ids=["digest", "store", "dtype", "size", "local by no rule"])  # fmt: skip
 def test_an_initial_state_of_which_nothing_can_be_made_is_asked_of_another_rank(
     federation: Programs, lie: dict[str, Any]
 ) -> None:

@@ -1,8 +1,9 @@
 """Reads the values of `--aggregate`, and checks them as far as that is possible without importing torch.
 
 One value is ``@rules.toml``, ``rule`` or ``PATTERN=rule``; `fedsplit.aggregation.grammar` says how a rule is written. A
-pattern is a glob over state_dict keys. The first pattern that matches a key wins, and the rule without a pattern takes
-the other keys. `fedsplit.aggregation.check_rules` checks whether classes of Flower's and functions of the user's exist.
+pattern is a glob over state_dict keys or, as ``<BatchNorm*>``, over the types of the modules that an entry is in. The
+first pattern that matches a key wins, and the rule without a pattern takes the other keys.
+`fedsplit.aggregation.check_rules` checks whether classes of Flower's and functions of the user's exist.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,11 +55,14 @@ _NOT_INSIDE_DP = frozenset({"local", "frozen", "dp"})
 _OTHER_RULE = re.compile(r"flower\.[A-Za-z_]\w*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
+_TYPE_PATTERN = re.compile(r"<[\w*?\[\]!-]+>")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuleSpec:
     """One rule of the split, as asked for; raises UsageError for a name or parameter that cannot be."""
 
-    pattern: str | None = None  # glob over state_dict keys; None takes all keys that no pattern matches
+    pattern: str | None = None  # glob over keys, or <glob over types>; None takes all keys that no pattern matches
     name: str  # in BUILTIN_RULES, flower.<Strategy>, or package.module:function
     params: Mapping[str, Any] = field(default_factory=dict)
     inner: RuleSpec | None = None  # the rule inside dp
@@ -70,6 +74,11 @@ class RuleSpec:
             raise UsageError(
                 f"unknown rule {self.name!r}{_suggestion(self.name, BUILTIN_RULES)}: known are "
                 f"{', '.join(BUILTIN_RULES)}, flower.<Strategy> and package.module:function"
+            )
+        if self.by_type and self.name != "local":
+            raise UsageError(
+                f"{self.pattern} goes with local only, not with {self.name}: the server has no model, and so no types "
+                "of modules; choose these entries by a glob over state_dict keys"
             )
         _check_inner(self.name, self.inner)
         _check_params(self.name, self.params)
@@ -85,6 +94,11 @@ class RuleSpec:
     def kind(self) -> str:
         """The rule without its parameters: what it remembers is of use to another rule of the same kind."""
         return f"{self.name}({self.inner.kind})" if self.inner else self.name
+
+    @property
+    def by_type(self) -> bool:
+        """Whether the pattern is over types of modules."""
+        return local_keys.type_glob(self.part) is not None
 
     @property
     def part(self) -> str:
@@ -103,6 +117,11 @@ def _check_pattern(pattern: str) -> None:
         raise UsageError(
             f"{pattern!r} is not a pattern: expected a glob over state_dict keys such as 'body.*', "
             "without spaces around it, '=', brackets '()' or a leading '@'"
+        )
+    if (pattern.startswith("<") or pattern.endswith(">")) and not _TYPE_PATTERN.fullmatch(pattern):
+        raise UsageError(
+            f"{pattern!r} is not a pattern over types: expected a glob over names of classes, without their modules, "
+            "in angle brackets, such as '<BatchNorm*>'"
         )
 
 
@@ -160,9 +179,16 @@ def parse_rules(texts: Sequence[str]) -> tuple[RuleSpec, ...]:
     return tuple(sorted(specs or [RuleSpec(name="fedavg")], key=lambda spec: spec.pattern is None))
 
 
-def first_match(specs: Sequence[RuleSpec], key: str) -> RuleSpec | None:
-    """Return the first of the rules that takes a key, or None; they come in the order of `parse_rules`."""
-    return local_keys.first_match(key, ((spec.part, spec) for spec in specs))
+def first_match(specs: Sequence[RuleSpec], key: str, at_home: Container[str] = ()) -> RuleSpec | None:
+    """Return the first of the rules that takes a key, or None; they come in the order of `parse_rules`.
+
+    Of an entry that stayed `at_home` only its trainer knows the types: if none kept it by name, a type did.
+    """
+    choices = [(spec.part, spec) for spec in specs]
+    by_name = local_keys.first_match(key, choices)
+    if by_name and by_name.name == "local":
+        return by_name
+    return local_keys.first_match(key, choices, lambda name, _: name in at_home)
 
 
 def parse_rule(text: str) -> RuleSpec:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,20 +55,22 @@ class Split:
 
     @classmethod
     def resolve(
-        cls, specs: Sequence[RuleSpec], reference: Mapping[str, Tensor], *, local_withheld: bool = False
-    ) -> Split:
+        cls, specs: Sequence[RuleSpec], reference: Mapping[str, Tensor], *, local_withheld: bool = False,
+        at_home: Container[str] = (),
+    ) -> Split:  # fmt: skip
         """Give every key of a state its rule, of those from `parse_rules`. The state may be tensors without data.
 
         With `local_withheld` it lacks the entries that stay with the clients, so a `local` pattern may match nothing.
+        Patterns over types share what else is `at_home`: nobody here knows of which type it is.
         Raises UsageError for any other pattern that matches nothing, a key without a rule, or nothing left to merge.
         """
         ties = find_ties(reference)
         keys: dict[RuleSpec | None, list[str]] = {spec: [] for spec in specs}
         for key in reference:
-            spec = first_match(specs, key)
+            spec = first_match(specs, key, at_home)
             if key not in ties:
                 keys.setdefault(spec, []).append(key)
-            elif spec and (other := first_match(specs, ties[key])) and spec.rule != other.rule:
+            elif spec and (other := first_match(specs, ties[key], at_home)) and spec.rule != other.rule:
                 raise UsageError(
                     f"{ties[key]!r} and {key!r} are one tensor (tied weights), but {other} and {spec} separate them; "
                     "give both the same rule"
@@ -77,20 +79,22 @@ class Split:
             raise UsageError(
                 f"no rule for {named(without)}: no pattern matches; add one without a pattern, such as fedavg"
             )
-        parts = []
+        parts, by_type = [], list(dict.fromkeys(spec for spec in specs if spec.by_type))
         for spec in dict.fromkeys(specs):
             taken = keys[spec]
-            if not taken and spec.pattern is None:
+            if not taken and (spec.pattern is None or spec in by_type[1:]):
                 continue
             local = spec.name == "local"
-            if not taken and not (local and local_withheld) and not any(first_match([spec], key) for key in ties):
-                raise UsageError(_matches_nothing(spec, reference))
+            may_be_empty = local and local_withheld and not spec.by_type
+            if not taken and not may_be_empty and not any(first_match([spec], key, at_home) for key in ties):
+                raise UsageError(_matches_nothing(spec, reference, at_home))
             if not taken and not local:  # it took further names of tied weights only
                 continue
             size = sum(reference[key].nbytes for key in taken)
+            name = ", ".join(each.part for each in by_type) if spec.by_type else spec.part
             parts.append(Part(
-                name=spec.part, keys=tuple(taken), rule=None if local else load_rule(spec),
-                memory_key=f"{spec.part}={spec.kind}", row=PartRow(spec.part, len(taken), size, spec.rule),
+                name=name, keys=tuple(taken), rule=None if local else load_rule(spec),
+                memory_key=f"{spec.part}={spec.kind}", row=PartRow(name, len(taken), size, spec.rule),
             ))  # fmt: skip
         if reference and all(part.rule is None for part in parts):
             raise UsageError("every entry is local: nothing is left for the server to merge")
@@ -207,8 +211,16 @@ def _naming(rule: Rule, context: AggregationContext) -> Iterator[None]:
         raise AggregationError(f"{who} failed: {type(exc).__name__}: {exc}") from exc
 
 
-def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor]) -> str:
-    if taken := [key for key in reference if first_match([spec], key)]:
+def _matches_nothing(spec: RuleSpec, reference: Mapping[str, Tensor], at_home: Container[str]) -> str:
+    taken = [key for key in reference if first_match([spec], key, at_home)]
+    if spec.by_type and taken:
+        return f"the pattern of {spec} is for nothing: patterns over keys keep {named(taken)} at home; leave it out"
+    if spec.by_type:
+        return (
+            f"the pattern of {spec} matches nothing: the trainer that gave the initial state kept no entry for it; "
+            "choose by the keys of the state_dict, or begin a new run if this one began without the pattern"
+        )
+    if taken:
         return f"the pattern of {spec} comes too late: earlier patterns take {named(taken)}; put it first"
     return f"the pattern of {spec} matches no entry; there are {named(reference)}"
 

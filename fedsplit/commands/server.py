@@ -64,8 +64,8 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
     add("--evaluate-every", type=cli.natural, default=1, metavar="N",
         help="evaluate after every N-th round; 0: never")  # fmt: skip
     add("--aggregate", action="append", default=[], metavar="RULE",
-        help="how the state_dict is merged: NAME, NAME(key=value), PATTERN=RULE or @FILE.toml; repeatable, the first "
-        "that matches an entry wins (default: fedavg)")  # fmt: skip
+        help="how the state_dict is merged: NAME, NAME(key=value), PATTERN=RULE, '<TYPE OF MODULE>=local' or "
+        "@FILE.toml; repeatable, the first that matches an entry wins (default: fedavg)")  # fmt: skip
     add("--strategy", metavar="CLASS",
         help="let a Flower strategy choose the clients and merge, instead of --aggregate: package.module:Class, or a "
         "class of flwr.server.strategy, with parameters as in 'FedAdam(eta=0.01)' (default: none)")  # fmt: skip

@@ -174,7 +174,9 @@ class Strategy(StreamingStrategy):
         """Give every entry its rule; raises UsageError for a pattern without entries or an entry without a rule."""
         self._reference = state
         entries = {**state, **local_entries}
-        self.split = Split.resolve(self.settings.rules, entries, local_withheld=not local_entries)
+        self.split = Split.resolve(
+            self.settings.rules, entries, local_withheld=not local_entries, at_home=local_entries
+        )
         if self.split.min_updates > self.settings.min_clients:
             raise UsageError(
                 f"the rules need at least {self.split.min_updates} updates a round, --min-clients is "

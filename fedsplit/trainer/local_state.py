@@ -81,11 +81,11 @@ class LocalStates:
         """Wait until everything is written."""
         self._writer.close()
 
-    def initial_state(self) -> StateDict:
-        """Return the state that the model had at the start; empty without a model."""
+    def initial(self) -> torch.nn.Module | Mapping[str, torch.Tensor]:
+        """Return the state that the model had at the start, or what the function makes; empty without a model."""
         if self._has_snapshot:
             return map_file(self._initial_path)
-        return {} if self._model is None else own_state(self._model)
+        return self._model() if callable(self._model) else {}
 
     def begin(self, record: TaskRecord) -> Base:
         """Find the round that a task continues from; raises CheckpointError if its local state is no longer kept."""

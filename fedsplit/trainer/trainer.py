@@ -35,6 +35,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, printable, scalars
 from fedsplit.states.extra import join, separate
 from fedsplit.states.local_keys import is_local
+from fedsplit.states.module_types import ModuleTypes
 from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, own_state
 from fedsplit.states.ties import check_shared
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
@@ -98,8 +99,11 @@ class Task:
         return None if self._trainer.state == "reset" else self._base.load_local_state()
 
     def is_local(self, name: str) -> bool:
-        """Tell whether an entry of the state_dict stays at home under the server's rules."""
-        return is_local(name, self._record.split)
+        """Tell whether an entry of the state_dict stays at home under the server's rules.
+
+        Raises UsageError if a rule chooses by the type of module, and no module was given so far.
+        """
+        return is_local(name, self._record.split, self._trainer._types.is_of_type)
 
     def load_into(self, model: torch.nn.Module) -> None:
         """Copy the received state into a model, by name; entries that the rules keep local stay as they are.
@@ -107,13 +111,14 @@ class Task:
         Raises StateMismatchError if keys, shapes or dtypes differ; the model has not changed then. Raises UsageError if
         the rules keep one name of a tied weight local and not the other.
         """
+        self._trainer._types.see(model, self._record.split)
         own = own_state(model)
         check_shared(own, self.is_local)
         kept = {name: tensor for name, tensor in own.items() if self.is_local(name)}
         if kept and self.restore:
             saved = self._base.load_local_part()
             if saved is None:
-                saved = self._trainer._local.initial_state()
+                saved = own_state(self._trainer._local.initial())
             kept |= {name: saved[name] for name in kept if name in saved}
         where = f"what the server sent for {self.kind} of round {self.server_round}"
         load_into(model, {**self.state_dict, **kept}, where=where)
@@ -162,6 +167,8 @@ class Task:
             raise UsageError(f"num_examples must be a whole number of examples, not {num_examples!r}")
         seconds = time.monotonic() - self._began
         state = None if self.kind == "evaluate" or model is None else own_state(model)
+        if state is not None:
+            self._trainer._types.see(model, self._record.split)
         check_shared(state or {}, self.is_local)
         local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
         sent = {name: tensor for name, tensor in (state or {}).items() if name not in local_part}
@@ -248,6 +255,7 @@ class Trainer:
         if standalone:
             checkpoint_dir = self._stack.enter_context(TemporaryDirectory(prefix="fedsplit-standalone-"))
         self._local = LocalStates(Path(checkpoint_dir) / f"rank-{rank}", self._channel, model, reset=state == "reset")
+        self._types = ModuleTypes(model)
         self._current: Task | None = None
 
     def __enter__(self) -> Self:
@@ -275,8 +283,9 @@ class Trainer:
                 why = printable(task.refused)
                 log.warning("rank %d: the server did not count its last answer: %s", self.exchange.rank, why)
             if task.kind == "initialize" and self._has_model:
-                state = self._local.initial_state()
-                task.reply(state, num_examples=0)
+                initial = self._local.initial()
+                self._types.see(initial, record.split)
+                task.reply(own_state(initial), num_examples=0)
                 continue
             yield task
             if not task.answered:
