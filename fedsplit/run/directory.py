@@ -11,7 +11,8 @@
 ``….unreadable-1``  ``run.json`` or ``history.jsonl`` as it was when a resumed run could not read all of it
 ==================  ============================================================================================
 
-All of these are in ``<checkpoint_dir>/server/``. The demo keeps the logs of its programs beside it, in ``logs/``.
+All of these are in ``<checkpoint_dir>/server/``. The demo keeps the logs of its programs beside it, in ``logs/``, and a
+study what it runs with, in ``settings.json``.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Places:
         self.final_plot = self.server / "plot.png"
         self.old_runs = self.server / "old-runs"
         self.logs = checkpoint_dir / "logs"
+        self.settings = checkpoint_dir / "settings.json"
 
 
 class Run:
