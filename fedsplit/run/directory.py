@@ -11,8 +11,8 @@
 ``….unreadable-1``  ``run.json`` or ``history.jsonl`` as it was when a resumed run could not read all of it
 ==================  ============================================================================================
 
-All of these are in ``<checkpoint_dir>/server/``. The demo keeps the logs of its programs beside it, in ``logs/``, and a
-study what it runs with, in ``settings.json``.
+All of these are in ``<checkpoint_dir>/server/``. `run` and `demo` keep their programs' logs beside it, in ``logs/``; a
+study also keeps there what it runs with, in ``settings.json``, and the directory ``exchange/``.
 """
 
 from __future__ import annotations
