@@ -27,6 +27,7 @@ from fedsplit.commands import (
     run,
     server,
     status,
+    study,
     trainer,
 )  # fmt: skip
 
@@ -36,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "fedsplit" if Path(sys.argv[0]).name == "fedsplit" else "python -m fedsplit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for module in (
-        demo, run, server, client, trainer, new, status, checkpoints, export, plot, report, compare,
+        demo, run, study, server, client, trainer, new, status, checkpoints, export, plot, report, compare,
     ):  # fmt: skip
         name, doc = module.__name__.rpartition(".")[2], str(module.__doc__)
         summary, style = doc.splitlines()[0].rstrip("."), cli.HelpFormatter

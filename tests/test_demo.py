@@ -226,7 +226,7 @@ def test_a_program_that_ignores_sigint_is_killed(tmp_path: Path, monkeypatch: py
             assert stubborn.is_running
             time.sleep(0.01)
     finally:
-        run._end([stubborn], [])
+        run.end([stubborn], [])
     assert stubborn.describe_end() == "the stubborn was killed by SIGKILL"
 
 
@@ -239,7 +239,7 @@ def test_the_cause_is_named_before_those_that_followed(tmp_path: Path) -> None:
         while any(child.is_running for child in children):
             time.sleep(0.01)
     finally:
-        run._end(children, [])
+        run.end(children, [])
     failed = run._watch(children, [], lambda _: False, may_stay=False)
     assert run._explain(failed).splitlines() == [
         f"the program 7 ended with exit code 7; the last lines of its log, {tmp_path}/7.log:",

@@ -42,12 +42,13 @@ LINES: list[Line] = [
 
 def many_ranks(ranks: int) -> list[Line]:
     """Two rounds, in which all begin alike and each rank ends a little better than the one before it."""
+    accuracies = [{str(rank): 0.5 + last * rank / 100 for rank in range(1, ranks + 1)} for last in (0, 1)]
     return [
         {
             "round": number + 1, "seconds": 1.0, "evaluate": {"loss": 1.0, "accuracy": (0.5, 0.8)[number]},
-            "clients": {str(rank + 1): {"evaluate": {"accuracy": 0.5 + number * (rank + 1) / 100}} for rank in range(ranks)},
+            "clients": {rank: {"evaluate": {"accuracy": each}} for rank, each in found.items()},
         }
-        for number in (0, 1)
+        for number, found in enumerate(accuracies)
     ]  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def watch(children: Sequence[Child], directory: Path, most: int = 0, *, may_stay
             child.start(os.environ)
         return run._watch(children, [], again.revive, may_stay=may_stay)
     finally:
-        run._end(children, [])
+        run.end(children, [])
 
 
 def test_what_dies_is_started_again_so_often_and_its_log_goes_on(tmp_path: Path) -> None:

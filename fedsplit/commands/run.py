@@ -111,7 +111,7 @@ def execute(arguments: argparse.Namespace) -> int:
     print(f"starting {programs}; {writers} write logs in {places.logs}", flush=True)
     children, environment = plan(arguments, places), _environment(arguments.ranks)
     restarts = _Restarts(children, environment, places.run, arguments.restart)
-    with _received_signals() as received, ExitStack() as stack:
+    with received_signals() as received, ExitStack() as stack:
         try:
             for child in children:
                 child.start(environment)
@@ -119,7 +119,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 stack.enter_context(_shown(children))
             failed = _watch(children, received, restarts.revive, may_stay=bool(arguments.script))
         finally:
-            _end(children, received)
+            end(children, received)
     if received:
         print(f"interrupted by {received[0].name}: all {len(children)} programs have ended", flush=True)
         return 128 + received[0]
@@ -310,12 +310,12 @@ def _settle(children: Sequence[Child], seconds: float, hurry: Callable[[], bool]
         time.sleep(_POLL_S)
 
 
-def _end(children: Sequence[Child], received: Sequence[signal.Signals]) -> None:
+def end(children: Sequence[Child], received: Sequence[signal.Signals], seconds: float = _STOP_S) -> None:
     """End all that still run: asked by SIGINT, and killed if that takes too long or the user is in a hurry."""
     running = [child for child in children if child.is_running]
     for child in running:
         child.send(signal.SIGINT)
-    _settle(running, _STOP_S, lambda: len(received) > 1)
+    _settle(running, seconds, lambda: len(received) > 1)
     for child in running:
         child.kill()
 
@@ -364,7 +364,7 @@ def _show_new(name: str, lines: IO[bytes], *, is_last: bool) -> None:
 
 
 @contextmanager
-def _received_signals() -> Iterator[list[signal.Signals]]:
+def received_signals() -> Iterator[list[signal.Signals]]:
     """Collect signals instead of being interrupted: each is acted on between two steps, not inside one."""
     received: list[signal.Signals] = []
 

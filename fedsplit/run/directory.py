@@ -58,6 +58,7 @@ class Places:
         self.final_plot = self.server / "plot.png"
         self.old_runs = self.server / "old-runs"
         self.logs = checkpoint_dir / "logs"
+        self.exchange = checkpoint_dir / "exchange"
         self.settings = checkpoint_dir / "settings.json"
 
 

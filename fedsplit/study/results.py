@@ -165,7 +165,7 @@ def _judge(lines: Sequence[Line]) -> dict[str, float]:
     """  # fmt: skip
     phase = _phase(lines)
     evaluated = [line for line in lines if metrics_at(line, phase)]
-    found = {}
+    found = dict[str, float]()
     for name, sign in JUDGED_BY.items():
         values = [value(line, phase, name) for line in evaluated]
         if there := [sign * number for number in values if not math.isnan(number)]:
