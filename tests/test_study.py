@@ -135,6 +135,11 @@ def test_no_file_and_a_missing_one_are_errors(file: Path, capsys: pytest.Capture
     assert "expected FILE, a study in TOML, or --set" in said[0] and "missing.toml: No such file" in said[1]
 
 
+def test_the_example_is_one_that_can_be_run() -> None:
+    jobs = study.plan_jobs(ROOT / "examples/study.toml", [], Path("study"))
+    assert len(jobs) == 12 and {job.flags.rounds for job in jobs} == {5}
+
+
 # -- which runs are started --------------------------------------------------------------------------------------------
 
 
@@ -239,9 +244,12 @@ def test_other_settings_under_the_same_name_are_refused_before_anything_is_run(
     assert main(["study", str(file)]) == 0
     pretended.started.clear()
     assert main(["study", str(file), "--set", "rounds=5"]) == UsageError.exit_code
-    assert "study/seed=0 was run with rounds 2, and now it is 5; take another --output-dir" in capsys.readouterr().err
+    assert (
+        "study/seed=0 was run with rounds 2, and now it is rounds 5; take another --output-dir"
+        in capsys.readouterr().err
+    )
     assert main(["study", str(file), "--set", "options.lr=0.1"]) == UsageError.exit_code
-    assert "study/seed=0 was run with options.lr None, and now it is 0.1" in capsys.readouterr().err
+    assert "study/seed=0 was run with no options.lr, and now it is options.lr 0.1" in capsys.readouterr().err
     Places(Path("study/seed=0")).settings.unlink()
     assert main(["study", str(file)]) == UsageError.exit_code
     assert "study/seed=0 has a run that is not of a study" in capsys.readouterr().err

@@ -97,9 +97,12 @@ class Job:
             raise CheckpointError(f"{places.settings} cannot be read; remove {self.directory} to run it again") from exc
         for key in {**noted, **settings}:
             if noted.get(key) != settings.get(key):
+                before, now = (
+                    f"{key} {as_text(each[key])}" if key in each else f"no {key}" for each in (noted, settings)
+                )
                 raise UsageError(
-                    f"{self.directory} was run with {key} {as_text(noted.get(key))}, and now it is "
-                    f"{as_text(settings.get(key))}; take another --output-dir, or remove that directory to run it again"
+                    f"{self.directory} was run with {before}, and now it is {now}; take another --output-dir, or "
+                    "remove that directory to run it again"
                 )
 
     def is_in_use(self) -> bool:
