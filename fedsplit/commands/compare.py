@@ -13,7 +13,7 @@ import argparse
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedsplit import cli
@@ -25,6 +25,12 @@ from fedsplit.run.history import JUDGED_BY, Line, is_number
 from fedsplit.study.results import Group, find_runs, group
 from fedsplit.watch.plot import write_comparison
 from fedsplit.watch.rounds import PHASES, metrics_at, ranks_of
+
+_MISSING = (math.nan, math.nan)
+# Shown without a deviation.
+_PLAIN: dict[str, Callable[[float], str]] = {
+    "rounds": "{:g}".format, "seconds": "{:.1f}".format, "bytes a round": format_bytes,
+}  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +96,7 @@ def _write_csv(groups: Sequence[Group], output: Path) -> None:
     varied = list(groups[0].varied)
     rows = [["settings", *varied, "seeds", *(heading for name in names for heading in (name, f"{name} deviation"))]]
     for each, found in zip(groups, numbers, strict=True):
-        cells = [_cell(number) for name in names for number in found.get(name, (math.nan, math.nan))]
+        cells = [_cell(number) for name in names for number in found.get(name, _MISSING)]
         rows.append([each.label, *each.varied.values(), str(len(each.runs)), *cells])
     _write_rows(rows, output)
 
@@ -119,22 +125,21 @@ def _table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells for people: all of what the runs are judged by, of the other metric the end alone."""
     numbers = [each.numbers() for each in groups]
     judged, *others = [name for name in JUDGED_BY if any(name in found for found in numbers)] or [""]
-    names = [judged, f"best {judged}", f"worst rank's {judged}", *others] if judged else []
-    names += ["rounds", "seconds", "bytes a round"]
+    columns = {judged: judged, "best": f"best {judged}", "worst rank": f"worst rank's {judged}"} if judged else {}
+    columns |= {name: name for name in (*others, "rounds", "seconds", "bytes a round")}
     rows = [
-        [each.label, str(len(each.runs)), *(_shown(name, *found.get(name, (math.nan, math.nan))) for name in names)]
+        [each.label, str(len(each.runs)), *(_shown(name, *found.get(name, _MISSING)) for name in columns.values())]
         for each, found in zip(groups, numbers, strict=True)
     ]
-    return ["settings", "seeds", *names], rows
+    return ["settings", "seeds", *columns], rows
 
 
 def _shown(name: str, mean: float, deviation: float) -> str:
     if math.isnan(mean):
         return "–"
-    if name in ("rounds", "bytes a round"):
-        return f"{mean:g}" if name == "rounds" else format_bytes(mean)
-    digits = 1 if name == "seconds" else 4
-    return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
+    if name in _PLAIN:
+        return _PLAIN[name](mean)
+    return f"{mean:.3f}" + ("" if math.isnan(deviation) else f" ± {deviation:.3f}")
 
 
 def _cell(number: float | None) -> str:
