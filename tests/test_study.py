@@ -353,6 +353,34 @@ def test_a_study_that_is_ended_in_the_middle_goes_on(tmp_path: Path, number: sig
     assert finish(tmp_path).startswith("2 runs, 2 done already\nsettings\t")
 
 
+SCRIPT = """
+import sys, torch
+from fedsplit import Trainer
+
+rank, exchange_dir, checkpoint_dir, step = sys.argv[1:]
+model = torch.nn.Linear(1, 1)
+model.bias.data.zero_()
+with Trainer(int(rank), model, exchange_dir=exchange_dir, checkpoint_dir=checkpoint_dir) as trainer:
+    for task in trainer:
+        task.load_into(model)
+        if task.kind == "evaluate":
+            task.reply(loss=model.bias.item(), num_examples=1)
+        else:
+            model.bias.data += float(step)
+            task.reply(model, num_examples=1)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_of_ones_own_is_varied_over_too(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    words = ["python", "train.py", "{rank}", "{exchange_dir}", "{checkpoint_dir}", "{step}"]
+    (tmp_path / "study.toml").write_text(f"rounds = 2\ncommand = {json.dumps(words)}\noptions.step = [1.5, 2.5]")
+    finish(tmp_path, "--jobs", "2")
+    rows = table(tmp_path / "study/results.csv")
+    assert [(row["settings"], float(row["loss"])) for row in rows] == [("step=1.5", 3.0), ("step=2.5", 5.0)]
+
+
 @pytest.mark.slow
 def test_two_rules_by_two_alphas_by_three_seeds_are_killed_in_the_middle_and_end_as_if_they_had_not(
     tmp_path: Path,
