@@ -18,6 +18,7 @@ import pytest
 from fedsplit.__main__ import main
 from fedsplit.commands import run
 from fedsplit.commands.status import find_ranks, read_status
+from fedsplit.engines import together
 from fedsplit.engines.processes import Child
 from fedsplit.errors import RoleTakenError, RunFailedError
 from fedsplit.exchange.directory import Exchange
@@ -219,14 +220,14 @@ def started_child(name: str, script: str, log: Path) -> Child:
 
 
 def test_a_program_that_ignores_sigint_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_STOP_S", 0.3)
+    monkeypatch.setattr(together, "_STOP_S", 0.3)
     stubborn = started_child("stubborn", STUBBORN, tmp_path / "log")
     try:
         while stubborn.tail() != "ready":
             assert stubborn.is_running
             time.sleep(0.01)
     finally:
-        run.end([stubborn], [])
+        together.end([stubborn], [])
     assert stubborn.describe_end() == "the stubborn was killed by SIGKILL"
 
 
@@ -239,9 +240,9 @@ def test_the_cause_is_named_before_those_that_followed(tmp_path: Path) -> None:
         while any(child.is_running for child in children):
             time.sleep(0.01)
     finally:
-        run.end(children, [])
-    failed = run._watch(children, [], lambda _: False, may_stay=False)
-    assert run._explain(failed).splitlines() == [
+        together.end(children, [])
+    failed = together.watch(children, [], lambda _: False, lambda _: False)
+    assert together.explain(failed).splitlines() == [
         f"the program 7 ended with exit code 7; the last lines of its log, {tmp_path}/7.log:",
         "    because",
         "also the program 15 ended with exit code 15",

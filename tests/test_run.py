@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,11 +19,13 @@ import pytest
 from fedsplit import cli
 from fedsplit.__main__ import main, make_parser
 from fedsplit.commands import client, run, server, trainer
+from fedsplit.engines import together
 from fedsplit.engines.processes import Child
 from fedsplit.errors import RunFailedError, UsageError
 from fedsplit.run.directory import Places
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
+from tests.test_demo import LINE
 
 COMMAND = [sys.executable, "-m", "fedsplit", "run"]
 # Every flag of the server, with another value than its default.
@@ -66,6 +68,7 @@ with Trainer(rank=int(rank), model=model, exchange_dir=exchange_dir) as trainer:
             task.reply(loss=0.5, num_examples=1)
         else:
             task.reply(model, num_examples=1)
+print("and more after the run")
 """
 
 
@@ -152,7 +155,7 @@ def test_gpus_are_dealt_out_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         run.gpus("3")
 
 
-@pytest.mark.parametrize("text", ["0", "1,,2", "-1", "", "0 1"])
+@pytest.mark.parametrize("text", ["0", "1,,2", "-1", "", "0 1", "x,"])
 def test_what_cannot_be_gpus_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected"):
         run.gpus(text)
@@ -180,6 +183,18 @@ def test_wrong_usage_is_told_before_anything_is_started(
     assert message in capsys.readouterr().err
 
 
+def test_a_run_that_is_complete_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Child, "start", lambda *_: pytest.fail("something was started"))
+    history = Places(Path("checkpoints")).history
+    history.parent.mkdir(parents=True)
+    history.write_text(json.dumps(LINE | {"round": 3}) + "\n")
+    assert main(["run", "--resume", "--rounds=3"]) == 0
+    assert capsys.readouterr().out == "the run in checkpoints/server has 3 rounds; to go on, give more --rounds\n"
+
+
 # -- child processes, small ones ---------------------------------------------------------------------------------------
 
 
@@ -187,18 +202,20 @@ def small(name: str, code: str, directory: Path) -> Child:
     return Child(name, [sys.executable, "-u", "-c", code], directory / f"{name.split()[0]}.log")
 
 
-def restarts(children: Sequence[Child], directory: Path, most: int) -> run._Restarts:
-    return run._Restarts(children, os.environ, directory / "run.json", most)
+def restarts(children: Sequence[Child], directory: Path, most: int) -> together.Restarts:
+    return together.Restarts(children, os.environ, directory / "run.json", most)
 
 
-def watch(children: Sequence[Child], directory: Path, most: int = 0, *, may_stay: bool = False) -> list[Child]:
+def watch(
+    children: Sequence[Child], directory: Path, most: int = 0, may_stay: Callable[[Child], bool] = lambda _: False
+) -> list[Child]:
     again = restarts(children, directory, most)
     try:
         for child in children:
             child.start(os.environ)
-        return run._watch(children, [], again.revive, may_stay=may_stay)
+        return together.watch(children, [], again.revive, may_stay)
     finally:
-        run.end(children, [])
+        together.end(children, [])
 
 
 def test_what_dies_is_started_again_so_often_and_its_log_goes_on(tmp_path: Path) -> None:
@@ -250,29 +267,27 @@ def test_the_first_that_failed_is_the_cause(tmp_path: Path) -> None:
 def test_a_trainer_that_leaves_before_the_end_is_told_apart_from_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_FAREWELL_S", 0.2)
+    monkeypatch.setattr(together, "_FAREWELL_S", 0.2)
     children = [
         small("server", "import time; time.sleep(600)", tmp_path),
         small("client of rank 1", "import time; time.sleep(600)", tmp_path),
         small("trainer of rank 1", "pass", tmp_path),
     ]
-    with pytest.raises(RunFailedError, match="the trainer of rank 1 ended with exit code 0 and 0 s later the run was"):
+    with pytest.raises(RunFailedError, match="the trainer of rank 1 ended with exit code 0, and 0 s later the run was"):
         watch(children, tmp_path)
 
 
-def test_a_script_of_ones_own_may_take_its_time_once_the_run_is_over(
+def test_who_still_runs_after_the_end_is_stopped_unless_it_may_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_FAREWELL_S", 0.2)
-    slow = "import time; time.sleep(1.5)"
+    monkeypatch.setattr(together, "_FAREWELL_S", 0.2)
     ended = small("server", "pass", tmp_path)
-    assert watch([ended, small("trainer of rank 1", slow, tmp_path)], tmp_path, may_stay=True) == []
-    with pytest.raises(
-        RunFailedError, match="the run is over, but 0 s later these still ran and were stopped: trainer"
-    ):
-        watch([ended, small("trainer of rank 1", slow, tmp_path)], tmp_path)
-    with pytest.raises(RunFailedError, match="these still ran and were stopped: client"):
-        watch([ended, small("client of rank 1", slow, tmp_path)], tmp_path, may_stay=True)
+    slow = small("trainer of rank 1", "import time; time.sleep(1.5)", tmp_path)
+    assert watch([ended, slow], tmp_path, may_stay=lambda child: child is slow) == []
+    assert slow.exit_code == 0
+    with pytest.raises(RunFailedError, match="over, but 0 s later these still ran and were stopped: trainer of rank 1"):
+        watch([ended, slow], tmp_path)
+    assert slow.exit_code not in (None, 0)
 
 
 # -- real runs ---------------------------------------------------------------------------------------------------------
@@ -317,6 +332,7 @@ def test_a_run_with_a_script_of_ones_own_ends_well_whoever_is_killed(victim: str
     assert finished.stderr.count("was killed by SIGKILL; starting it again (1 of 1)") == (victim != "nobody")
     log = (tmp_path / "checkpoints/logs/trainer-1.log").read_text()
     assert "rank 1 of one's own: train 1" in log, "also where it was started twice"
+    assert log.endswith("and more after the run\n")
 
 
 @pytest.mark.slow

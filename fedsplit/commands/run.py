@@ -16,43 +16,27 @@ fails, the end of its log is shown, the others are ended, and its exit code is t
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import shlex
 import shutil
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import IO, Any
+from types import ModuleType
+from typing import Any
 
 from fedsplit import cli
 from fedsplit.commands import client, server, trainer
 from fedsplit.commands.status import NOBODY, UNKNOWN, read_status
 from fedsplit.disk.files import make_private_directory
 from fedsplit.engines.processes import Child, free_port
-from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, RunStoppedError, UsageError
+from fedsplit.engines.together import Restarts, end, explain, received_signals, shown, watch
+from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, UsageError
 from fedsplit.run.directory import Places
 from fedsplit.run.history import Line, read_history
 from fedsplit.watch.rounds import refusals
-
-log = logging.getLogger("fedsplit")
-
-_POLL_S = 0.05
-# How long a program has to end by itself once it is asked to.
-_STOP_S = 10.0
-# When one has failed, the others are given a moment: they may fail for the same reason, or be the reason.
-_SETTLE_S = 2.0
-# When one has ended well, the run is over and the others have this long; a goodbye takes up to 10 s.
-_FAREWELL_S = 30.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Exit codes of programs that end because another one did.
-_FOLLOWED = (RunStoppedError.exit_code, RunFailedError.exit_code)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--supernode-public-key: this command has no keys for its clients; use --join-token-file")
     if arguments.script:
         _check_script(arguments)
+    places = Places(arguments.checkpoint_dir)
+    if arguments.resume and (lines := read_history(places.history)) and lines[-1]["round"] >= arguments.rounds:
+        # The server alone would end well; trainers that come after that would wait.
+        print(f"the run in {places.server} has {cli.count(lines[-1]['round'], 'round')}; to go on, give more --rounds")
+        return 0
     return execute(arguments)
 
 
@@ -87,7 +76,7 @@ def gpus(text: str) -> list[str]:
     """GPUs: so many of those that this process may use, or these."""
     if not text.isdecimal():
         ids = text.removesuffix(",").split(",")
-        if not all(re.fullmatch(r"\w[\w/-]*", each) for each in ids):
+        if not all(re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", each) for each in ids):
             raise argparse.ArgumentTypeError(f"expected a number of GPUs or their ids, as in 0,1,3, not {text!r}")
         return ids
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -110,25 +99,45 @@ def execute(arguments: argparse.Namespace) -> int:
     writers = "all" if arguments.logs else "all but the server"
     print(f"starting {programs}; {writers} write logs in {places.logs}", flush=True)
     children, environment = plan(arguments, places), _environment(arguments.ranks)
-    restarts = _Restarts(children, environment, places.run, arguments.restart)
+    trainers = {child: rank for rank, child in enumerate(children[2::2], 1)}
+    restarts = Restarts(children, environment, places.run, arguments.restart)
+
+    def has_left(child: Child) -> bool:
+        # A script may do more after its last task; while it holds its role it waits for another one in vain.
+        return child in trainers and read_status(arguments.exchange_dir, trainers[child])["trainer"] == NOBODY
+
     with received_signals() as received, ExitStack() as stack:
         try:
             for child in children:
                 child.start(environment)
             if arguments.logs:
-                stack.enter_context(_shown(children))
-            failed = _watch(children, received, restarts.revive, may_stay=bool(arguments.script))
+                stack.enter_context(shown(children))
+            failed = watch(children, received, restarts.revive, has_left)
         finally:
             end(children, received)
     if received:
         print(f"interrupted by {received[0].name}: all {len(children)} programs have ended", flush=True)
         return 128 + received[0]
     if failed:
-        failure, code = RunFailedError(_explain(failed)), failed[0].exit_code or 0
+        failure, code = RunFailedError(explain(failed)), failed[0].exit_code or 0
         failure.exit_code = 128 - code if code < 0 else code
         raise failure
     _conclude(read_history(places.history), places)
+    # Also here: the server's table is drawn over what is said meanwhile.
+    for what in restarts.told:
+        print(f"restarted:   {what}", flush=True)
     return 0
+
+
+def _conclude(lines: Sequence[Line], places: Places) -> None:
+    """Add to the server's last lines where the logs are; a run in which nothing was ever learned is a failed one."""
+    if not any(line.get("accepted") for line in lines):
+        reasons = [f"round {number}: rank {rank}: {reason}" for number, rank, reason in refusals(lines)[-2:]]
+        raise RunFailedError(
+            f"no update of any trainer was accepted ({'; '.join(reasons) or 'no round was run'}); "
+            f"see the logs in {places.logs}"
+        )
+    print(f"logs:        {places.logs}", flush=True)
 
 
 # -- what is run -------------------------------------------------------------------------------------------------------
@@ -216,164 +225,3 @@ def _environment(ranks: int) -> dict[str, str]:
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     return {"PYTHONUNBUFFERED": "1", **limits, **os.environ}
-
-
-# -- while it runs -----------------------------------------------------------------------------------------------------
-
-
-class _Restarts:
-    """Starts programs again that died, each so many times; `run_file` tells whether the server began its run."""
-
-    def __init__(self, children: Sequence[Child], environment: Mapping[str, str], run_file: Path, most: int) -> None:
-        self._server, self._environment = children[0], environment
-        self._left, self._most = dict.fromkeys(children, most), most
-        self._run_file, self._before = run_file, _read(run_file)
-
-    def revive(self, child: Child) -> bool:
-        """Start a program again, unless that is of no use or it was done often enough; tell whether it was started."""
-        code = child.exit_code or 0
-        # A server that ended by itself has told the others that the run is over.
-        if not self._left[child] or code in (UsageError.exit_code, *_FOLLOWED) or (child is self._server and code > 0):
-            return False
-        self._left[child] -= 1
-        # Before that, an earlier run may be there, and would go on.
-        if child is self._server and _read(self._run_file) != self._before and "--resume" not in child.command:
-            child.command.append("--resume")
-        log.warning(
-            "%s; starting it again (%d of %d)", child.describe_end(), self._most - self._left[child], self._most
-        )
-        # What it has started must not be in the way.
-        child.kill()
-        child.start(self._environment)
-        return True
-
-
-def _read(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
-
-
-def _watch(
-    children: Sequence[Child], received: Sequence[signal.Signals], revive: Callable[[Child], bool], *, may_stay: bool
-) -> list[Child]:
-    """Watch until all have ended, one has failed, or a signal came; returns those that failed, the cause first.
-
-    Trainers that `may_stay` have all the time they want when the run is over.
-    """
-    over_since: float | None = None
-    while not received:
-        if dead := [child for child in children if child.poll() and not revive(child)]:
-            for child in dead:
-                child.kill()  # what it has started
-            _settle(children, _SETTLE_S, lambda: bool(received))
-            failed = [child for child in children if child.exit_code]
-            return sorted(failed, key=lambda child: (child.exit_code in _FOLLOWED, child not in dead))
-        running = [child for child in children if child.exit_code is None]
-        if not running:
-            break
-        if len(running) < len(children):
-            over_since = over_since or time.monotonic()
-            if time.monotonic() - over_since > _FAREWELL_S:
-                _check_late(children, running, may_stay=may_stay)
-        time.sleep(_POLL_S)
-    return []
-
-
-def _check_late(children: Sequence[Child], running: Sequence[Child], *, may_stay: bool) -> None:
-    """Raise RunFailedError if something is wrong with those that still run, long after another program has ended."""
-    trainers = [child for child in children if child.name.startswith("trainer")]
-    ended = [child for child in children if child not in running]
-    if children[0] in running and all(child in trainers for child in ended):
-        raise RunFailedError(
-            f"{ended[0].describe_end()} and {_FAREWELL_S:.0f} s later the run was not over; a trainer has to answer "
-            f"tasks until then; the log is {ended[0].log}"
-        )
-    if not may_stay or not all(child in trainers for child in running):
-        raise RunFailedError(
-            f"the run is over, but {_FAREWELL_S:.0f} s later these still ran and were stopped: "
-            f"{', '.join(child.name for child in running)}; see their logs"
-        )
-
-
-def _explain(failed: Sequence[Child]) -> str:
-    first = failed[0]
-    text = f"{first.describe_end()}; what it said is above"
-    if first.log:
-        lines = "".join(f"\n    {line}" for line in first.tail().splitlines())
-        text = f"{first.describe_end()}; the last lines of its log, {first.log}:{lines}"
-    return text + "".join(f"\nalso {child.describe_end()}" for child in failed[1:])
-
-
-def _settle(children: Sequence[Child], seconds: float, hurry: Callable[[], bool]) -> None:
-    """Wait until all have ended, at most so long, and no longer once ``hurry`` says so."""
-    deadline = time.monotonic() + seconds
-    while any(child.is_running for child in children) and time.monotonic() < deadline and not hurry():
-        time.sleep(_POLL_S)
-
-
-def end(children: Sequence[Child], received: Sequence[signal.Signals], seconds: float = _STOP_S) -> None:
-    """End all that still run: asked by SIGINT, and killed if that takes too long or the user is in a hurry."""
-    running = [child for child in children if child.is_running]
-    for child in running:
-        child.send(signal.SIGINT)
-    _settle(running, seconds, lambda: len(received) > 1)
-    for child in running:
-        child.kill()
-
-
-def _conclude(lines: Sequence[Line], places: Places) -> None:
-    """Add to the server's last lines where the logs are; a run in which nothing was ever learned is a failed one."""
-    if not any(line.get("accepted") for line in lines):
-        reasons = [f"round {number}: rank {rank}: {reason}" for number, rank, reason in refusals(lines)[-2:]]
-        raise RunFailedError(
-            f"no update of any trainer was accepted ({'; '.join(reasons) or 'no round was run'}); "
-            f"see the logs in {places.logs}"
-        )
-    print(f"logs:        {places.logs}", flush=True)
-
-
-@contextmanager
-def _shown(children: Sequence[Child]) -> Iterator[None]:
-    """Show the lines of the logs as they come, each behind the name of its program, for the length of a block."""
-    over = threading.Event()
-
-    def show() -> None:
-        with ExitStack() as stack, suppress(BrokenPipeError):
-            logs = [(path, stack.enter_context(path.open("rb"))) for child in children if (path := child.log)]
-            is_last = False
-            while not is_last:
-                is_last = over.wait(_POLL_S)
-                for path, lines in logs:
-                    _show_new(path.stem.replace("-", " "), lines, is_last=is_last)
-
-    thread = threading.Thread(target=show)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def _show_new(name: str, lines: IO[bytes], *, is_last: bool) -> None:
-    while line := lines.readline():
-        if not line.endswith(b"\n") and not is_last:
-            # The rest of it is still to come.
-            lines.seek(-len(line), os.SEEK_CUR)
-            return
-        print(f"{name} | {line.decode('utf-8', 'replace').rstrip()}", flush=True)
-
-
-@contextmanager
-def received_signals() -> Iterator[list[signal.Signals]]:
-    """Collect signals instead of being interrupted: each is acted on between two steps, not inside one."""
-    received: list[signal.Signals] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
-    previous = {number: signal.signal(number, note) for number in _SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -41,6 +41,7 @@ from fedsplit.commands.status import NOBODY, UNKNOWN, read_status
 from fedsplit.commands.tables import format_seconds, print_table
 from fedsplit.disk.files import make_private_directory, write_json
 from fedsplit.engines.processes import Child
+from fedsplit.engines.together import end, received_signals
 from fedsplit.errors import CheckpointError, MissingPackageError, RunFailedError, UsageError
 from fedsplit.run.directory import Places
 from fedsplit.run.history import JUDGED_BY, read_history
@@ -171,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
         lock.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(f"another study is at work in {output_dir}; take another --output-dir") from None
-    with lock, federation.received_signals() as received:
+    with lock, received_signals() as received:
         failed = _carry_out(jobs, arguments.jobs, received)
     done = [job for job in jobs if job.is_done()]
     if received:
@@ -223,7 +224,7 @@ def _carry_out(jobs: Sequence[Job], at_once: int, received: Sequence[signal.Sign
                 print(_describe_end(job, child, time.monotonic() - began), flush=True)
             time.sleep(_POLL_S)
     finally:
-        federation.end(list(running), received, _STOP_S)
+        end(list(running), received, _STOP_S)
     return failed
 
 
