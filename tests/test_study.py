@@ -132,7 +132,11 @@ def test_a_mistake_is_one_line_that_names_file_and_key(
 def test_no_file_and_a_missing_one_are_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study"]) == main(["study", "missing.toml"]) == UsageError.exit_code
     said = capsys.readouterr().err.splitlines()
-    assert "expected FILE, a study in TOML, or --set" in said[0] and "missing.toml: No such file" in said[1]
+    assert "expected FILE, a study in TOML, or --set" in said[0]
+    assert said[1] == "fedsplit: error: missing.toml: No such file or directory"
+    for changes in (["options=3"], ["options=3", "options.lr=1"]):
+        assert main(["study", *(f"--set={change}" for change in changes)]) == UsageError.exit_code
+        assert "--set: options: expected a table of workload options" in capsys.readouterr().err
 
 
 def test_the_example_is_one_that_can_be_run() -> None:

@@ -169,10 +169,10 @@ def run(arguments: argparse.Namespace) -> int:
     make_private_directory(output_dir, CheckpointError)
     lock = FileLock(output_dir / "study.lock", fallback_to_soft=False, mode=0o600)
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(f"another study is at work in {output_dir}; take another --output-dir") from None
-    with lock, received_signals() as received:
+    with held, received_signals() as received:
         failed = _carry_out(jobs, arguments.jobs, received)
     done = [job for job in jobs if job.is_done()]
     if received:
@@ -212,11 +212,13 @@ def _carry_out(jobs: Sequence[Job], at_once: int, received: Sequence[signal.Sign
     print(f"{cli.count(len(jobs), 'run')}, {len(jobs) - len(waiting)} done already", flush=True)
     try:
         while (waiting or running) and not received:
-            while waiting and len(running) < at_once and not received:
+            while waiting and len(running) < at_once:
                 job = waiting.pop(0)
                 _wait_until_left(job, received)
-                how = "goes on: " if job.places.run.exists() else ""
-                print(f"{job.run.name}: {how}{job.describe()}" if how else f"{job.run.name}: begins", flush=True)
+                if received:
+                    break
+                how = f"goes on: {job.describe()}" if job.places.run.exists() else "begins"
+                print(f"{job.run.name}: {how}", flush=True)
                 running[job.start()] = job, time.monotonic()
             for child in [child for child in running if not child.is_running]:
                 job, began = running.pop(child)

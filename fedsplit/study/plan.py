@@ -76,14 +76,17 @@ def read_study(path: Path | None, changes: Sequence[tuple[str, str]] = ()) -> di
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError) as exc:
-        raise UsageError(f"{path}: {getattr(exc, 'strerror', None) or exc}") from exc
-    options = table.setdefault(_OPTIONS, {})
-    if not isinstance(options, dict):
-        raise UsageError(f"{_OPTIONS}: expected a table of workload options, as in [options], found {options!r}")
+        raise UsageError(str(getattr(exc, "strerror", None) or exc)) from exc
     for key, text in changes:
         name = key.removeprefix(f"{_OPTIONS}.")
-        (table if name == key else options)[name] = _read_value(text)
+        (table if name == key else _options(table))[name] = _read_value(text)
     return table
+
+
+def _options(table: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(options := table.setdefault(_OPTIONS, {}), dict):
+        return options
+    raise UsageError(f"{_OPTIONS}: expected a table of workload options, as in [options], found {options!r}")
 
 
 def _read_value(text: str) -> Any:
@@ -93,13 +96,13 @@ def _read_value(text: str) -> Any:
         return text
 
 
-def plan_runs(table: Mapping[str, Any], flags: Collection[str]) -> list[PlannedRun]:
+def plan_runs(table: dict[str, Any], flags: Collection[str]) -> list[PlannedRun]:
     """Return the runs of a study in order, those that differ only in the seed side by side.
 
     A key must be one of the `flags`, ``options`` or ``command``; raises UsageError for anything else.
     """
     _check_keys(table, flags)
-    command, options = table.get(_COMMAND), table.get(_OPTIONS, {})
+    command, options = table.get(_COMMAND), _options(table)
     if command is not None:
         _check_command(command, options)
     settings = {key: each for key, each in table.items() if key not in (_COMMAND, _OPTIONS, SEED)}
