@@ -154,7 +154,7 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
     children = [Child("server", _command(server, serving), places.logs / "server.log" if arguments.logs else None)]
     for rank in range(1, ranks + 1):
         own = _fill_in(arguments, rank)
-        # Set by a program and not by us, since it is another for each.
+        # By `env`: what a child is started with is otherwise the same for all.
         gpu = arguments.gpus[(rank - 1) % len(arguments.gpus)] if arguments.gpus else None
         train = [*(["env", f"CUDA_VISIBLE_DEVICES={gpu}"] if gpu else []), *(own or _command(trainer, training, rank))]
         for role, command in (("client", _command(client, relaying, rank)), ("trainer", train)):

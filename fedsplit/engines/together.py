@@ -112,6 +112,7 @@ def _check_late(children: Sequence[Child], running: Sequence[Child], may_stay: C
 
 
 def explain(failed: Sequence[Child]) -> str:
+    """Say how programs ended, and of the first what it said."""
     first = failed[0]
     text = f"{first.describe_end()}; what it said is above"
     if first.log:
