@@ -15,14 +15,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsplit import cli
-from fedsplit.commands import checkpoints, client, demo, export, new, plot, report, run, server, status, trainer
+from fedsplit.commands import (
+    checkpoints,
+    client,
+    compare,
+    demo,
+    export,
+    new,
+    plot,
+    report,
+    run,
+    server,
+    status,
+    study,
+    trainer,
+)  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands: a module each, whose docstring is its help and begins with its summary."""
     parser = cli.make_parser(__doc__, "fedsplit" if Path(sys.argv[0]).name == "fedsplit" else "python -m fedsplit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for module in (demo, run, server, client, trainer, new, status, checkpoints, export, plot, report):
+    for module in (
+        demo, run, study, server, client, trainer, new, status, checkpoints, export, plot, report, compare,
+    ):  # fmt: skip
         name, doc = module.__name__.rpartition(".")[2], str(module.__doc__)
         summary, style = doc.splitlines()[0].rstrip("."), cli.HelpFormatter
         command = commands.add_parser(name, help=summary, description=doc, formatter_class=style, allow_abbrev=False)

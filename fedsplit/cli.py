@@ -82,12 +82,12 @@ def add_files(parser: argparse.ArgumentParser, endings: Sequence[str]) -> None:
         help=f"the file to write; its name ends in {' or '.join(endings)}")  # fmt: skip
 
 
-def check_output(output: Path, endings: Sequence[str]) -> None:
+def check_output(output: Path, endings: Sequence[str], flag: str = "--output") -> None:
     """Raise UsageError for a file name with another ending, or in a directory that does not exist."""
     if output.suffix not in endings:
-        raise UsageError(f"--output {output}: expected a name that ends in {' or '.join(endings)}")
+        raise UsageError(f"{flag} {output}: expected a name that ends in {' or '.join(endings)}")
     if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {output.parent}")
+        raise UsageError(f"{flag} {output}: there is no directory {output.parent}")
 
 
 # -- types of flags ----------------------------------------------------------------------------------------------------

@@ -40,6 +40,18 @@ LINES: list[Line] = [
 ]  # fmt: skip
 
 
+def many_ranks(ranks: int) -> list[Line]:
+    """Two rounds, in which all begin alike and each rank ends a little better than the one before it."""
+    accuracies = [{str(rank): 0.5 + last * rank / 100 for rank in range(1, ranks + 1)} for last in (0, 1)]
+    return [
+        {
+            "round": number + 1, "seconds": 1.0, "evaluate": {"loss": 1.0, "accuracy": (0.5, 0.8)[number]},
+            "clients": {rank: {"evaluate": {"accuracy": each}} for rank, each in found.items()},
+        }
+        for number, found in enumerate(accuracies)
+    ]  # fmt: skip
+
+
 def drawn(lines: list[Line], panel: int) -> list[list[float]]:
     """Return what stands on the vertical axis of each line of a panel."""
     return [np.asarray(line.get_ydata(), float).tolist() for line in make_figure(lines).axes[panel].get_lines()]
@@ -74,16 +86,52 @@ def test_the_seconds_of_a_round_are_divided_by_stage_without_a_rest() -> None:
 
 def test_every_panel_has_a_title_and_labels_with_units() -> None:
     axes = make_figure(LINES).axes
-    assert [each.get_title(loc="left") for each in axes] == ["Loss", "Accuracy", "Time per round"]
+    assert [each.get_title(loc="left") for each in axes] == [
+        "Loss", "Accuracy", "Accuracy of each rank", "Time per round",
+    ]  # fmt: skip
     assert all(each.get_xlabel() == "round" for each in axes)
-    assert axes[2].get_ylabel() == "seconds"
+    assert [each.get_ylabel() for each in axes[2:]] == ["test accuracy", "seconds"]
+
+
+def test_each_rank_has_a_curve_of_its_own_with_its_name_and_look() -> None:
+    axes = make_figure(many_ranks(10)).axes[2]
+    curves = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
+    assert list(curves) == [*map(str, range(1, 11)), "mean"]
+    assert curves["3"] == [0.5, 0.53]
+    assert curves["mean"] == [0.5, 0.8]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == 11
+    legend = axes.get_legend()
+    assert legend and [text.get_text() for text in legend.get_texts()] == list(curves)
+
+
+def test_of_very_many_ranks_the_best_and_the_worst_are_named() -> None:
+    axes = make_figure(many_ranks(25)).axes[2]
+    legend = axes.get_legend()
+    assert legend and [text.get_text() for text in legend.get_texts()] == ["25 (best)", "1 (worst)", "mean"]
+    faint = [line for line in axes.get_lines() if line.get_color() == "#b4b4b4"]
+    assert len(faint) == 23 and len(axes.get_lines()) == 26
+
+
+def test_without_an_accuracy_the_ranks_are_told_apart_by_their_loss() -> None:
+    lines = many_ranks(12)
+    for line in lines:
+        for row in line["clients"].values():
+            row["evaluate"] = {"loss": row["evaluate"]["accuracy"]}
+    axes = make_figure(lines).axes[2]
+    assert axes.get_title(loc="left") == "Loss of each rank"
+    legend = axes.get_legend()
+    assert legend and [text.get_text() for text in legend.get_texts()][:2] == ["1 (best)", "12 (worst)"]
+
+
+def test_a_single_rank_has_no_panel_of_its_own() -> None:
+    assert len(make_figure(many_ranks(1)).axes) == 3
 
 
 def test_null_is_a_gap_and_a_client_that_was_away_is_one_too() -> None:
     gap: Line = {"round": 4, "seconds": 1.0, "train": {"loss": None}, "evaluate": {}, "clients": {}}
     losses = drawn([*LINES, gap], 0)
     assert all(math.isnan(line[3]) for line in losses)
-    assert decoded(draw([*LINES, gap])).size == (1560, 504)
+    assert decoded(draw([*LINES, gap])).size == (2040, 504)
 
 
 def test_another_metric_takes_the_place_of_a_missing_accuracy() -> None:
@@ -104,7 +152,7 @@ def test_another_metric_takes_the_place_of_a_missing_accuracy() -> None:
 def test_one_round_and_very_many_are_drawn(rounds: int) -> None:
     lines: list[Any] = [{**LINES[0], "round": number + 1} for number in range(rounds)]
     picture = decoded(draw(lines))
-    assert picture.size == (1560, 504)
+    assert picture.size == (2040, 504)
     assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
 
 
@@ -148,7 +196,7 @@ def test_a_run_without_matplotlib_ends_well_and_says_that_there_is_no_plot(
 
 def test_charts_for_a_page_leave_the_colours_to_it_and_are_always_the_same() -> None:
     drawn = charts(LINES)
-    assert list(drawn) == ["loss", "accuracy", "time"]
+    assert list(drawn) == ["loss", "accuracy", "accuracy of each rank", "time"]
     for name, svg in drawn.items():
         assert svg.startswith("<svg ") and svg.rstrip().endswith("</svg>")
         assert not re.search(r"(fill|stroke): #", svg), name
@@ -159,4 +207,4 @@ def test_charts_for_a_page_leave_the_colours_to_it_and_are_always_the_same() -> 
 def test_of_very_many_metrics_a_page_gets_eight_charts() -> None:
     line = {**LINES[0], "train": {f"metric {number}": 1.0 for number in range(20)} | {"loss": 1.0}}
     assert list(charts([line]))[:2] == ["loss", "accuracy"]
-    assert len(charts([line])) == 8 + 1
+    assert len(charts([line])) == 8 + 2, "and one of the ranks, and one of the time"

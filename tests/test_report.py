@@ -106,6 +106,19 @@ def test_every_fact_of_the_run_is_on_the_page() -> None:
     assert "the trainer of the slowest rank at work" in page
 
 
+def test_each_rank_is_told_with_its_last_and_its_best_test() -> None:
+    lines = [line(1), line(2)]
+    lines[0]["clients"]["2"]["evaluate"] = {"num_examples": 7, "loss": 0.25, "accuracy": 0.9}
+    page = render(Report(record=RECORD, lines=lines))
+    rows = re.findall(r"<tr>(?:<td class=n>[^<]*</td>){6}</tr>", page)
+    cells = [re.findall(r">([^<]+)</td>", row) for row in rows]
+    assert cells == [
+        ["1", "0.8000", "0.8000", "0.1000", "0.1000", "–"],
+        ["2", "0.8000", "0.9000", "0.1000", "0.1000", "7"],
+    ]
+    assert "accuracy of each rank by round" in page
+
+
 def test_a_run_of_an_older_version_has_what_it_has() -> None:
     lines: list[Line] = [{"round": 1, "seconds": 1.0, "train": {"loss": None}}]
     page = render(Report(record={"run_id": "old"}, lines=lines))
@@ -181,7 +194,7 @@ def test_a_browser_shows_the_page_within_its_width_and_with_contrast(tmp_path: P
     assert (contrast(seen["background"], "rgb(0, 0, 0)") < 2) is dark
     assert min(seen["fontSizes"]) >= 10, "nothing is too small to read"
     assert seen["headings"][:2] == ["fedsplit run 0123abc", "Metrics"]
-    assert len(seen["charts"]) == 3 and min(seen["charts"]) > 300
+    assert len(seen["charts"]) == 4 and min(seen["charts"]) > 300
     assert seen["drawn"] > 20
     assert seen["fetched"] == []
     assert "NaN in <fc.weight>" in seen["text"]

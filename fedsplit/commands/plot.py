@@ -9,12 +9,10 @@ transfer, merging, evaluation and waiting. It may be drawn while the run is on; 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from fedsplit import cli
-from fedsplit.errors import CheckpointError
 from fedsplit.run.directory import Places
-from fedsplit.run.history import Line, read_history
+from fedsplit.run.history import read_rounds
 from fedsplit.watch.plot import write_plot
 
 _ENDINGS = (".png",)
@@ -34,10 +32,3 @@ def run(arguments: argparse.Namespace) -> int:
     write_plot(lines, arguments.output)
     print(f"{arguments.output}: {cli.count(len(lines), 'round')} of {path}")
     return 0
-
-
-def read_rounds(history: Path) -> list[Line]:
-    """Read a history; raises CheckpointError if it has no round."""
-    if lines := read_history(history):
-        return lines
-    raise CheckpointError(f"no rounds in {history} yet; is it the server's --checkpoint-dir?")

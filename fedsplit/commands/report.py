@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedsplit import cli
-from fedsplit.commands.plot import read_rounds
 from fedsplit.commands.tables import format_seconds
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
 from fedsplit.run.directory import STATE_FILE, Places
 from fedsplit.run.events import format_bytes
-from fedsplit.run.history import Line
+from fedsplit.run.history import Line, read_rounds
 from fedsplit.run.time_account import STAGES, account, update_bytes
 from fedsplit.watch import plot, rounds
 
 _ENDINGS = (".html", ".htm")
 # What the server measured for each rank, from sending to merging.
 _RANK_STAGES = ("training", "hand-off", "transfer", "checking", "merging", "waiting", "turn")
+# What every rank measured itself, at its last evaluation and at its best.
+_JUDGED = ("rank", "accuracy", "best accuracy", "loss", "best loss", "test examples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,8 @@ def render(report: Report) -> str:
     return environment.get_template("report.html").render(
         run_id=record.get("run_id"), began=record.get("began", "at an unknown time"),
         sessions=cli.count(len(sessions) or 1, "session"), tiles=_tiles(lines),
-        charts=charts, charts_left_out=len({name for _, name in rounds.metrics_of(lines)}) - len(charts),
-        time_chart=time_chart, stages=_stages(lines),
+        charts=charts, charts_left_out=len({name for _, name in rounds.metrics_of(lines)} - charts.keys()),
+        time_chart=time_chart, stages=_stages(lines), judged_headings=_JUDGED, judged_ranks=list(_judged_ranks(lines)),
         rank_headings=("rank", *_RANK_STAGES), seconds_by_rank=list(_seconds_by_rank(lines)),
         headings=rounds.headings(metrics), rounds=[rounds.cells(line, metrics) for line in lines],
         refusals=rounds.refusals(lines),
@@ -133,3 +135,16 @@ def _seconds_by_rank(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
         if measured := [answer["stages"] for answer in answers if answer.get("stages")]:
             means = (sum(each.get(stage, 0.0) for each in measured) / len(measured) for stage in _RANK_STAGES)
             yield rank, *(f"{mean:.3f}" for mean in means)
+
+
+def _judged_ranks(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
+    for rank in rounds.ranks_of(lines):
+        cells = [rank]
+        for name, best_of in (("accuracy", max), ("loss", min)):
+            numbers = [rounds.value(line, "evaluate", name, rank) for line in lines]
+            found = [number for number in numbers if not math.isnan(number)]
+            cells += [f"{found[-1]:.4f}", f"{best_of(found):.4f}"] if found else ["–", "–"]
+        examples = [rounds.value(line, "evaluate", "num_examples", rank) for line in lines]
+        counted = [f"{number:.0f}" for number in examples if not math.isnan(number)]
+        if any(cell != "–" for cell in cells[1:]):
+            yield (*cells, *(counted[-1:] or ["–"]))

@@ -128,12 +128,12 @@ def _settle(children: Sequence[Child], seconds: float, hurry: Callable[[], bool]
         time.sleep(_POLL_S)
 
 
-def end(children: Sequence[Child], received: Sequence[signal.Signals]) -> None:
+def end(children: Sequence[Child], received: Sequence[signal.Signals], seconds: float = _STOP_S) -> None:
     """End all that still run: asked by SIGINT, and killed if that takes too long or the user is in a hurry."""
     running = [child for child in children if child.is_running]
     for child in running:
         child.send(signal.SIGINT)
-    _settle(running, _STOP_S, lambda: len(received) > 1)
+    _settle(running, seconds, lambda: len(received) > 1)
     for child in running:
         child.kill()
 

@@ -11,7 +11,8 @@
 ``….unreadable-1``  ``run.json`` or ``history.jsonl`` as it was when a resumed run could not read all of it
 ==================  ============================================================================================
 
-All of these are in ``<checkpoint_dir>/server/``. `run` and `demo` keep their programs' logs beside it, in ``logs/``.
+All of these are in ``<checkpoint_dir>/server/``. `run` and `demo` keep their programs' logs beside it, in ``logs/``; a
+study also keeps there what it runs with, in ``settings.json``, and the directory ``exchange/``.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Places:
         self.final_plot = self.server / "plot.png"
         self.old_runs = self.server / "old-runs"
         self.logs = checkpoint_dir / "logs"
+        self.exchange = checkpoint_dir / "exchange"
+        self.settings = checkpoint_dir / "settings.json"
 
 
 class Run:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsplit.disk import files
+from fedsplit.errors import CheckpointError
 from fedsplit.run.events import finite
 
 log = logging.getLogger("fedsplit")
@@ -22,7 +23,7 @@ log = logging.getLogger("fedsplit")
 Line = dict[str, Any]
 
 # What makes a round the best, the first one that there is: 1 where more is better.
-_JUDGED_BY = {"accuracy": 1, "loss": -1}
+JUDGED_BY = {"accuracy": 1, "loss": -1}
 
 
 class PartRow(NamedTuple):
@@ -66,12 +67,12 @@ class History:
 
     def best_round(self) -> int | None:
         """Return the round with the highest accuracy, else the lowest evaluation loss; None before any evaluation."""
-        return next((-self._best[name][1] for name in _JUDGED_BY if name in self._best), None)
+        return next((-self._best[name][1] for name in JUDGED_BY if name in self._best), None)
 
     def _take(self, lines: Iterable[Line]) -> None:
         for line in lines:
             self.lines.append(line)
-            for name, sign in _JUDGED_BY.items():
+            for name, sign in JUDGED_BY.items():
                 value: Any = (line.get("evaluate") or line.get("central") or {}).get(name)
                 if is_number(value):
                     # Of equal rounds the first.
@@ -86,6 +87,13 @@ def read_history(path: Path) -> list[Line]:
         with suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
     return [line for line in lines if _is_line(line)]
+
+
+def read_rounds(path: Path) -> list[Line]:
+    """Read a history file; raises CheckpointError if it has no round."""
+    if lines := read_history(path):
+        return lines
+    raise CheckpointError(f"no rounds in {path} yet; is it the server's --checkpoint-dir?")
 
 
 def _is_line(line: Any) -> bool:

@@ -1,7 +1,8 @@
-"""Draws loss, accuracy and time of every round, as one PNG or as an SVG for each part of a page.
+"""Draws loss, accuracy and time of every round, as one PNG or as an SVG for each part of a page; and runs side by side.
 
-The mean over the clients is bold, each client is a faint line; a round's seconds are divided by stage. What a line of
-the history lacks, or has as null, is a gap. Nothing here uses pyplot: it keeps figures for the whole process.
+The mean over the clients is bold, each client is a faint line, and one more panel tells the ranks apart; a round's
+seconds are divided by stage. What a line of the history lacks, or has as null, is a gap. Nothing here uses pyplot: it
+keeps figures for the whole process.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import MissingPackageError
-from fedsplit.run.history import Line
+from fedsplit.run.history import JUDGED_BY, Line
 from fedsplit.run.time_account import STAGES, account
 from fedsplit.watch.rounds import judged, metrics_of, ranks_of, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# Round, mean and deviation.
+Curve: TypeAlias = Sequence[tuple[int, float, float]]
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and by their grey on paper.
 _TRAIN, _TEST, _CENTRAL = "#0072b2", "#d55e00", "#009e73"
@@ -32,6 +37,12 @@ _STAGE_COLORS = {
     "training": _TRAIN, "hand-off": "#56b4e9", "transfer": "#009e73", "merging": "#e69f00", "evaluation": _TEST,
     "waiting": "#b4b4b4",
 }  # fmt: skip
+# What there are many of: five colours, and dashes once these are used up.
+_COLORS = (_TRAIN, _TEST, _CENTRAL, "#e69f00", "#56b4e9")
+_DASHES = ("-", "--", ":", "-.")
+_MEAN = "#000000"
+_FAINT = "#b4b4b4"
+_MOST_NAMED = 10
 _UNITS = {"loss": " (mean over examples)", "accuracy": " (share of examples)"}
 _MOST_MARKERS = 40
 _MOST_BARS = 60
@@ -66,52 +77,85 @@ def draw(lines: Sequence[Line]) -> bytes:
 
 
 def make_figure(lines: Sequence[Line]) -> Figure:
-    """Return the figure that `draw` writes: the loss, one more metric if there is one, and the time."""
+    """Return the figure that `draw` writes: the loss, one more metric if there is one, the ranks, and the time."""
     from matplotlib.figure import Figure
 
     names = ["loss", *[name for _, name in metrics_of(lines) if name != "loss"][:1]]
-    figure = Figure(figsize=(4.0 * len(names) + 5.0, 4.2), layout="constrained")
+    panels = _panels(lines, names)
+    figure = Figure(figsize=(4.0 * len(panels) + 1.0, 4.2), layout="constrained")
     clients = len(ranks_of(lines))
     title = f"{len(lines)} round{'s' * (len(lines) != 1)}, {clients} client{'s' * (clients != 1)}"
     for server_round, number in judged(lines, names[-1])[-1:]:
         title += f", test {names[-1]} {number:.4f} after round {server_round}"
     figure.suptitle(title)
-    *panels, last = figure.subplots(1, len(names) + 1)
-    for axes, name in zip(panels, names, strict=True):
-        _draw_metric(axes, lines, name)
-        axes.set_title(name.capitalize(), loc="left")
-    _draw_time(last, lines)
-    last.set_title("Time per round", loc="left")
+    for axes, (name, draw_panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        draw_panel(axes)
+        axes.set_title("Time per round" if name == "time" else name.capitalize(), loc="left")
     return figure
 
 
 def charts(lines: Sequence[Line]) -> dict[str, str]:
-    """Draw each metric and the time as an SVG element of its own, for an HTML page.
+    """Draw each metric, the ranks and the time as an SVG element of its own, for an HTML page.
 
-    They are named after the metric, at most 8 of them; the last is ``time``. Each colour ``#rrggbb`` is written as
-    ``var(--c-rrggbb, #rrggbb)``, so that a page can replace it to suit its theme. Text has no colour of its own.
-    Raises MissingPackageError without matplotlib.
+    They are named after the metric, at most 8 of them; the last but one may be ``accuracy of each rank``, the last is
+    ``time``. Each colour ``#rrggbb`` is written as ``var(--c-rrggbb, #rrggbb)``, so that a page can replace it to suit
+    its theme. Text has no colour of its own. Raises MissingPackageError without matplotlib.
     """
     with _style(_SVG_STYLE):
         names = dict.fromkeys(name for _, name in metrics_of(lines))
-        found = {name: _svg(lines, name) for name in list(names)[:_MOST_CHARTS]}
-        return found | {"time": _svg(lines, None)}
+        panels = _panels(lines, list(names)[:_MOST_CHARTS])
+        return {name: _svg("seconds" if name == "time" else name, panel) for name, panel in panels.items()}
 
 
-def _svg(lines: Sequence[Line], name: str | None) -> str:
-    """Draw a metric, or the time."""
+def write_comparison(curves: Mapping[str, Mapping[str, Curve]], output: Path) -> None:
+    """Draw what `make_comparison` returns into a PNG file; raises MissingPackageError without matplotlib."""
+    buffer = io.BytesIO()
+    with _style(_PNG_STYLE):
+        make_comparison(curves).savefig(buffer, format="png")
+    write_chunks(output, [buffer.getvalue()])
+
+
+def make_comparison(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """Return a figure with a panel for each metric, in it a curve by label with a band of one deviation around it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(curves) + 1.0, 5.2), layout="constrained")
+    (panels,) = figure.subplots(1, len(curves), squeeze=False)
+    for axes, (name, labelled) in zip(panels, curves.items(), strict=True):
+        for number, (label, curve) in enumerate(labelled.items()):
+            rounds, means = [each for each, _, _ in curve], [mean for _, mean, _ in curve]
+            style, marker = _distinct(number), "o" if len(rounds) <= _MOST_MARKERS else ""
+            axes.plot(rounds, means, label=label, marker=marker, markersize=3.5, linewidth=1.8, **style)
+            low, high = [mean - each for _, mean, each in curve], [mean + each for _, mean, each in curve]
+            axes.fill_between(rounds, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.set_title(f"Test {name}", loc="left")
+        axes.set_ylabel(name + _UNITS.get(name, ""))
+        _finish(axes)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, title="band: one standard deviation over seeds")
+    return figure
+
+
+def _panels(lines: Sequence[Line], names: Iterable[str]) -> dict[str, Callable[[Axes], None]]:
+    """Return what draws each panel, by its name: the metrics, the ranks if there are several, and the time."""
+    panels: dict[str, Callable[[Axes], None]] = {name: partial(_draw_metric, lines=lines, name=name) for name in names}
+    for name in JUDGED_BY:
+        if len(curves := _curves(lines, name)) > 1:
+            panels[f"{name} of each rank"] = partial(_draw_ranks, lines=lines, name=name, curves=curves)
+            break
+    return {**panels, "time": partial(_draw_time, lines=lines)}
+
+
+def _svg(name: str, draw_panel: Callable[[Axes], None]) -> str:
     from matplotlib.figure import Figure
 
     figure, buffer = Figure(figsize=_SVG_INCHES, layout="constrained"), io.StringIO()
-    if name is None:
-        _draw_time(figure.subplots(), lines)
-    else:
-        _draw_metric(figure.subplots(), lines, name)
+    draw_panel(figure.subplots())
     unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
     text = buffer.getvalue()
     text = _COLOR.sub(r"\1: var(--c-\2, #\2)", text[text.index("<svg") :])
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(name or "seconds")} by round"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(name)} by round"', 1)
 
 
 def _draw_metric(axes: Axes, lines: Sequence[Line], name: str) -> None:
@@ -129,6 +173,36 @@ def _draw_metric(axes: Axes, lines: Sequence[Line], name: str) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(title="bold: mean, faint: each client")
     _finish(axes)
+
+
+def _curves(lines: Sequence[Line], name: str) -> dict[str, list[float]]:
+    """Return a test metric by rank, of the ranks that have it."""
+    found = {rank: [value(line, "evaluate", name, rank) for line in lines] for rank in ranks_of(lines)}
+    return {rank: values for rank, values in found.items() if not all(map(math.isnan, values))}
+
+
+def _draw_ranks(axes: Axes, lines: Sequence[Line], name: str, curves: Mapping[str, Sequence[float]]) -> None:
+    """Draw each rank's own curve with its name; of more than ten only the best and the worst one's."""
+    rounds, marker = [line["round"] for line in lines], "o" if len(lines) <= _MOST_MARKERS else ""
+    last = {rank: [number for number in values if not math.isnan(number)][-1] for rank, values in curves.items()}
+    ordered = sorted(curves, key=lambda rank: JUDGED_BY[name] * last[rank])
+    named = {rank: rank for rank in curves}
+    if len(curves) > _MOST_NAMED:
+        named = {ordered[-1]: f"{ordered[-1]} (best)", ordered[0]: f"{ordered[0]} (worst)"}
+        for rank in ordered[1:-1]:
+            axes.plot(rounds, curves[rank], color=_FAINT, alpha=0.5, marker=marker, markersize=1.5, linewidth=0.8)
+    for number, (rank, label) in enumerate(named.items()):
+        axes.plot(rounds, curves[rank], label=label, marker=marker, markersize=2.5, linewidth=1.4, **_distinct(number))
+    means = [value(line, "evaluate", name) for line in lines]
+    axes.plot(rounds, means, color=_MEAN, label="mean", marker=marker, markersize=3.5, linewidth=2.4)
+    axes.set_ylabel(f"test {name}")
+    axes.legend(title="rank", ncols=2, handlelength=2.6)
+    _finish(axes)
+
+
+def _distinct(number: int) -> dict[str, Any]:
+    dashes = _DASHES[number // len(_COLORS) % len(_DASHES)]
+    return {"color": _COLORS[number % len(_COLORS)], "linestyle": dashes}
 
 
 def _draw_time(axes: Axes, lines: Sequence[Line]) -> None:

@@ -1,0 +1,1 @@
+"""Many runs as one experiment: which there are to be, and what they came to."""
