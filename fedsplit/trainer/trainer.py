@@ -277,7 +277,7 @@ class Trainer:
         self.outcome = record
 
     def _answer(self, task: Task, answer: Answer, local_part: StateDict, local_state: Any) -> None:
-        kept = local_state.state() if isinstance(local_state, Kept) else local_state
+        kept = local_state.state_after(task) if isinstance(local_state, Kept) else local_state
         saved = self._local.save(task._record, task._base, local_part, kept)
         try:
             accepted = self._channel.answer(task._record, answer)
