@@ -40,7 +40,8 @@ class Script:
 
     def trained_lines(self, found: Federation, rank: int) -> int:
         """Return how many lines of training a trainer has printed."""
-        return len(re.findall(r"^(?:train: |step )", found.log(f"model-{rank}"), re.M))
+        # A kill may come between a line and its end.
+        return len(re.findall(r"(?:train:|step) \d+ of", found.log(f"model-{rank}")))
 
 
 # The images are moved at random in processes of their own.
