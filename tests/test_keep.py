@@ -40,13 +40,21 @@ class Script:
             order=self.order,
         )  # fmt: skip
 
+    def draw(self) -> torch.Tensor:
+        """Draw from every generator that there is."""
+        x = torch.randn(8, 3, generator=self.order) + torch.randn(8, 3)
+        return x + self.draws.normal() + random.random() + np.random.rand()
+
     def serve(self, trainer: Trainer) -> None:
         for task in trainer:
             task.load_into(self.model)
             self.kept.restore(task)
+            if task.kind == "evaluate":
+                task.reply(loss=float(self.draw().sum()), num_examples=8)
+                continue
             self.model.train()
             for _ in range(2):
-                x = torch.randn(8, 3, generator=self.order) + self.draws.normal() + random.random() + np.random.rand()
+                x = self.draw()
                 self.optimizer.zero_grad()
                 self.scaler.scale(self.model(x).square().mean()).backward()
                 self.scaler.step(self.optimizer)
@@ -56,11 +64,13 @@ class Script:
             task.reply(self.model, num_examples=8, local_state=self.kept)
 
 
-def rounds(federation: Federation, numbers: range, state: StateDict) -> StateDict:
+def rounds(federation: Federation, numbers: range, state: StateDict, *, evaluations: int = 0) -> StateDict:
     script = Script()
     with federation.script(script.serve, script.model):
         for number in numbers:
-            state = federation.state_of(federation.wait(federation.ask("train", number, state)))
+            state = federation.run("train", number, state)
+            for _ in range(evaluations):
+                federation.run("evaluate", number, state)
     return state
 
 
@@ -71,6 +81,33 @@ def test_a_script_that_is_started_again_goes_on_to_the_same_bits(tmp_path: Path)
     for first in (1, 3, 5):
         state = rounds(federation, range(first, first + 2), state)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_an_evaluation_that_draws_random_numbers_changes_no_training(tmp_path: Path) -> None:
+    """It is not repeated when a trainer is started again: that must come to the same bits."""
+    start = {name: tensor.clone() for name, tensor in own_state(Script().model).items()}
+    expected = rounds(Federation(tmp_path / "without"), range(1, 4), start)
+    found = rounds(Federation(tmp_path / "with"), range(1, 4), start, evaluations=2)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_training_draws_new_numbers_each_round(tmp_path: Path) -> None:
+    draws, kept, federation = [], fedsplit.keep(), Federation(tmp_path)
+
+    def serve(trainer: Trainer) -> None:
+        for task in trainer:
+            kept.restore(task)
+            draws.append(random.random())
+            if task.kind == "train":
+                task.reply(dict(task.state_dict), num_examples=1, local_state=kept)
+            else:
+                task.reply(loss=0.0, num_examples=1)
+
+    with federation.script(serve):
+        for kind, number in (("evaluate", 0), ("train", 1), ("evaluate", 1), ("train", 2)):
+            federation.run(kind, number, {"a": torch.ones(1)})
+    before, first, after, second = draws
+    assert before == first and after == second and first != second
 
 
 def test_when_a_run_begins_again_the_objects_are_what_they_were_at_first() -> None:

@@ -410,6 +410,20 @@ def test_a_loop_that_goes_on_without_a_reply_is_an_error_on_both_sides(federatio
         assert result.status == "error" and "without task.reply() for train, round 3" in result.error["message"]
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_torchs_own_error_over_the_names_of_wrappers_says_what_to_call(federation, wrap):
+    model = wrap(make_net())
+
+    def serve(trainer: Trainer) -> None:
+        for task in trainer:
+            model.load_state_dict(task.state_dict)
+
+    with federation.script(serve, fails=RuntimeError) as raised:
+        result = federation.wait(federation.ask("train", 1, own_state(make_net())))
+    assert "Missing key(s) in state_dict" in str(raised[0]) and "task.load_into(model)" in raised[0].__notes__[0]
+    assert "fedsplit: task.load_into(model) loads what was received" in result.error["traceback"]
+
+
 def test_a_state_that_does_not_fit_is_named_and_changes_nothing(federation):
     model = make_net()
     before = bits(own_state(model))

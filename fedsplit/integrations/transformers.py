@@ -82,6 +82,7 @@ class _Rounds(TrainerCallback):
     def __init__(self, hf_trainer: HuggingFaceTrainer) -> None:
         self._trainer: Any = hf_trainer
         self._steps_before = 0
+        self._random: torch.Tensor | None = None
 
     def begin(self, task: Task) -> None:
         """Prepare for a task. After a restart, or if the server went back, read what was kept with the round before."""
@@ -100,13 +101,17 @@ class _Rounds(TrainerCallback):
             self._steps_before = kept["steps"]
             trainer.optimizer.load_state_dict(kept["optimizer"])
             trainer.lr_scheduler.load_state_dict(kept["scheduler"])
-            torch.set_rng_state(kept["random"])
+            self._random = kept["random"]
+        if self._random is not None:
+            # Evaluations draw random numbers, and are not repeated after a restart.
+            torch.set_rng_state(self._random)
 
     def keep(self, steps: int) -> dict[str, Any]:
         """Return what must outlive the process."""
         self._steps_before += steps
+        self._random = torch.get_rng_state()
         return {
-            "steps": self._steps_before, "random": torch.get_rng_state(),
+            "steps": self._steps_before, "random": self._random,
             "optimizer": self._trainer.optimizer.state_dict(), "scheduler": self._trainer.lr_scheduler.state_dict(),
         }  # fmt: skip
 

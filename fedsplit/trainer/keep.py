@@ -48,26 +48,37 @@ class Kept:
         self._objects = dict(objects)
         # A run may begin again in this process: then the objects must be what they are now.
         self._initial = copy.deepcopy(self.state())
+        # Where the generators have to stand when the next training begins, as far as that is known.
+        self._drawn: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """Return what is kept: the state of each object, and of the global generators of Python, numpy and torch."""
-        objects = self._objects.items()
-        found = {name: each.state_dict() if _has_state(each) else _generator(each) for name, each in objects}
-        generators: dict[str, Any] = {
-            "python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state(),
-        }  # fmt: skip
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            generators["cuda"] = torch.cuda.get_rng_state_all()
-        return {"objects": found, "generators": generators}
+        found = self._generators()
+        found["objects"] |= {name: each.state_dict() for name, each in self._objects.items() if _has_state(each)}
+        return found
+
+    def state_after(self, task: Task) -> dict[str, Any]:
+        """Return what is kept with the answer to a task."""
+        if task.kind == "train":
+            self._drawn = self._generators()
+        return self.state()
 
     def restore(self, task: Task) -> None:
         """Give the objects the state that they had at the end of the round before, if they are not in it.
 
-        To be called for every task, before training.
+        To be called for every task, before training. Generators go back to where the last training left them: an
+        evaluation may have drawn from them since, and it is not repeated when a killed script starts again.
         """
-        if task.kind != "train" or not task.restore:
+        self._drawn = self._drawn or self._generators()
+        if task.kind != "train":
             return
-        saved_state = task.local_state
+        if task.restore:
+            self._load(task.local_state)
+        else:
+            self._set_generators(self._drawn)
+        self._drawn = None
+
+    def _load(self, saved_state: Any) -> None:
         state = self._initial if saved_state is None else saved_state
         if not (isinstance(state, dict) and {"objects", "generators"} <= state.keys()):
             raise UsageError(
@@ -76,14 +87,30 @@ class Kept:
         if missing := self._objects.keys() ^ state["objects"].keys():
             raise UsageError(f"keep(…): the checkpoint and this script do not both have {', '.join(sorted(missing))}")
         for name, each in self._objects.items():
-            saved = copy.deepcopy(state["objects"][name])
-            each.load_state_dict(saved) if _has_state(each) else _set_generator(each, saved)
-        generators = state["generators"]
-        random.setstate(generators["python"])
-        np.random.set_state(generators["numpy"])
-        torch.set_rng_state(generators["torch"])
-        if "cuda" in generators and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(generators["cuda"])
+            if _has_state(each):
+                each.load_state_dict(copy.deepcopy(state["objects"][name]))
+        self._set_generators(state)
+
+    def _generators(self) -> dict[str, Any]:
+        """Return `state` without what is no generator."""
+        named = {name: _generator(each) for name, each in self._objects.items() if not _has_state(each)}
+        of_all: dict[str, Any] = {
+            "python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state(),
+        }  # fmt: skip
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            of_all["cuda"] = torch.cuda.get_rng_state_all()
+        return {"objects": named, "generators": of_all}
+
+    def _set_generators(self, state: Mapping[str, Any]) -> None:
+        for name, each in self._objects.items():
+            if not _has_state(each):
+                _set_generator(each, state["objects"][name])
+        of_all = state["generators"]
+        random.setstate(of_all["python"])
+        np.random.set_state(of_all["numpy"])
+        torch.set_rng_state(of_all["torch"])
+        if "cuda" in of_all and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(of_all["cuda"])
 
 
 def keep(**objects: Any) -> Kept:

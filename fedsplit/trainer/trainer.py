@@ -44,6 +44,13 @@ from fedsplit.trainer.local_state import Base, LocalStates
 
 log = logging.getLogger("fedsplit")
 
+# How torch begins when names do not fit, and what a script may have wanted; Python shows it below torch's own text.
+_NOT_LOADED = "Error(s) in loading state_dict for "
+_LOAD_INTO = (
+    "fedsplit: task.load_into(model) loads what was received, also into a compiled or wrapped model "
+    "(_orig_mod., module.), and leaves the entries that stay local as they are"
+)
+
 # Characters kept at each end of an error's text. Three such texts fit into a record, whatever their characters.
 _HALF = 50_000
 
@@ -188,6 +195,8 @@ class Task:
         if self.answered:
             return
         self.answered = self.failed = True
+        if isinstance(exc, RuntimeError) and str(exc).startswith(_NOT_LOADED):
+            exc.add_note(_LOAD_INTO)
         self._trainer._channel.fail(self._record, _describe(exc), time.monotonic() - self._began)
 
     def should_stop(self) -> bool:
@@ -301,7 +310,7 @@ class Trainer:
         self.outcome = record
 
     def _answer(self, task: Task, answer: Answer, local_part: StateDict, local_state: Any) -> None:
-        kept = local_state.state() if isinstance(local_state, Kept) else local_state
+        kept = local_state.state_after(task) if isinstance(local_state, Kept) else local_state
         saved = self._local.save(task._record, task._base, local_part, kept)
         try:
             accepted = self._channel.answer(task._record, answer)
