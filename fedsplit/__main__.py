@@ -1,4 +1,4 @@
-"""Runs the programs of a federation, looks at a run, and makes files of it; `demo` runs all of them on this machine.
+"""Runs the programs of a federation, one by one or all on this machine; looks at a run, and makes files of it.
 
     python -m fedsplit demo
 
@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsplit import cli
-from fedsplit.commands import checkpoints, client, demo, export, new, plot, report, server, status, trainer
+from fedsplit.commands import checkpoints, client, demo, export, new, plot, report, run, server, status, trainer
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands: a module each, whose docstring is its help and begins with its summary."""
     parser = cli.make_parser(__doc__, "fedsplit" if Path(sys.argv[0]).name == "fedsplit" else "python -m fedsplit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for module in (demo, server, client, trainer, new, status, checkpoints, export, plot, report):
+    for module in (demo, run, server, client, trainer, new, status, checkpoints, export, plot, report):
         name, doc = module.__name__.rpartition(".")[2], str(module.__doc__)
         summary, style = doc.splitlines()[0].rstrip("."), cli.HelpFormatter
         command = commands.add_parser(name, help=summary, description=doc, formatter_class=style, allow_abbrev=False)

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fedsplit.errors import FedSplitError, UsageError
 from fedsplit.exchange.records import Scalar
@@ -47,6 +47,13 @@ def make_parser(doc: str, prog: str) -> argparse.ArgumentParser:
     """Return a parser whose help begins with a docstring."""
     # No abbreviated flags: those that are unique today may not be so in the next release.
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def defaults(add_flags: Callable[[argparse.ArgumentParser], None]) -> dict[str, Any]:
+    """Return what the flags of a program are when none is given, by their names in the namespace."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return vars(parser.parse_args([]))
 
 
 def make_tool(parser: argparse.ArgumentParser, run: Runner) -> None:

@@ -26,13 +26,11 @@ before it exits is enough to go on. The tree::
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 
 class FedSplitError(Exception):
     """Root of every error that fedsplit raises on purpose."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code = 1
 
     def __init_subclass__(cls, exit_code: int | None = None) -> None:
         # A class without a code of its own has its parent's.

@@ -24,7 +24,7 @@ from fedsplit.exchange.records import Request, TaskRecord
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import encode
 
-COMMANDS = ("demo", "server", "client", "trainer", "status", "checkpoints", "export", "plot", "report", "new")
+COMMANDS = ("demo", "run", "server", "client", "trainer", "status", "checkpoints", "export", "plot", "report", "new")
 STATE = {
     "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
     "half": torch.tensor([1.5, -0.0], dtype=torch.bfloat16),

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from fedsplit.__main__ import main
-from fedsplit.commands import demo
+from fedsplit.commands import run
 from fedsplit.commands.status import find_ranks, read_status
 from fedsplit.engines.processes import Child
 from fedsplit.errors import RoleTakenError, RunFailedError
@@ -192,7 +192,7 @@ def test_when_one_cannot_be_started_the_others_are_ended(tmp_path: Path, monkeyp
     children = [Pretended(name, [], tmp_path / name / "log") for name in ("first", "second", "nowhere", "last")]
     for name in ("first", "second", "last"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(demo, "plan", lambda *_: children)
+    monkeypatch.setattr(run, "plan", lambda *_: children)
     places = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--exchange-dir", str(tmp_path / "exchange")]
     with pytest.raises(FileNotFoundError):
         main(["demo", *places])
@@ -202,7 +202,7 @@ def test_when_one_cannot_be_started_the_others_are_ended(tmp_path: Path, monkeyp
 def test_a_run_in_which_no_update_was_accepted_is_a_failure(tmp_path: Path) -> None:
     refused = {**LINE, "accepted": 0, "refused": {"1": "its loss is NaN"}}
     with pytest.raises(RunFailedError, match=r"no update of any trainer was accepted .*rank 1: its loss is NaN"):
-        demo._conclude([refused], Places(tmp_path))
+        run._conclude([refused], Places(tmp_path))
 
 
 # -- child processes, small ones ---------------------------------------------------------------------------------------
@@ -219,14 +219,14 @@ def started_child(name: str, script: str, log: Path) -> Child:
 
 
 def test_a_program_that_ignores_sigint_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_STOP_S", 0.3)
+    monkeypatch.setattr(run, "_STOP_S", 0.3)
     stubborn = started_child("stubborn", STUBBORN, tmp_path / "log")
     try:
         while stubborn.tail() != "ready":
             assert stubborn.is_running
             time.sleep(0.01)
     finally:
-        demo._end([stubborn], [])
+        run._end([stubborn], [])
     assert stubborn.describe_end() == "the stubborn was killed by SIGKILL"
 
 
@@ -239,9 +239,9 @@ def test_the_cause_is_named_before_those_that_followed(tmp_path: Path) -> None:
         while any(child.is_running for child in children):
             time.sleep(0.01)
     finally:
-        demo._end(children, [])
-    failed = demo._watch(children, [])
-    assert demo._explain(failed).splitlines() == [
+        run._end(children, [])
+    failed = run._watch(children, [], lambda _: False, may_stay=False)
+    assert run._explain(failed).splitlines() == [
         f"the program 7 ended with exit code 7; the last lines of its log, {tmp_path}/7.log:",
         "    because",
         "also the program 15 ended with exit code 15",

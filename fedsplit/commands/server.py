@@ -16,7 +16,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsplit import cli
 from fedsplit.errors import UsageError
@@ -24,6 +24,9 @@ from fedsplit.run.directory import Places
 from fedsplit.run.events import event
 from fedsplit.run.history import Line
 from fedsplit.watch.rounds import value
+
+if TYPE_CHECKING:
+    from fedsplit.server.settings import ServerSettings
 
 log = logging.getLogger("fedsplit")
 
@@ -99,14 +102,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the server; returns when the run is over."""
     from fedsplit.engines import embedded, tls
     from fedsplit.engines.assembly import check_trackers, open_server
-    from fedsplit.server.settings import ServerSettings
     from fedsplit.wire.join import read_token
     from fedsplit.wire.protocol import EMBEDDED, SUPERLINK
 
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
-    values: dict[str, Any] = {name: getattr(arguments, name) for name in ServerSettings.__dataclass_fields__}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    settings = ServerSettings(**values)
+    settings = read_settings(arguments)
     check_trackers(settings)
     host, _ = embedded.parse_address(arguments.address)
     certificates = _read_certificates(arguments)
@@ -138,6 +138,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise server.failure
     conclude(server.run.history.lines, arguments.checkpoint_dir, arguments.log_format)
     return 0
+
+
+def read_settings(arguments: argparse.Namespace) -> ServerSettings:
+    """Return the settings that the flags make; raises UsageError for what cannot be."""
+    from fedsplit.server.settings import ServerSettings
+
+    values: dict[str, Any] = {name: getattr(arguments, name) for name in ServerSettings.__dataclass_fields__}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return ServerSettings(**values)
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

@@ -45,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that the demo has too: what is trained, and where clients and trainers meet."""
+    """Add the flags that `run` and `demo` have too: what is trained, and where clients and trainers meet."""
     add = parser.add_argument
     add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
         help="holds rank-K/, shared by client and trainer; a RAM disk such as /dev/shm is fastest")  # fmt: skip

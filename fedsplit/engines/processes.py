@@ -41,8 +41,12 @@ class Child:
         return self._process is not None and self.poll() is None
 
     def start(self, environment: Mapping[str, str]) -> None:
-        """Start it, its log empty, with these environment variables; raises OSError if either cannot be opened."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        """Start it with these environment variables; raises OSError if it or its log cannot be opened.
+
+        Its log is empty then; once it has ended it may be started again, and its log goes on.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if self._process else os.O_TRUNC)
+        self.exit_code = None
         output = None if self.log is None else os.open(self.log, flags, 0o600)
         try:
             self._process = subprocess.Popen(

@@ -11,7 +11,7 @@
 ``….unreadable-1``  ``run.json`` or ``history.jsonl`` as it was when a resumed run could not read all of it
 ==================  ============================================================================================
 
-All of these are in ``<checkpoint_dir>/server/``. The demo keeps the logs of its programs beside it, in ``logs/``.
+All of these are in ``<checkpoint_dir>/server/``. `run` and `demo` keep their programs' logs beside it, in ``logs/``.
 """
 
 from __future__ import annotations
