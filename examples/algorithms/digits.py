@@ -3,7 +3,7 @@
 `Digits` alone is FedAvg (McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 2017, arXiv:1602.05629); every other algorithm is a class that changes its `train`:
 
-    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.digits:Digits \\
+    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.digits:Digits \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 
 Options of all: ``partition`` and ``alpha`` divide the digits among the ranks; ``lr``, ``epochs`` and ``batch-size`` are
@@ -47,7 +47,8 @@ class Digits:
         self._generator = torch.Generator().manual_seed(1000 * context.seed + context.rank)
 
         data = load_data()
-        images, test_images = data.train_images / data.maximum, data.test_images / data.maximum
+        mean, std = data.mean[0], data.std[0]
+        images, test_images = ((each / data.maximum - mean) / std for each in (data.train_images, data.test_images))
         mine, test = rank_indices(data, context, alpha)
         mine = mine[torch.randperm(len(mine), generator=self._generator)]
         own_test, mine = mine[: len(mine) // 5], mine[len(mine) // 5 :]
