@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS, Figure, Options, Programs, scratch_directory
 
 TOPIC = "algorithms"
-RANKS, ROUNDS = 4, 30
+RANKS, ROUNDS = 4, 20
 
 
 @dataclass(frozen=True)

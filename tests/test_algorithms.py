@@ -26,11 +26,14 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from examples.algorithms import digits, lora
-from fedsplit import Update, WorkloadContext
+from fedsplit import EvaluateResult, TrainResult, Update, WorkloadContext
 from fedsplit.aggregation import Split, parse_rules
+from fedsplit.trainer.progress import Progress
 from fedsplit.workloads import create_workload
+from fedsplit.workloads.runner import run_workload
 from tests.bounds import BOUND_S
 from tests.programs import ROOT
+from tests.test_trainer import Federation as HandOff
 from tests.training import end_well, federation
 
 pytestmark = pytest.mark.skipif(not (ROOT / "examples").exists(), reason="a checkout")
@@ -183,7 +186,7 @@ def test_scaffold(server_lr: float) -> None:
 
 
 def test_fednova() -> None:
-    """Wang et al. 2020, equation 6, with a_i of ones: d_i is the mean gradient of a client's tau_i steps."""
+    """Wang et al. 2020, with a_i of ones: d_i is the mean gradient of a client's tau_i steps."""
     ref = Reference("fednova:FedNova", work="uneven", epochs="3")
     x, steps = ref.start, set()
     for sampled in ROUNDS:
@@ -322,6 +325,37 @@ def test_what_is_held_out_is_the_ranks_own_and_is_not_trained_on() -> None:
     assert set(found._own_test[1].tolist()) <= set(found.examples[1].tolist()), "the same mix of classes"
     result = found.evaluate(None)
     assert 0 <= result.metrics["own_accuracy"] <= 1 and result.num_examples == len(found._test[1])
+
+
+class Personal:
+    """Has a number of its own, which grows with each training and is what an evaluation finds."""
+
+    def __init__(self) -> None:
+        self.model, self.own = nn.Linear(1, 1), 0
+
+    def train(self, task: Any) -> TrainResult:
+        self.own += 1
+        return TrainResult(1)
+
+    def evaluate(self, task: Any) -> EvaluateResult:
+        return EvaluateResult(float(self.own), 1)
+
+    def local_state(self) -> dict[str, Any]:
+        return {"own": self.own}
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        self.own = state["own"]
+
+
+def test_a_trainer_that_was_started_again_evaluates_what_is_its_own(tmp_path: Path) -> None:
+    hand_off, state, losses = HandOff(tmp_path), nn.Linear(1, 1).state_dict(), []
+    for tasks in ([("train", 1), ("train", 2)], [("evaluate", 2), ("train", 3), ("evaluate", 3)]):
+        personal = Personal()
+        with hand_off.script(lambda trainer, own=personal: run_workload(trainer, own, Progress(1)), personal.model):
+            for kind, server_round in tasks:
+                result = hand_off.wait(hand_off.ask(kind, server_round, state))
+                losses += [result.loss] if kind == "evaluate" else []
+    assert losses == [2.0, 3.0]
 
 
 # -- the pages ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 `Digits` alone is FedAvg (McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 2017, arXiv:1602.05629); every other algorithm is a class that changes its `train`:
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.digits:Digits \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.digits:Digits \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 
 Options of all: ``partition`` and ``alpha`` divide the digits among the ranks; ``lr``, ``epochs`` and ``batch-size`` are

@@ -2,7 +2,7 @@
 
 Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", 2021 (arXiv:2012.04221), Algorithm 1:
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.ditto:Ditto \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.ditto:Ditto \\
         --workload-option lambda=0.1 --workload-option partition=dirichlet --workload-option alpha=0.1
 
 The personal model is in the local state and never travels. The server's half is FedAvg; any robust rule will do, as

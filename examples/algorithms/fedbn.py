@@ -2,7 +2,7 @@
 
 Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", 2021 (arXiv:2102.07623):
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.fedbn:FedBN \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.fedbn:FedBN \\
         --aggregate "norm*=local" --aggregate fedavg \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 

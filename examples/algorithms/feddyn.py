@@ -2,7 +2,7 @@
 
 Acar et al., "Federated Learning Based on Dynamic Regularization", 2021 (arXiv:2111.04263), Algorithm 1:
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.feddyn:FedDyn \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.feddyn:FedDyn \\
         --aggregate examples.algorithms.feddyn:merge --workload-option strength=0.1 \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 

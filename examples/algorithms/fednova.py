@@ -1,9 +1,9 @@
 """FedNova: ranks may train for different numbers of steps, and none pulls the mean its way by taking more of them.
 
 Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", 2020
-(arXiv:2007.07481), equation 6 with plain SGD, for which ||a_i||_1 is the number of steps:
+(arXiv:2007.07481), with plain SGD, for which the paper's ||a_i||_1 is the number of steps:
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.fednova:FedNova \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.fednova:FedNova \\
         --aggregate examples.algorithms.fednova:merge \\
         --workload-option work=uneven --workload-option partition=dirichlet --workload-option alpha=0.1
 

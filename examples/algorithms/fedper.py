@@ -3,14 +3,14 @@
 FedPer shares the features and keeps the classifier (Arivazhagan et al., "Federated Learning with Personalization
 Layers", 2019, arXiv:1912.00818, Algorithms 1 and 2):
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.fedper:FedPer \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.fedper:FedPer \\
         --aggregate "classifier.*=local" --aggregate fedavg \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 
 LG-FedAvg is the other way round (Liang et al., "Think Locally, Act Globally: Federated Learning with Local and Global
 Representations", 2020, arXiv:2001.01523):
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.fedper:FedPer \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.fedper:FedPer \\
         --aggregate "features.*=local" --aggregate fedavg \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 

@@ -2,12 +2,12 @@
 
 Li et al., "Federated Optimization in Heterogeneous Networks", 2020 (arXiv:1812.06127), Algorithm 2:
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.fedprox:FedProx \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.fedprox:FedProx \\
         --workload-option mu=0.1 --workload-option partition=dirichlet --workload-option alpha=0.1
 
 The server's half is FedAvg. The shipped workloads have it as an option, without this file:
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload digits --workload-option proximal=0.1
+    python -m fedsplit run --ranks 4 --rounds 20 --workload digits --workload-option proximal=0.1
 """
 
 from __future__ import annotations

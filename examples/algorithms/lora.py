@@ -3,7 +3,7 @@
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv:2106.09685), averaged as by Zhang et al.,
 "Towards Building the Federated GPT: Federated Instruction Tuning", 2023 (arXiv:2305.05644):
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.lora:Lora \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.lora:Lora \\
         --aggregate "*lora_*=fedavg" --aggregate "*=local" \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 

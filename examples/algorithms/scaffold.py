@@ -3,7 +3,7 @@
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", 2020 (arXiv:1910.06378),
 Algorithm 1 with option II:
 
-    python -m fedsplit run --ranks 4 --rounds 30 --workload examples.algorithms.scaffold:Scaffold \\
+    python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.scaffold:Scaffold \\
         --aggregate "examples.algorithms.scaffold:merge(server_lr=1.0)" \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 
