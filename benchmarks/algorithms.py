@@ -50,6 +50,7 @@ ALGORITHMS = (
     Algorithm("FedAvg, uneven work", "digits:Digits", options=("work=uneven",)),
     Algorithm("FedNova, uneven work", "fednova:FedNova", (f"{HERE}.fednova:merge",), ("work=uneven",)),
     Algorithm("Ditto", "ditto:Ditto"),
+    Algorithm("FedAvg, BatchNorm", "fedbn:FedBN"),
     Algorithm("FedBN", "fedbn:FedBN", ("norm*=local", "fedavg")),
     Algorithm("FedPer", "fedper:FedPer", ("classifier.*=local", "fedavg")),
     Algorithm("LG-FedAvg", "fedper:FedPer", ("features.*=local", "fedavg")),

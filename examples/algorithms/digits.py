@@ -62,9 +62,9 @@ class Digits:
     def train(self, task: Any) -> TrainResult:
         return self.result(self.descend(task, self.model))
 
-    def result(self, steps: int, **more: Any) -> TrainResult:
-        """Say how many examples and steps there were; `more` is that of a `TrainResult`."""
-        return TrainResult(len(self.examples[1]), {"steps": steps, **more.pop("metrics", {})}, **more)
+    def result(self, steps: int, extra: dict[str, Tensor] | None = None, **metrics: float) -> TrainResult:
+        """Say how many examples and steps there were, and what else the server's rule needs."""
+        return TrainResult(len(self.examples[1]), {"steps": steps, **metrics}, extra or {})
 
     def descend(self, task: Any, model: nn.Module, correction: Correction = lambda name, w: 0.0) -> int:
         """Train a model, w -= lr * (gradient + correction(name, w)), for a round's batches; returns their number."""

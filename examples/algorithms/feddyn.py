@@ -33,7 +33,7 @@ class FedDyn(Digits):
         steps = self.descend(task, self.model, lambda name, w: alpha * (w - start[name]) - gradient[name])
         end = snapshot(self.model)
         self._gradient = {name: gradient[name] - alpha * (end[name] - start[name]) for name in end}
-        return self.result(steps, metrics={"strength": alpha})
+        return self.result(steps, strength=alpha)
 
     def local_state(self) -> dict[str, Any]:
         return {**super().local_state(), "gradient": self._gradient}
