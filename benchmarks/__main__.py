@@ -3,6 +3,7 @@
     make bench                                        all of it, half an hour on two cores
     python -m benchmarks --quick                      fewer repeats
     python -m benchmarks round merge                  only these topics
+    python -m benchmarks algorithms                   examples/algorithms; a quarter of an hour, only if named
 
 Exit code 0 also where a target is missed: the table says so, and a busy machine is no fault of the code's.
 """
@@ -21,18 +22,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import handoff, large, limits, memory, merge, noticing, rounds, scaling, startup, superlink
-from benchmarks.common import ROOT, Figure, Options, machine, spread
+from benchmarks import algorithms, handoff, large, limits, memory, merge, noticing, rounds, scaling, startup, superlink
+from benchmarks.common import RESULTS, Figure, Options, machine, spread
 
 MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, superlink, large)
-TOPICS = {module.TOPIC: module for module in MODULES}
-RESULTS = ROOT / "benchmarks" / "results"
+USUAL = {module.TOPIC: module for module in MODULES}
+# Accuracies are no figures of this project's speed.
+TOPICS = {**USUAL, algorithms.TOPIC: algorithms}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("topics", nargs="*", metavar="TOPIC", help=f"any of {', '.join(TOPICS)} (default: all)")
+    parser.add_argument(
+        "topics", nargs="*", metavar="TOPIC", help=f"any of {', '.join(TOPICS)} (default: all but algorithms)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs; the figures mean nothing")
     parser.add_argument("--large", action="store_true", help="also 1.5 GB in messages and 4 GB by reference")
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = machine()
     path = arguments.output or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for topic in arguments.topics or TOPICS:
+    for topic in arguments.topics or USUAL:
         console.print(f"measuring {topic} …", style="dim")
         began = time.monotonic()
         try:

@@ -28,6 +28,7 @@ from typing import Any
 from fedsplit.engines.processes import free_port as free_port
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 # Peaks and processor time only grow: looking often would only take time from what is measured.
 _WATCH_S = 0.1
 # Flower calls home unless it is told not to; the interpreter finds this package from anywhere.

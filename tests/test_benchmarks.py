@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import algorithms
 from benchmarks.common import Figure, periods, spread, stamp
 from tests.bounds import BOUND_S
 
@@ -45,6 +46,14 @@ def test_the_first_round_warms_up_and_is_not_counted(tmp_path):
     assert periods(tmp_path / "stamps-1") == [0.5, 2.0]
     stamp(tmp_path, 2)
     assert periods(tmp_path / "stamps-2") == []
+
+
+def test_the_table_of_algorithms_has_mean_and_deviation_and_bytes():
+    runs = [algorithms.Outcome(accuracy, accuracy + 1, 56_000.0, 112_000.0) for accuracy in (80.0, 82.0, 84.0)]
+    table = algorithms.markdown({("FedAvg", 0.1): runs, ("Ditto", 0.1): runs[:1]}).splitlines()
+    assert table[0] == "| algorithm | accuracy, alpha 0.1 | own accuracy, alpha 0.1 | up | down |"
+    assert table[2] == "| FedAvg | 82.0 ± 2.0 | 83.0 ± 2.0 | 56.0 kB | 112.0 kB |"
+    assert table[3] == "| Ditto | 80.0 | 81.0 | 56.0 kB | 112.0 kB |"
 
 
 @pytest.mark.slow

@@ -47,14 +47,15 @@ def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> No
 
 def _answer(task: Task, workload: Workload, initial: Any) -> None:
     task.load_into(workload.model)
+    stateful = workload if isinstance(workload, StatefulWorkload) else None
+    # For an evaluation too: a personal model is evaluated as it was left.
+    if stateful and task.restore:
+        stateful.load_local_state(copy.deepcopy(initial) if task.local_state is None else task.local_state)
     if task.kind == "evaluate":
         found = workload.evaluate(task)
         task.reply(loss=found.loss, num_examples=found.num_examples, metrics=found.metrics)
         log.info("round %d: evaluated%s", task.server_round, _format({"loss": found.loss, **found.metrics}))
         return
-    stateful = workload if isinstance(workload, StatefulWorkload) else None
-    if stateful and task.restore:
-        stateful.load_local_state(copy.deepcopy(initial) if task.local_state is None else task.local_state)
     trained = workload.train(task)
     state = stateful.local_state() if stateful else None
     task.reply(
