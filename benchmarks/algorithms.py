@@ -51,7 +51,7 @@ ALGORITHMS = (
     Algorithm("FedNova, uneven work", "fednova:FedNova", (f"{HERE}.fednova:merge",), ("work=uneven",)),
     Algorithm("Ditto", "ditto:Ditto"),
     Algorithm("FedAvg, BatchNorm", "fedbn:FedBN"),
-    Algorithm("FedBN", "fedbn:FedBN", ("norm*=local", "fedavg")),
+    Algorithm("FedBN", "fedbn:FedBN", ("<*BatchNorm*>=local", "fedavg")),
     Algorithm("FedPer", "fedper:FedPer", ("classifier.*=local", "fedavg")),
     Algorithm("LG-FedAvg", "fedper:FedPer", ("features.*=local", "fedavg")),
     Algorithm("LoRA only", "lora:Lora", ("*lora_*=fedavg", "*=local")),

@@ -3,7 +3,7 @@
 Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", 2021 (arXiv:2102.07623):
 
     python -m fedsplit run --ranks 4 --rounds 20 --workload examples.algorithms.fedbn:FedBN \\
-        --aggregate "norm*=local" --aggregate fedavg \\
+        --aggregate "<*BatchNorm*>=local" --aggregate fedavg \\
         --workload-option partition=dirichlet --workload-option alpha=0.1
 
 Training is FedAvg's, and the server's half is a flag: the patterns name the layers. What is local never travels, and is
