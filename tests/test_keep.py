@@ -91,6 +91,28 @@ def test_an_evaluation_that_draws_random_numbers_changes_no_training(tmp_path: P
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_script_that_is_started_again_evaluates_with_what_it_kept(tmp_path: Path) -> None:
+    federation, losses = Federation(tmp_path), []
+
+    def serve(trainer: Trainer) -> None:
+        personal = nn.Linear(1, 1)
+        nn.init.zeros_(personal.weight)
+        kept = fedsplit.keep(personal=personal)
+        for task in trainer:
+            kept.restore(task)
+            if task.kind == "train":
+                nn.init.ones_(personal.weight)
+                task.reply(dict(task.state_dict), num_examples=1, local_state=kept)
+            else:
+                losses.append(personal.weight.item())
+                task.reply(loss=0.0, num_examples=1)
+
+    for kind in ("train", "evaluate"):
+        with federation.script(serve):
+            federation.run(kind, 1, {"a": torch.ones(1)})
+    assert losses == [1.0]
+
+
 def test_training_draws_new_numbers_each_round(tmp_path: Path) -> None:
     draws, kept, federation = [], fedsplit.keep(), Federation(tmp_path)
 
@@ -131,6 +153,25 @@ def test_a_checkpoint_with_other_objects_is_refused() -> None:
     task: Any = SimpleNamespace(kind="train", restore=True, local_state=other)
     with pytest.raises(UsageError, match="do not both have draws, ema, optimizer, order, scheduler"):
         Script().kept.restore(task)
+
+
+def test_an_answer_without_what_was_kept_is_told_of_and_one_that_failed_is_not() -> None:
+    model = nn.Linear(1, 1)
+    kept = fedsplit.keep(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with Trainer(rank=1, model=model, standalone=True, standalone_rounds=4) as trainer:
+        for task in trainer:
+            if task.kind == "evaluate":
+                task.reply(loss=0.0, num_examples=1)
+            elif task.server_round == 1:
+                kept.restore(task)
+                task.fail(ValueError("of the script's own"))
+            elif task.server_round < 4:
+                kept.restore(task)
+                task.reply(model, num_examples=1, local_state=kept if task.server_round == 2 else None)
+            else:
+                with pytest.raises(UsageError, match="round 3 was answered without what keep"):
+                    kept.restore(task)
+                task.reply(model, num_examples=1)
 
 
 def test_a_local_state_that_was_made_by_hand_is_refused() -> None:

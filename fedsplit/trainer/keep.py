@@ -50,6 +50,8 @@ class Kept:
         self._initial = copy.deepcopy(self.state())
         # Where the generators have to stand when the next training begins, as far as that is known.
         self._drawn: dict[str, Any] | None = None
+        # The training whose answer this has to go along with.
+        self._begun: Task | None = None
 
     def state(self) -> dict[str, Any]:
         """Return what is kept: the state of each object, and of the global generators of Python, numpy and torch."""
@@ -60,18 +62,28 @@ class Kept:
     def state_after(self, task: Task) -> dict[str, Any]:
         """Return what is kept with the answer to a task."""
         if task.kind == "train":
-            self._drawn = self._generators()
+            self._drawn, self._begun = self._generators(), None
         return self.state()
 
     def restore(self, task: Task) -> None:
         """Give the objects the state that they had at the end of the round before, if they are not in it.
 
-        To be called for every task, before training. Generators go back to where the last training left them: an
+        To be called for every task, before its work. Generators go back to where the last training left them: an
         evaluation may have drawn from them since, and it is not repeated when a killed script starts again.
         """
         self._drawn = self._drawn or self._generators()
         if task.kind != "train":
+            # A personal model is evaluated as it was left.
+            if task.restore:
+                self._load(task.local_state)
+                self._drawn = self._generators()
             return
+        if self._begun and self._begun.answered and not self._begun.failed:
+            raise UsageError(
+                f"round {self._begun.server_round} was answered without what keep() gathered, so nothing could go on "
+                "from it; say task.reply(model, ..., local_state=kept)"
+            )
+        self._begun = task
         if task.restore:
             self._load(task.local_state)
         else:
