@@ -3,7 +3,7 @@
     python -m fedsplit run --ranks 10 --rounds 5 --workload mnist
     python -m fedsplit run --ranks 10 --rounds 5 --gpus 2 -- python train.py --rank {rank}
 
-It takes every flag of the server; --address is a free port and --min-clients is --ranks, unless they are given.
+It takes every flag of the server.
 
 The command after -- is started for each rank in place of `python -m fedsplit trainer`. {rank}, {ranks}, {exchange_dir}
 and {checkpoint_dir} in it are filled in; `python` is the one that runs this. The script must use the exchange
@@ -39,12 +39,25 @@ from fedsplit.run.history import Line, read_history
 from fedsplit.watch.rounds import refusals
 
 
+class _Default:
+    """A default that is found later: false, and a text in the help."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __bool__(self) -> bool:
+        return False
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags, and what is run."""
     add = parser.add_argument
     add("--ranks", type=cli.positive_int, default=2, metavar="N", help="how many clients, each with its trainer")
     add("--gpus", type=gpus, default=[], metavar="N|ID,ID…",
-        help="GPUs for the trainers, one each, in turns: how many, or which, as in 0,1,3 (one alone: 3,)")  # fmt: skip
+        help="deal GPUs to the trainers in turns: how many, or which: 0,1,3 or 3, (default: all see all)")  # fmt: skip
     add("--restart", type=cli.natural, default=0, metavar="N",
         help="how often each program that dies is started again; a killed server goes on with its run")  # fmt: skip
     add("--logs", action="store_true",
@@ -52,7 +65,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("script", nargs="*", metavar="-- COMMAND", help="the trainer of each rank, with {rank} in it (default: ours)")
     trainer.add_workload(parser)
     server.add_flags(parser)
-    parser.set_defaults(run=run, program="fedsplit", address=None, min_clients=None)
+    parser.set_defaults(
+        run=run, program="fedsplit", address=_Default("a free port of 127.0.0.1"), min_clients=_Default("--ranks")
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
