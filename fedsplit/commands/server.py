@@ -23,6 +23,7 @@ from fedsplit.errors import UsageError
 from fedsplit.run.directory import Places
 from fedsplit.run.events import event
 from fedsplit.run.history import Line
+from fedsplit.server.settings import SPLIT_LEARNING
 from fedsplit.watch.rounds import value
 
 log = logging.getLogger("fedsplit")
@@ -69,6 +70,12 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
     add("--strategy", metavar="CLASS",
         help="let a Flower strategy choose the clients and merge, instead of --aggregate: package.module:Class, or a "
         "class of flwr.server.strategy, with parameters as in 'FedAdam(eta=0.01)' (default: none)")  # fmt: skip
+    add("--split-learning", choices=SPLIT_LEARNING, metavar="MODE",
+        help="the model is cut: its upper part trains beside this server, in a trainer started with --part upper. "
+        "sfl-v1: a copy of it for each rank, merged each round; sfl-v2: one for all ranks, a batch of each in turn; "
+        "sequential: one rank after the other (default: the model is whole)")  # fmt: skip
+    add("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
+        help="with --split-learning: holds upper/, shared with the trainer of the upper part")  # fmt: skip
     add("--train-config", action="append", type=cli.key_scalar, default=[], metavar="KEY=VALUE",
         help="reaches every trainer in task.config; repeatable")  # fmt: skip
     add("--round-timeout", type=cli.seconds, metavar="S",

@@ -1,0 +1,133 @@
+"""The trainer of the upper part, beside the server: activations come in, their gradients go out.
+
+One upper part serves all ranks (``sfl-v2``, ``sequential``), or each rank has a copy of its own for the length of a
+round (``sfl-v1``): every step names its ``owner``, 0 for all ranks. Each owner has an optimizer, which lives on from
+round to round and is kept in the trainer's checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from fedsplit.split_learning.cut import Parts
+from fedsplit.split_learning.workload import SplitWorkload, measured
+from fedsplit.states.state_dict import StateDict, own_state
+from fedsplit.trainer.progress import Progress
+from fedsplit.trainer.remote import Given
+from fedsplit.trainer.trainer import Task, Trainer
+from fedsplit.workloads.runner import run_tasks
+
+# What a step may want of the upper part. `END` ends a task.
+END = "end"
+
+
+def run_upper(trainer: Trainer, workload: SplitWorkload, parts: Parts, progress: Progress) -> None:
+    """Answer every task of a run with the upper part; see `run_tasks`."""
+    run_tasks(trainer, progress, UpperPart(workload, parts).answer)
+
+
+class UpperPart:
+    """Answers tasks with the upper part, which is cut off from the model in `parts`."""
+
+    def __init__(self, workload: SplitWorkload, parts: Parts) -> None:
+        self._workload = workload
+        # What the state is loaded into, and what evaluates it; each owner trains a copy.
+        self._model = parts.beyond()
+        self._owners: dict[int, _Owner] = {}
+
+    def answer(self, task: Task) -> None:
+        """Do the steps of a task until the server ends it, and reply with each owner's state."""
+        task.load_into(self._model)
+        training = task.kind == "train"
+        if training and task.restore:
+            self._restore(task.local_state or {})
+        taken: dict[int, _Owner] = {}
+        given, steps = task.hand_over(), 0
+        while given.numbers["what"] != END:
+            number = int(given.numbers["owner"])
+            if training:
+                if number not in taken:
+                    taken[number] = self._owner(number)
+                    taken[number].begin(self._model)
+                given = task.hand_over(*taken[number].step(given))
+            else:
+                given = task.hand_over(*self._evaluate(given))
+            steps += 1
+        if not training:
+            task.reply(loss=0.0, num_examples=0)
+            return
+        state = {f"{number}/{name}": each for number, owner in taken.items() for name, each in owner.state().items()}
+        kept = {str(number): owner.optimizer.state_dict() for number, owner in self._owners.items()}
+        task.reply(state, num_examples=0, metrics={"steps": steps}, local_state=copy.deepcopy(kept))
+
+    def _owner(self, number: int) -> _Owner:
+        if number not in self._owners:
+            self._owners[number] = _Owner(self._workload, copy.deepcopy(self._model))
+        return self._owners[number]
+
+    def _restore(self, kept: dict[str, Any]) -> None:
+        """Go on from what the optimizers were at the end of the round before."""
+        self._owners.clear()
+        for number, state in kept.items():
+            self._owner(int(number)).optimizer.load_state_dict(state)
+
+    @torch.no_grad()
+    def _evaluate(self, given: Given) -> tuple[StateDict, dict[str, float]]:
+        self._model.eval()
+        device = next(self._model.parameters()).device
+        output = self._model["upper"](given.tensors["activations"].to(device))  # type: ignore[index]
+        if given.numbers["what"] == "forward":
+            return {"output": output}, {}
+        targets = given.tensors["targets"].to(device)
+        return {}, {"loss": self._workload.loss(output, targets).item(), **measured(self._workload, output, targets)}
+
+
+class _Owner:
+    """An upper part in training: a copy of it, and its optimizer."""
+
+    def __init__(self, workload: SplitWorkload, model: torch.nn.Module) -> None:
+        self._workload, self._model = workload, model
+        self.optimizer = workload.optimizer(model)
+        # Between the two halves of a step of a U-shaped model.
+        self._waiting: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def begin(self, model: torch.nn.Module) -> None:
+        """Start a round from a state."""
+        self._model.load_state_dict(model.state_dict())
+        self._model.train()
+
+    def state(self) -> StateDict:
+        """Return the state that it has come to."""
+        return own_state(self._model)
+
+    def step(self, given: Given) -> tuple[StateDict, dict[str, float]]:
+        """Do a step, or half a step of a U-shaped model: returns tensors and numbers for the rank."""
+        tensors, device = given.tensors, next(self._model.parameters()).device
+        if given.numbers["what"] == "backward":
+            if self._waiting is None:
+                raise ValueError("a gradient came back for no activations")
+            (activations, output), self._waiting = self._waiting, None
+            return self._train(activations, output, tensors["gradient"].to(device)), {}
+        # The generator is the rank's: what is drawn here is what the whole model would draw.
+        if (state := tensors.get("generator")) is not None:
+            torch.set_rng_state(state.clone())
+        activations = tensors["activations"].to(device).requires_grad_()
+        output = self._model["upper"](activations)  # type: ignore[index]
+        generator = {} if state is None else {"generator": torch.get_rng_state()}
+        if given.numbers["what"] == "forward":
+            self._waiting = (activations, output)
+            return {"output": output.detach(), **generator}, {}
+        targets = tensors["targets"].to(device)
+        loss = self._workload.loss(output, targets)
+        numbers = {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}
+        return {**self._train(activations, loss, None), **generator}, numbers
+
+    def _train(self, activations: torch.Tensor, end: torch.Tensor, gradient: torch.Tensor | None) -> StateDict:
+        self.optimizer.zero_grad()
+        end.backward(gradient)  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        assert activations.grad is not None
+        return {"gradient": activations.grad}
