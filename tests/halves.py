@@ -30,7 +30,7 @@ from fedsplit.split_learning.lower import LowerPart
 from fedsplit.split_learning.upper import run_upper
 from fedsplit.states.state_dict import map_file
 from fedsplit.trainer.progress import Progress
-from fedsplit.trainer.trainer import Task, Trainer
+from fedsplit.trainer.trainer import Trainer
 from fedsplit.wire.protocol import EMBEDDED
 from fedsplit.workloads import WorkloadContext
 from fedsplit.workloads.runner import run_workload
@@ -122,6 +122,8 @@ class Halves:
     kills: set[tuple[int | str, int]] = field(default_factory=set)
     errors: list[BaseException] = field(default_factory=list)
     by_reference: bool = True
+    whole_model: bool = False
+    _making: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> State:
         """Run all rounds; returns the last state under the whole model's names."""
@@ -167,14 +169,17 @@ class Halves:
 
     def _start(self, place: int | str) -> None:
         rank = 1 if place == "upper" else int(place)
-        workload = self.make(rank)
-        parts = parts_of(workload, self.cut, self.tail)
         run: Callable[..., None]
-        if place == "upper":
-            model, run = parts.beyond(), partial(run_upper, workload=workload, parts=parts)
-        else:
-            lower = LowerPart(workload, parts, WorkloadContext(rank=rank, num_partitions=self.ranks))
-            model, run = lower.model, partial(run_workload, workload=lower)
+        with self._making:  # torch's generator is that of the process
+            workload = self.make(rank)
+            parts = parts_of(workload, self.cut, self.tail)
+            if place == "upper":
+                model, run = parts.beyond(), partial(run_upper, workload=workload, parts=parts)
+            elif self.whole_model:
+                model, run = workload.model, partial(run_workload, workload=workload)
+            else:
+                lower = LowerPart(workload, parts, WorkloadContext(rank=rank, num_partitions=self.ranks))
+                model, run = lower.model, partial(run_workload, workload=lower)
         trainer = Trainer(
             place, model, exchange_dir=self.directory / "exchange", checkpoint_dir=self.directory / "checkpoints"
         )  # type: ignore[arg-type]

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from fedsplit.engines.assembly import open_server
+from fedsplit.errors import RunFailedError, UsageError, WorkloadError
+from fedsplit.server.settings import ServerSettings
+from fedsplit.split_learning.cut import parts_of
+from fedsplit.split_learning.order import Order
+from fedsplit.split_learning.workload import create_split_workload
+from fedsplit.trainer.trainer import Trainer
+from fedsplit.wire.protocol import EMBEDDED, SUPERLINK
+from fedsplit.workloads import WorkloadContext
 from tests.halves import Halves, Small, State, unsplit
 
 MODES = ["sfl-v1", "sfl-v2", "sequential"]
@@ -22,3 +35,184 @@ def same(found: State, expected: State) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_parts_come_to_what_the_whole_model_does_in_the_same_order(mode: str, tmp_path: Path) -> None:
     same(Halves(tmp_path, mode).run(), unsplit(mode))
+
+
+# The names after which the model is cut, and how many of its modules are in front.
+CUTS = {"0": 1, "1": 2, "2": 3, "3": 4}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_with_one_rank_it_is_ordinary_training_with_dropout_and_batch_norm(cut: str, tmp_path: Path) -> None:
+    make = partial(Small, dropout=0.3)
+    same(
+        Halves(tmp_path, "sfl-v1", ranks=1, cut=cut, make=make).run(),
+        unsplit("sfl-v1", ranks=1, cut=CUTS[cut], make=make),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_u_shaped_it_comes_to_the_same(mode: str, tmp_path: Path) -> None:
+    same(Halves(tmp_path, mode, cut="0", tail="3").run(), unsplit(mode, cut=1, tail=4))
+
+
+def test_where_payloads_travel_in_messages_it_comes_to_the_same(tmp_path: Path) -> None:
+    same(Halves(tmp_path, "sfl-v2", by_reference=False).run(), unsplit("sfl-v2"))
+
+
+def test_a_trainer_that_is_killed_between_steps_changes_nothing(tmp_path: Path) -> None:
+    """Each answer of a trainer is one that it may not live to give; a rank gives 4 or 5 a round, the upper one 9."""
+    kills: set[tuple[int | str, int]] = {(1, 3), (2, 2), (2, 4), ("upper", 4), ("upper", 9)}
+    halves = Halves(tmp_path, "sfl-v2", kills=kills)
+    same(halves.run(), unsplit("sfl-v2"))
+
+
+@pytest.mark.parametrize("mode", ["sfl-v1", "sequential"])
+def test_in_the_other_modes_neither(mode: str, tmp_path: Path) -> None:
+    same(
+        Halves(tmp_path, mode, kills={(1, 3), (2, 3), ("upper", 5)}, cut="0", tail="3").run(),
+        unsplit(mode, cut=1, tail=4),
+    )
+
+
+def test_what_differs_when_a_step_is_done_again_is_an_error_that_names_rank_and_step(tmp_path: Path) -> None:
+    class Drifting(Small):
+        """Draws from a generator that nobody keeps."""
+
+        def batches(self, task: object) -> object:
+            for inputs, targets in super().batches(task):
+                yield inputs + torch.rand(1), targets
+
+    halves = Halves(tmp_path, "sfl-v2", ranks=1, rounds=1, make=Drifting, kills={(1, 4)})
+    with pytest.raises(RunFailedError, match=r"rank 1 did step 0 of train, round 1, again and gave other values"):
+        halves.run()
+
+
+def test_the_history_has_the_steps_and_their_bytes(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v2")
+    halves.run()
+    for line in halves.history:
+        split = line["split"]
+        assert (split["mode"], split["steps"]) == ("sfl-v2", 7)
+        # With each batch activations of 4 x 8 numbers and 4 targets; gradients of that size; each time a header.
+        assert 0 < split["bytes_up"] - 7 * (4 * 8 * 4 + 4 * 8) < 7 * 400
+        assert 0 < split["bytes_down"] - 7 * 4 * 8 * 4 < 7 * 200
+        assert set(line["evaluate"]) == {"loss", "accuracy"}
+    left = [path.name for path in (tmp_path / "checkpoints" / "server" / "payloads").glob("*")]
+    assert len(left) <= 1, left
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cut", "tail", "says"), [
+    ("features.9", None, "cannot be cut there; it can be after features.0, features.1, features.2"),
+    ("classifier.3", None, "--cut classifier.3: the model cannot be cut there"),
+    ("features.2", "features.1", "--tail features.1: the model cannot be cut there; it can be after features.3"),
+    (None, None, "--cut NAME says after which module the model is cut; there are features.0"),
+    ("features", "classifier.1", None),
+])  # fmt: skip
+def test_a_wrong_cut_says_which_there_are(cut: str | None, tail: str | None, says: str | None) -> None:
+    from fedsplit.workloads.image import small_conv_net
+
+    workload = SimpleNamespace(model=small_conv_net(8))
+    if says is None:
+        parts = parts_of(workload, cut, tail)
+        names = [*parts.lower.state_dict(), *parts.upper.state_dict(), *(parts.tail or nn.Module()).state_dict()]
+        assert names == list(workload.model.state_dict()), "the parts have the names of the whole"
+        return
+    with pytest.raises(UsageError, match=re.escape(says)):
+        parts_of(workload, cut, tail)
+
+
+def test_what_cannot_be_cut_says_why() -> None:
+    with pytest.raises(WorkloadError, match=r"is a Linear, and only an nn\.Sequential can be cut by name"):
+        parts_of(SimpleNamespace(model=nn.Linear(2, 2)), "0", None)
+    with pytest.raises(UsageError, match="the part of the model beside the server has no weights to train"):
+        parts_of(SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2), nn.ReLU())), "0", None)
+    tied = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"'lower.0.weight' and 'upper.2.weight' are one tensor"):
+        parts_of(SimpleNamespace(model=nn.Sequential(tied, nn.ReLU(), tied)), "0", None)
+    with pytest.raises(WorkloadError, match=r"lacks loss\(output, target\), batches\(task\), optimizer\(module\)"):
+        create_split_workload(f"{__name__}:nothing", WorkloadContext(rank=1), cut="0", tail=None)
+
+
+def nothing(context: WorkloadContext) -> object:
+    return SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+def test_what_split_learning_cannot_go_with_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for settings, engine, says in [
+        ({}, SUPERLINK, "--engine embedded only"),
+        ({"payload_store": "memory://x"}, EMBEDDED, "--payload-store auto or none"),
+    ]:  # fmt: skip
+        split = ServerSettings(split_learning="sfl-v1", checkpoint_dir=tmp_path, exchange_dir=tmp_path, **settings)
+        with pytest.raises(UsageError, match=re.escape(says)), open_server(split, engine):
+            """Not reached."""
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="--split-learning v3: expected one of sfl-v1, sfl-v2, sequential"):
+        ServerSettings(split_learning="v3")
+
+
+def test_an_upper_part_cannot_be_local(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v1", settings={"aggregate": ("upper.4.*=local", "fedavg")})
+    with pytest.raises(UsageError, match=r"'upper.4.weight', 'upper.4.bias' cannot be local"):
+        halves.run()
+
+
+def test_a_trainer_with_the_whole_model_is_told_how_to_start(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v1")
+    halves.whole_model = True
+    with pytest.raises(RunFailedError, match="start them with --cut NAME, or with --part lower"):
+        halves.run()
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lower_part_may_have_local_entries_and_a_rule_of_its_own(tmp_path: Path) -> None:
+    """BatchNorm stays with each rank; what is merged is as ever the first rank's and the second's."""
+    rules = {"aggregate": ("lower.1.*=local", "upper.*=median", "fedavg")}
+    found = Halves(tmp_path, "sfl-v1", settings=rules).run()
+    assert not [name for name in found if name.startswith("1.")] and "0.weight" in found and "4.weight" in found
+
+
+def test_what_one_rank_sends_wrong_costs_it_its_round_and_nobody_else(tmp_path: Path) -> None:
+    class Wrong(Small):
+        """Of rank 2 the targets are no classes."""
+
+        def batches(self, task: Any) -> Any:
+            for inputs, targets in super().batches(task):
+                yield inputs, targets + (99 if len(self._targets) == 16 else 0)
+
+    halves = Halves(tmp_path, "sfl-v1", rounds=1, make=Wrong)
+    halves.run()
+    (line,) = halves.history
+    assert list(line["clients"]) == ["1"] and line["merged"]
+    assert "the trainer of the upper part could not do its step: IndexError" in line["refused"]["2"]
+
+
+def test_a_rank_has_its_turn_once_in_each_turn_and_the_order_is_the_seeds() -> None:
+    def passed(mode: str, counts: dict[int, int], seed: str) -> list[int]:
+        order, left, found = Order(mode, list(counts), seed), dict(counts), []
+        while left:
+            (rank,) = [rank for rank in left if order._may(rank)]
+            if left[rank]:
+                found.append(rank)
+                left[rank] -= 1
+                order.done(rank)
+            else:
+                del left[rank]
+                assert order.leave(rank) == (not left)
+        return found
+
+    counts = {1: 3, 2: 5, 3: 1}
+    first = passed("sfl-v2", counts, "7/1")
+    assert first == passed("sfl-v2", counts, "7/1") and sorted(first[:3]) == [1, 2, 3] and sorted(first[3:5]) == [1, 2]
+    assert len({tuple(passed("sfl-v2", counts, f"{seed}/1")) for seed in range(20)}) > 1
+    assert passed("sequential", counts, "7/1") == [1] * 3 + [2] * 5 + [3]
+
+
+def test_without_split_learning_there_is_no_other_half() -> None:
+    with Trainer(1, nn.Linear(2, 2), standalone=True) as trainer, pytest.raises(UsageError, match="--split-learning"):
+        for task in trainer:
+            task.remote(torch.zeros(1, 2), torch.zeros(1))

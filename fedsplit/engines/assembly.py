@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +36,11 @@ def open_server(
     from fedsplit.disk.remote_store import open_remote
     from fedsplit.run.directory import Run
     from fedsplit.server.server import Server, make_strategy
-    from fedsplit.split_learning.attach import UpperHalf, check_engine
+    from fedsplit.split_learning.attach import UpperHalf
     from fedsplit.watch.attach import watching
 
     check_trackers(settings)
-    check_engine(settings, engine.name)
+    upper = UpperHalf(settings, engine.name)
     # What is not built in is made before the run is opened: opening puts the earlier run aside, and a mistake must not
     # do that. The built-in rules were checked with the flags; to make them imports torch, and clients would wait.
     is_built_in = settings.strategy is None and all(
@@ -52,15 +52,14 @@ def open_server(
         settings={**settings.to_run_config(), "engine": engine.name},
         initial=partial(_read, settings.initial_checkpoint) if settings.initial_checkpoint else None,
     )  # fmt: skip
-    with run:
+    with upper.taking_part(), run:
         remote = open_remote(settings.payload_store)
-        upper = UpperHalf(settings, run) if settings.split_learning else None
         server = Server(
             run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
-            rounds=upper.rounds if upper else None,
+            rounds=upper.rounds,
         )  # fmt: skip
         with (
-            upper.serving(server) if upper else nullcontext(),
+            upper.telling(server),
             watching(server, live=live, rounds=settings.rounds, trackers=settings.tracker, command=command),
         ):
             yield server

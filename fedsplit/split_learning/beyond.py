@@ -56,16 +56,17 @@ class Beyond:
     `wait_s` are seconds to wait for a trainer to be there. After a failure every further step of the same task fails.
     """
 
-    def __init__(self, exchange_dir: Path, store: PayloadStore, wait_s: float) -> None:
+    def __init__(self, exchange_dir: Path, wait_s: float) -> None:
         self.exchange = Exchange(exchange_dir, "upper")
         self._side = ClientSide(self.exchange)
         self._poll = LongPoll(self._side, wait_s)
-        self._store = store
-        # Set when the run is being stopped; the server gives its own.
-        self.stop = threading.Event()
         self._lock = threading.Lock()
         self._steps: list[Step] = []
         self._failure: str | None = None
+
+    def open(self, store: PayloadStore, stop: threading.Event) -> None:
+        """Use a server's store; `stop` is set when its run is being stopped."""
+        self._store, self._stop = store, stop
 
     @contextmanager
     def taking_part(self) -> Iterator[None]:
@@ -124,7 +125,7 @@ class Beyond:
         if request.step is not None:
             request = replace(request, step=at, config={**request.config, **step.numbers})
         digest = step.payload.digest if step.payload else None
-        while not self.stop.is_set():
+        while not self._stop.is_set():
             version = self._side.offer(request, digest, lambda _: self._source(step))
             if version is None:
                 raise RecordError(

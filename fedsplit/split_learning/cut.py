@@ -102,7 +102,8 @@ def _cut(model: Any, cut: str | None, tail: str | None) -> Parts:
 
 def _links(chain: nn.Sequential, prefix: str = "") -> Iterator[Link]:
     """Yield the modules of a chain, and of the chains in it, in the order of the forward pass."""
-    for name, module in chain.named_children():
+    # Not named_children(), which leaves out a module that comes a second time.
+    for name, module in chain._modules.items():
         # Not of a subclass: it may do something else in its forward pass.
         if type(module) is nn.Sequential:
             yield from _links(module, f"{prefix}{name}.")

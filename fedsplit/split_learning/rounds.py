@@ -21,18 +21,20 @@ from typing import Any
 from fedsplit.aggregation import Update, check_update
 from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.errors import AggregationError, RecordError, RunFailedError, UsageError
-from fedsplit.exchange.records import Request
+from fedsplit.exchange.records import Request, printable
 from fedsplit.run.history import Line
 from fedsplit.run.time_account import Stages
 from fedsplit.server.peer import Reply
 from fedsplit.server.round import Rounds, Task
 from fedsplit.split_learning.beyond import Beyond, Clock, differs
 from fedsplit.split_learning.order import Order
-from fedsplit.split_learning.upper import END
+from fedsplit.split_learning.upper import END, ERROR, WANTED
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import StateDict, decode, encode, named
 
 _RANKS, _UPPER = ("lower.", "tail."), "upper."
+# A client that says so for ever must not keep a round from its end.
+_MOST_AGAIN = 1_000
 
 
 @dataclass(kw_only=True)
@@ -50,12 +52,21 @@ class Steps:
     bytes_up: int = 0
     bytes_down: int = 0
     payloads: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _ended: threading.Event = field(default_factory=threading.Event)
     _uppers: dict[int, StateDict] | str = "no rank did a step"
 
     def owner(self, rank: int) -> int:
         """Return whose upper part a rank trains with: its own, or 0, which is everybody's."""
         return rank if self.mode == "sfl-v1" else 0
+
+    def note(self, given: StoredPayload, taken: StoredPayload | None) -> None:
+        """Note that a step was done: what a rank gave, and what it got."""
+        with self._lock:
+            self.count += 1
+            self.bytes_up += given.bytes
+            self.bytes_down += taken.bytes if taken else 0
+            self.payloads |= {each.digest for each in (given, taken) if each}
 
     def leave(self, rank: int, decode_result: Any) -> None:
         """Note that a rank is done; after the last one the upper part is asked for what it came to."""
@@ -111,14 +122,16 @@ class SplitTask(Task):
         return reply
 
     def _walk(self, first: Request, state: StoredPayload) -> Reply:
-        at = 0
+        at = again = 0
         while True:
             payload, numbers = (state, {}) if at == 0 else self._given[at - 1][1:]
             self.request = replace(first, step=at, config={**first.config, **numbers})
             self.state = payload  # type: ignore[assignment]
             reply = self._until_answered()
             if reply.status == "again":
-                at = 0
+                at, again = 0, again + 1
+                if again > _MOST_AGAIN:
+                    raise RecordError(f"its trainer began anew {again} times in one task")
                 continue
             if reply.status != "step":
                 return reply
@@ -136,18 +149,16 @@ class SplitTask(Task):
         payload = self._stored(reply)
         with steps.clock.measure("turn"):
             steps.order.wait(rank, self._check)
-        what = reply.metrics.get("what", "")
+        if (what := reply.metrics.get("what")) not in WANTED:
+            raise RecordError(f"its trainer wants {what!r} of the upper part, expected one of {', '.join(WANTED)}")
         with steps.clock.measure("upper and its hand-off"):
             answered = steps.beyond.step(payload, {"what": what, "owner": steps.owner(rank)})
         steps.clock.add("upper", answered.seconds)
         if what != "forward" or not steps.training:
             steps.order.done(rank)
-        steps.count += 1
-        steps.bytes_up += payload.bytes
-        steps.payloads.add(payload.digest)
-        if answered.payload:
-            steps.bytes_down += answered.payload.bytes
-            steps.payloads.add(answered.payload.digest)
+        steps.note(payload, answered.payload)
+        if error := answered.numbers.get(ERROR):
+            raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
         return answered.payload, dict(answered.numbers)
 
     def _stored(self, reply: Reply) -> StoredPayload:

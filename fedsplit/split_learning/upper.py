@@ -8,10 +8,13 @@ round to round and is kept in the trainer's checkpoint.
 from __future__ import annotations
 
 import copy
+import logging
+import traceback
 from typing import Any
 
 import torch
 
+from fedsplit.exchange.records import Scalar
 from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.workload import SplitWorkload, measured
 from fedsplit.states.state_dict import StateDict, own_state
@@ -20,8 +23,14 @@ from fedsplit.trainer.remote import Given
 from fedsplit.trainer.trainer import Task, Trainer
 from fedsplit.workloads.runner import run_tasks
 
-# What a step may want of the upper part. `END` ends a task.
-END = "end"
+log = logging.getLogger("fedsplit")
+
+# What a step may want of the upper part; `END` ends a task.
+WANTED, END = ("loss", "forward", "backward"), "end"
+# Under this name is what went wrong in a step.
+ERROR = "error"
+_MOST_ERROR = 1_000
+Answer = tuple[StateDict, dict[str, Scalar]]
 
 
 def run_upper(trainer: Trainer, workload: SplitWorkload, parts: Parts, progress: Progress) -> None:
@@ -48,13 +57,16 @@ class UpperPart:
         given, steps = task.hand_over(), 0
         while given.numbers["what"] != END:
             number = int(given.numbers["owner"])
-            if training:
-                if number not in taken:
-                    taken[number] = self._owner(number)
-                    taken[number].begin(self._model)
-                given = task.hand_over(*taken[number].step(given))
-            else:
-                given = task.hand_over(*self._evaluate(given))
+            if training and number not in taken:
+                taken[number] = self._owner(number)
+                taken[number].begin(self._model)
+            try:
+                answer = taken[number].step(given) if training else self._evaluate(given)
+            except Exception as exc:  # noqa: BLE001  (what one rank sent must not cost the others their round)
+                text = "".join(traceback.format_exception(exc)).rstrip()
+                log.warning("a step of round %d failed; its rank is told\n%s", task.server_round, text)
+                answer = {}, {ERROR: f"{type(exc).__name__}: {exc}"[:_MOST_ERROR]}
+            given = task.hand_over(*answer)
             steps += 1
         if not training:
             task.reply(loss=0.0, num_examples=0)
@@ -75,7 +87,7 @@ class UpperPart:
             self._owner(int(number)).optimizer.load_state_dict(state)
 
     @torch.no_grad()
-    def _evaluate(self, given: Given) -> tuple[StateDict, dict[str, float]]:
+    def _evaluate(self, given: Given) -> Answer:
         self._model.eval()
         device = next(self._model.parameters()).device
         output = self._model["upper"](given.tensors["activations"].to(device))  # type: ignore[index]
@@ -103,7 +115,7 @@ class _Owner:
         """Return the state that it has come to."""
         return own_state(self._model)
 
-    def step(self, given: Given) -> tuple[StateDict, dict[str, float]]:
+    def step(self, given: Given) -> Answer:
         """Do a step, or half a step of a U-shaped model: returns tensors and numbers for the rank."""
         tensors, device = given.tensors, next(self._model.parameters()).device
         if given.numbers["what"] == "backward":
