@@ -25,7 +25,8 @@ from fedsplit.client.relay import Relay
 from fedsplit.engines.assembly import open_server
 from fedsplit.exchange.directory import Exchange
 from fedsplit.server.settings import ServerSettings
-from fedsplit.split_learning.cut import parts_of
+from fedsplit.split_learning.attach import UpperHalf
+from fedsplit.split_learning.cut import Parts, parts_of
 from fedsplit.split_learning.lower import LowerPart
 from fedsplit.split_learning.upper import run_upper
 from fedsplit.states.state_dict import map_file
@@ -83,9 +84,9 @@ class Small:
 class Local(ClientProxy):
     """A relay without a wire."""
 
-    def __init__(self, relay: Relay, rank: int) -> None:
+    def __init__(self, relay: Relay, rank: int, said: list[bytes]) -> None:
         super().__init__(f"{rank}" * 8)
-        self._relay = relay
+        self._relay, self._said = relay, said
 
     def get_properties(self, ins: Any, *_: object) -> Any:
         return self._relay.get_properties(ins)
@@ -94,7 +95,9 @@ class Local(ClientProxy):
         return self._relay.get_parameters(ins)
 
     def fit(self, ins: Any, *_: object) -> Any:
-        return self._relay.fit(ins)
+        answer = self._relay.fit(ins)
+        self._said += [*answer.parameters.tensors, str(answer.metrics).encode()]
+        return answer
 
     def evaluate(self, ins: Any, *_: object) -> Any:
         return self._relay.evaluate(ins)
@@ -123,23 +126,28 @@ class Halves:
     errors: list[BaseException] = field(default_factory=list)
     by_reference: bool = True
     whole_model: bool = False
+    # What runs at a rank instead of `LowerPart`: a script of one's own.
+    script: Callable[[Trainer, Any, Parts], None] | None = None
+    # All that left the ranks in messages.
+    said: list[bytes] = field(default_factory=list)
     _making: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> State:
         """Run all rounds; returns the last state under the whole model's names."""
         settings = ServerSettings(
             rounds=self.rounds, min_clients=self.ranks, checkpoint_dir=self.directory / "checkpoints",
-            exchange_dir=self.directory / "exchange", split_learning=self.mode, **self.settings,
+            **self.settings,
         )  # fmt: skip
         places: list[int | str] = [*range(1, self.ranks + 1), "upper"]
         threads = [threading.Thread(target=self._train, args=(place,), daemon=True) for place in places]
         with ExitStack() as stack:
-            server = stack.enter_context(open_server(settings, EMBEDDED))
+            upper = UpperHalf(settings, self.mode, self.directory / "exchange", EMBEDDED.name)
+            server = stack.enter_context(open_server(settings, EMBEDDED, upper=upper))
             for rank in range(1, self.ranks + 1):
-                exchange = Exchange(settings.exchange_dir, rank)
+                exchange = Exchange(self.directory / "exchange", rank)
                 stack.enter_context(exchange.hold("client"))
                 relay = Relay(exchange, trainer_wait_s=BOUND_S, use_store=self.by_reference)
-                server.client_manager().register(Local(relay, rank))
+                server.client_manager().register(Local(relay, rank, self.said))
             for thread in threads:
                 thread.start()
             serving = threading.Thread(target=server.fit, args=(self.rounds, None), daemon=True)
@@ -175,6 +183,12 @@ class Halves:
             parts = parts_of(workload, self.cut, self.tail)
             if place == "upper":
                 model, run = parts.beyond(), partial(run_upper, workload=workload, parts=parts)
+            elif self.script:
+                model = parts.at_rank()
+
+                def run(trainer: Trainer, **_: object) -> None:
+                    self.script(trainer, workload, parts)
+
             elif self.whole_model:
                 model, run = workload.model, partial(run_workload, workload=workload)
             else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import struct
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedsplit.engines.assembly import open_server
-from fedsplit.errors import RunFailedError, UsageError, WorkloadError
+from fedsplit.commands.status import find_ranks, read_status
+from fedsplit.errors import RunFailedError, TaskOverError, UsageError, WorkloadError
 from fedsplit.server.settings import ServerSettings
+from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.split_learning.cut import parts_of
 from fedsplit.split_learning.order import Order
 from fedsplit.split_learning.workload import create_split_workload
 from fedsplit.trainer.trainer import Trainer
-from fedsplit.wire.protocol import EMBEDDED, SUPERLINK
 from fedsplit.workloads import WorkloadContext
 from tests.halves import Halves, Small, State, unsplit
 
@@ -88,7 +90,8 @@ def test_what_differs_when_a_step_is_done_again_is_an_error_that_names_rank_and_
 
 
 def test_the_history_has_the_steps_and_their_bytes(tmp_path: Path) -> None:
-    halves = Halves(tmp_path, "sfl-v2")
+    config = {"train_config": (("epochs", 3), ("note", "what a server says is no metric"))}
+    halves = Halves(tmp_path, "sfl-v2", settings=config)
     halves.run()
     for line in halves.history:
         split = line["split"]
@@ -96,7 +99,7 @@ def test_the_history_has_the_steps_and_their_bytes(tmp_path: Path) -> None:
         # With each batch activations of 4 x 8 numbers and 4 targets; gradients of that size; each time a header.
         assert 0 < split["bytes_up"] - 7 * (4 * 8 * 4 + 4 * 8) < 7 * 400
         assert 0 < split["bytes_down"] - 7 * 4 * 8 * 4 < 7 * 200
-        assert set(line["evaluate"]) == {"loss", "accuracy"}
+        assert set(line["evaluate"]) == set(line["train"]) == {"loss", "accuracy"}
     left = [path.name for path in (tmp_path / "checkpoints" / "server" / "payloads").glob("*")]
     assert len(left) <= 1, left
 
@@ -140,17 +143,18 @@ def nothing(context: WorkloadContext) -> object:
     return SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
 
-def test_what_split_learning_cannot_go_with_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    for settings, engine, says in [
-        ({}, SUPERLINK, "--engine embedded only"),
-        ({"payload_store": "memory://x"}, EMBEDDED, "--payload-store auto or none"),
-    ]:  # fmt: skip
-        split = ServerSettings(split_learning="sfl-v1", checkpoint_dir=tmp_path, exchange_dir=tmp_path, **settings)
-        with pytest.raises(UsageError, match=re.escape(says)), open_server(split, engine):
-            """Not reached."""
+@pytest.mark.parametrize(("mode", "engine", "store", "says"), [
+    ("sfl-v1", "superlink", "auto", "--engine embedded only"),
+    ("sfl-v1", "embedded", "memory://x", "--payload-store auto or none"),
+    ("v3", "embedded", "auto", "--split-learning v3: expected one of sfl-v1, sfl-v2, sequential"),
+])  # fmt: skip
+def test_what_split_learning_cannot_go_with_is_refused_before_anything_starts(
+    mode: str, engine: str, store: str, says: str, tmp_path: Path
+) -> None:
+    settings = ServerSettings(checkpoint_dir=tmp_path, payload_store=store)
+    with pytest.raises(UsageError, match=re.escape(says)):
+        UpperHalf(settings, mode, tmp_path, engine)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UsageError, match="--split-learning v3: expected one of sfl-v1, sfl-v2, sequential"):
-        ServerSettings(split_learning="v3")
 
 
 def test_an_upper_part_cannot_be_local(tmp_path: Path) -> None:
@@ -216,3 +220,79 @@ def test_without_split_learning_there_is_no_other_half() -> None:
     with Trainer(1, nn.Linear(2, 2), standalone=True) as trainer, pytest.raises(UsageError, match="--split-learning"):
         for task in trainer:
             task.remote(torch.zeros(1, 2), torch.zeros(1))
+
+
+def script(trainer: Trainer, workload: Any, parts: Any) -> None:
+    """What docs/split-learning.md shows: a training script of one's own."""
+    model = parts.at_rank()
+    lower, tail, optimizer = parts.lower, parts.tail, workload.optimizer(model)
+    for task in trainer:
+        task.load_into(model)
+        if task.restore and task.local_state is not None:
+            optimizer.load_state_dict(task.local_state["optimizer"])
+            workload.load_local_state(task.local_state["workload"])
+        try:
+            total = 0.0
+            for inputs, targets in workload.batches(task):
+                if task.kind == "evaluate":
+                    with torch.no_grad():
+                        total += float(task.remote(lower.eval()(inputs), targets)) * len(targets)
+                    continue
+                optimizer.zero_grad()
+                if tail is None:
+                    task.remote(lower.train()(inputs), targets).backward()
+                else:
+                    workload.loss(tail.train()(task.remote(lower.train()(inputs))), targets).backward()
+                optimizer.step()
+            state = {"optimizer": optimizer.state_dict(), "workload": workload.local_state()}
+            count = workload.num_examples
+            if task.kind == "evaluate":
+                task.reply(loss=total / count, num_examples=count)
+            else:
+                task.reply(model, num_examples=count, local_state=state)
+        except TaskOverError:
+            continue
+
+
+def test_a_script_of_ones_own_comes_to_the_same(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v2", script=script, kills={("upper", 5), (1, 8)})
+    same(halves.run(), unsplit("sfl-v2"))
+    assert halves.history[-1]["evaluate"]["loss"] > 0
+
+
+@pytest.mark.parametrize("tail", ["3", None])
+def test_u_shaped_no_label_leaves_the_rank(tail: str | None, tmp_path: Path) -> None:
+    mark = struct.pack("<f", 0.12345679)
+
+    class Marked(Small):
+        """Its targets are one number that is easily found."""
+
+        def batches(self, task: Any) -> Any:
+            for inputs, targets in super().batches(task):
+                yield inputs, torch.full(targets.shape, struct.unpack("<f", mark)[0])
+
+        def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return nn.functional.mse_loss(output.mean(dim=1), target)
+
+        def metrics(self, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+            return {}
+
+    halves = Halves(tmp_path, "sfl-v1", rounds=1, cut="0", tail=tail, make=Marked, by_reference=False)
+    halves.run()
+    assert len(halves.said) > 20
+    assert any(mark in each for each in halves.said) == (tail is None), "without a tail the labels do go out"
+
+
+def test_a_server_that_is_stopped_goes_on_with_resume(tmp_path: Path) -> None:
+    """The first server ends after two rounds; another one takes up its run, with trainers that are new too."""
+    Halves(tmp_path, "sfl-v2", rounds=2).run()
+    shutil.rmtree(tmp_path / "exchange")
+    same(Halves(tmp_path, "sfl-v2", rounds=4, settings={"resume": True}).run(), unsplit("sfl-v2", rounds=4))
+
+
+def test_status_shows_the_upper_part_too(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v1", rounds=1)
+    halves.run()
+    found = find_ranks(tmp_path / "exchange")
+    assert [place for _, place in found] == [1, 2, "upper"]
+    assert read_status(*found[-1])["now"] == "the run is over: complete"

@@ -16,15 +16,20 @@ import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsplit import cli
 from fedsplit.errors import UsageError
 from fedsplit.run.directory import Places
 from fedsplit.run.events import event
 from fedsplit.run.history import Line
-from fedsplit.server.settings import SPLIT_LEARNING
+from fedsplit.split_learning.order import MODES
 from fedsplit.watch.rounds import value
+
+if TYPE_CHECKING:
+    from fedsplit.server.settings import ServerSettings
+    from fedsplit.split_learning.attach import UpperHalf
+    from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
 
@@ -70,7 +75,7 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
     add("--strategy", metavar="CLASS",
         help="let a Flower strategy choose the clients and merge, instead of --aggregate: package.module:Class, or a "
         "class of flwr.server.strategy, with parameters as in 'FedAdam(eta=0.01)' (default: none)")  # fmt: skip
-    add("--split-learning", choices=SPLIT_LEARNING, metavar="MODE",
+    add("--split-learning", choices=MODES, metavar="MODE",
         help="the model is cut: its upper part trains beside this server, in a trainer started with --part upper. "
         "sfl-v1: a copy of it for each rank, merged each round; sfl-v2: one for all ranks, a batch of each in turn; "
         "sequential: one rank after the other (default: the model is whole)")  # fmt: skip
@@ -128,10 +133,11 @@ def run(arguments: argparse.Namespace) -> int:
         engine.name, join_token_file=arguments.join_token_file, keys=arguments.supernode_public_key,
         keys_flag="--supernode-public-key",
     )  # fmt: skip
+    upper = _upper_half(arguments, settings, engine)
     live = arguments.log_format == "text" and not arguments.verbose
     with (
         embedded.claim_port(arguments.address),
-        open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command()) as server,
+        open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command(), upper=upper) as server,
     ):
         if engine is SUPERLINK:
             from fedsplit.engines.superlink.serve import serve
@@ -145,6 +151,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise server.failure
     conclude(server.run.history.lines, arguments.checkpoint_dir, arguments.log_format)
     return 0
+
+
+def _upper_half(arguments: argparse.Namespace, settings: ServerSettings, engine: Engine) -> UpperHalf | None:
+    from fedsplit.split_learning.attach import UpperHalf
+
+    mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
+    return UpperHalf(settings, mode, exchange_dir, engine.name) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

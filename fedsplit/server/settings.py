@@ -24,9 +24,7 @@ from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 
 _REPEATABLE = ("aggregate", "tracker", "train_config")
-_ABSENT: dict[str, Scalar] = {"initial_checkpoint": "", "round_timeout": 0, "strategy": "", "split_learning": ""}
-# How a model that is cut is trained; see `fedsplit.split_learning.order`.
-SPLIT_LEARNING = ("sfl-v1", "sfl-v2", "sequential")
+_ABSENT: dict[str, Scalar] = {"initial_checkpoint": "", "round_timeout": 0, "strategy": ""}
 # What a Flower strategy decides itself, so that a flag beside --strategy would say nothing.
 _OF_THE_RULES = ("aggregate", "fraction_train", "min_results")
 
@@ -42,8 +40,6 @@ class ServerSettings:
     evaluate_every: int = 1
     aggregate: tuple[str, ...] = ()
     strategy: str | None = None
-    split_learning: str | None = None
-    exchange_dir: Path = Path("exchange")
     checkpoint_dir: Path = Path("checkpoints")
     keep_checkpoints: int = 3
     resume: bool = False
@@ -74,9 +70,6 @@ class ServerSettings:
                     f"--{_key(beside[0])} cannot go with --strategy: the strategy itself decides who trains and how "
                     "updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
                 )
-        if self.split_learning not in (None, *SPLIT_LEARNING):
-            modes = ", ".join(SPLIT_LEARNING)
-            raise UsageError(f"--split-learning {self.split_learning}: expected one of {modes}")
         _ = self.rules
 
     @cached_property

@@ -123,7 +123,7 @@ class Beyond:
         step = self._steps[at]
         request = self._request
         if request.step is not None:
-            request = replace(request, step=at, config={**request.config, **step.numbers})
+            request = replace(request, step=at, config=step.numbers if at else request.config)
         digest = step.payload.digest if step.payload else None
         while not self._stop.is_set():
             version = self._side.offer(request, digest, lambda _: self._source(step))

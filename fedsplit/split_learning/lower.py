@@ -84,7 +84,7 @@ class LowerPart:
         generator = self._draws and torch.is_grad_enabled()
         if tail is None:
             loss = task.remote(activations, targets, generator=generator)
-            return loss, {name: float(value) for name, value in task.numbers.items() if name != "what"}
+            return loss, {name: float(value) for name, value in task.numbers.items()}
         output = tail(task.remote(activations, generator=generator))
         loss = self._workload.loss(output, targets)
         return loss, {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}

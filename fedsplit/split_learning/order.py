@@ -14,6 +14,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 
+MODES = ("sfl-v1", "sfl-v2", "sequential")
 _LOOK_S = 0.2
 
 

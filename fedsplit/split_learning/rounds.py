@@ -124,8 +124,9 @@ class SplitTask(Task):
     def _walk(self, first: Request, state: StoredPayload) -> Reply:
         at = again = 0
         while True:
-            payload, numbers = (state, {}) if at == 0 else self._given[at - 1][1:]
-            self.request = replace(first, step=at, config={**first.config, **numbers})
+            # Step 0 comes with what --train-config says, the others with what the upper part found.
+            payload, config = (state, first.config) if at == 0 else self._given[at - 1][1:]
+            self.request = replace(first, step=at, config=config)
             self.state = payload  # type: ignore[assignment]
             reply = self._until_answered()
             if reply.status == "again":
@@ -227,6 +228,7 @@ class SplitRounds(Rounds):
             content = task.fetch(reply)
             task.stages.end("transfer")
             uppers = steps.uppers()
+            task.stages.end("turn")
             if self.mode == "sequential":
                 # All ranks trained one lower part, one after the other.
                 content = self.run.payloads.map(steps.lower.digest, own=True)

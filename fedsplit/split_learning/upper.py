@@ -73,6 +73,7 @@ class UpperPart:
             return
         state = {f"{number}/{name}": each for number, owner in taken.items() for name, each in owner.state().items()}
         kept = {str(number): owner.optimizer.state_dict() for number, owner in self._owners.items()}
+        log.info("round %d: trained, %d steps", task.server_round, steps)
         task.reply(state, num_examples=0, metrics={"steps": steps}, local_state=copy.deepcopy(kept))
 
     def _owner(self, number: int) -> _Owner:
