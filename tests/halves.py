@@ -48,7 +48,7 @@ class Small:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             self.model = nn.Sequential(
-                nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(dropout) if dropout else nn.Tanh(),
+                nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(dropout) if dropout else nn.ReLU(inplace=True),
                 nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(dropout) if dropout else nn.Tanh()),
                 nn.Linear(8, 3),
             )  # fmt: skip
@@ -126,6 +126,7 @@ class Halves:
     errors: list[BaseException] = field(default_factory=list)
     by_reference: bool = True
     whole_model: bool = False
+    dtype: torch.dtype | None = None
     # What runs at a rank instead of `LowerPart`: a script of one's own.
     script: Callable[[Trainer, Any, Parts], None] | None = None
     # All that left the ranks in messages.
@@ -192,7 +193,7 @@ class Halves:
             elif self.whole_model:
                 model, run = workload.model, partial(run_workload, workload=workload)
             else:
-                lower = LowerPart(workload, parts, WorkloadContext(rank=rank, num_partitions=self.ranks))
+                lower = LowerPart(workload, parts, WorkloadContext(rank=rank, num_partitions=self.ranks), self.dtype)
                 model, run = lower.model, partial(run_workload, workload=lower)
         trainer = Trainer(
             place, model, exchange_dir=self.directory / "exchange", checkpoint_dir=self.directory / "checkpoints"
@@ -219,10 +220,10 @@ def whole(state: State) -> State:
 
 
 def unsplit(mode: str, *, ranks: int = 2, rounds: int = 2, cut: int = 3, tail: int | None = None, seed: int = 0,
-            make: Callable[[int], Any] = Small) -> State:  # fmt: skip
+            make: Callable[[int], Any] = Small, between: nn.Module | None = None) -> State:  # fmt: skip
     """Train the whole model in plain loops, in the order of a mode; `cut` is how many modules are in the lower part.
 
-    Each rank has its optimizer of the lower part, and of the upper one under ``sfl-v1``.
+    Each rank has its optimizer of the lower part, and of the upper one under ``sfl-v1``. `between` stands at the cut.
     """
     workloads = {rank: make(rank) for rank in range(1, ranks + 1)}
     model = workloads[1].model
@@ -245,7 +246,10 @@ def unsplit(mode: str, *, ranks: int = 2, rounds: int = 2, cut: int = 3, tail: i
         mine = [optimizers["lower", rank], optimizers["upper", owners[rank]]]
         for each in mine:
             each.zero_grad()
-        workloads[rank].loss(put_together(rank).train()(batch[0]), batch[1]).backward()
+        links = list(put_together(rank).train())
+        if between is not None:
+            links.insert(cut, between)
+        workloads[rank].loss(nn.Sequential(*links)(batch[0]), batch[1]).backward()
         for each in mine:
             each.step()
 

@@ -26,6 +26,8 @@ from fedsplit.workloads import WorkloadContext
 from tests.halves import Halves, Small, State, unsplit
 
 MODES = ["sfl-v1", "sfl-v2", "sequential"]
+# The same as a case that is not, in another mode or place: `make test-all` runs it.
+SLOW = pytest.mark.slow
 
 
 def same(found: State, expected: State) -> None:
@@ -43,7 +45,7 @@ def test_the_parts_come_to_what_the_whole_model_does_in_the_same_order(mode: str
 CUTS = {"0": 1, "1": 2, "2": 3, "3": 4}
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["0", pytest.param("1", marks=SLOW), pytest.param("2", marks=SLOW), "3"])
 def test_with_one_rank_it_is_ordinary_training_with_dropout_and_batch_norm(cut: str, tmp_path: Path) -> None:
     make = partial(Small, dropout=0.3)
     same(
@@ -52,9 +54,57 @@ def test_with_one_rank_it_is_ordinary_training_with_dropout_and_batch_norm(cut: 
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("sfl-v1", marks=SLOW), "sfl-v2", pytest.param("sequential", marks=SLOW)])
 def test_u_shaped_it_comes_to_the_same(mode: str, tmp_path: Path) -> None:
     same(Halves(tmp_path, mode, cut="0", tail="3").run(), unsplit(mode, cut=1, tail=4))
+
+
+@pytest.mark.parametrize(("cut", "tail"), [("1", None), ("0", "1")])
+def test_a_part_may_begin_with_a_module_that_works_in_place(cut: str, tail: str | None, tmp_path: Path) -> None:
+    end = None if tail is None else CUTS[tail]
+    same(
+        Halves(tmp_path, "sfl-v1", ranks=1, cut=cut, tail=tail).run(),
+        unsplit("sfl-v1", ranks=1, cut=CUTS[cut], tail=end),
+    )
+
+
+class Rounding(nn.Module):
+    """What a narrow cut does to activations and gradients, in the whole model."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        rounded: torch.Tensor = _Straight.apply(given, self.rounded(given))
+        rounded.register_hook(self.rounded)
+        return rounded
+
+    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.dtype != torch.int8:
+            return tensor.detach().to(self.dtype).float()
+        scale = tensor.detach().abs().max() / 127
+        return (tensor.detach() / scale).round().to(torch.int8).float() * scale
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return outer[0], None
+
+
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=SLOW), pytest.param(torch.bfloat16, marks=SLOW), torch.int8]
+)
+def test_a_narrow_cut_is_the_whole_model_with_rounding_there(dtype: torch.dtype, tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v2", dtype=dtype, kills={("upper", 5), (1, 8)})
+    same(halves.run(), unsplit("sfl-v2", between=Rounding(dtype)))
+    bytes_of_a_gradient = 4 * 8 * dtype.itemsize
+    assert 0 < halves.history[0]["split"]["bytes_down"] - 7 * bytes_of_a_gradient < 7 * 300
 
 
 def test_where_payloads_travel_in_messages_it_comes_to_the_same(tmp_path: Path) -> None:
@@ -68,6 +118,7 @@ def test_a_trainer_that_is_killed_between_steps_changes_nothing(tmp_path: Path) 
     same(halves.run(), unsplit("sfl-v2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sfl-v1", "sequential"])
 def test_in_the_other_modes_neither(mode: str, tmp_path: Path) -> None:
     same(

@@ -42,6 +42,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tail", metavar="NAME",
         help="with --cut: cut it again after this module; what follows, and the labels, stay with the rank "
         "(default: the upper part is the last)")  # fmt: skip
+    add("--cut-dtype", choices=("float16", "bfloat16", "int8"),
+        help="at a rank: round activations and gradients to this at the cut (default: as they are)")  # fmt: skip
     add("--num-partitions", type=cli.positive_int, default=2, metavar="N",
         help="into how many parts the data is divided; the same for every rank")  # fmt: skip
     add("--seed", type=cli.natural, default=0, metavar="N",
@@ -100,7 +102,9 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
     if arguments.part or arguments.cut or arguments.tail:
         from fedsplit.split_learning.start import make_part
 
-        model, answer_all = make_part(arguments.workload, context, arguments.part, arguments.cut, arguments.tail)
+        model, answer_all = make_part(
+            arguments.workload, context, arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype
+        )
     else:
         from fedsplit.workloads.runner import run_workload
 

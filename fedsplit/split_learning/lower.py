@@ -21,8 +21,12 @@ from fedsplit.workloads import EvaluateResult, StatefulWorkload, TrainResult, Wo
 class LowerPart:
     """Trains and evaluates a rank's part, batch by batch, with the trainer of the upper part."""
 
-    def __init__(self, workload: SplitWorkload, parts: Parts, context: WorkloadContext) -> None:
+    def __init__(
+        self, workload: SplitWorkload, parts: Parts, context: WorkloadContext, dtype: torch.dtype | None = None
+    ) -> None:
         self.model = parts.at_rank()
+        # In which activations and gradients travel, if not in their own.
+        self._dtype = dtype
         self._workload, self._parts = workload, parts
         self._stateful = workload if isinstance(workload, StatefulWorkload) else None
         self._optimizer = workload.optimizer(self.model)
@@ -83,9 +87,9 @@ class LowerPart:
         activations, tail = self._parts.lower(inputs), self._parts.tail
         generator = self._draws and torch.is_grad_enabled()
         if tail is None:
-            loss = task.remote(activations, targets, generator=generator)
+            loss = task.remote(activations, targets, generator=generator, dtype=self._dtype)
             return loss, {name: float(value) for name, value in task.numbers.items()}
-        output = tail(task.remote(activations, generator=generator))
+        output = tail(task.remote(activations, generator=generator, dtype=self._dtype))
         loss = self._workload.loss(output, targets)
         return loss, {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}
 

@@ -16,11 +16,16 @@ from fedsplit.workloads.runner import run_workload
 
 
 def make_part(
-    name: str, context: WorkloadContext, part: Literal["lower", "upper"] | None, cut: str | None, tail: str | None
+    name: str,
+    context: WorkloadContext,
+    part: Literal["lower", "upper"] | None,
+    cut: str | None,
+    tail: str | None,
+    dtype: str | None,
 ) -> tuple[torch.nn.Module, Callable[..., None]]:
     """Return the model of a part, and what answers the tasks of a run with it, given the trainer and its progress."""
     workload, parts = create_split_workload(name, context, cut=cut, tail=tail)
     if part == "upper":
         return parts.beyond(), partial(run_upper, workload=workload, parts=parts)
-    lower = LowerPart(workload, parts, context)
+    lower = LowerPart(workload, parts, context, None if dtype is None else getattr(torch, dtype))
     return lower.model, partial(run_workload, workload=lower)

@@ -19,7 +19,7 @@ from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.workload import SplitWorkload, measured
 from fedsplit.states.state_dict import StateDict, own_state
 from fedsplit.trainer.progress import Progress
-from fedsplit.trainer.remote import Given
+from fedsplit.trainer.remote import Given, narrow, widen
 from fedsplit.trainer.trainer import Task, Trainer
 from fedsplit.workloads.runner import run_tasks
 
@@ -90,11 +90,11 @@ class UpperPart:
     @torch.no_grad()
     def _evaluate(self, given: Given) -> Answer:
         self._model.eval()
-        device = next(self._model.parameters()).device
-        output = self._model["upper"](given.tensors["activations"].to(device))  # type: ignore[index]
+        like = next(self._model.parameters())
+        output = self._model["upper"](widen("activations", given.tensors, like))  # type: ignore[index]
         if given.numbers["what"] == "forward":
-            return {"output": output}, {}
-        targets = given.tensors["targets"].to(device)
+            return narrow("output", output, _narrow_dtype(given, like)), {}
+        targets = given.tensors["targets"].to(like.device)
         return {}, {"loss": self._workload.loss(output, targets).item(), **measured(self._workload, output, targets)}
 
 
@@ -105,7 +105,7 @@ class _Owner:
         self._workload, self._model = workload, model
         self.optimizer = workload.optimizer(model)
         # Between the two halves of a step of a U-shaped model.
-        self._waiting: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._waiting: tuple[torch.Tensor, torch.Tensor, torch.dtype | None] | None = None
 
     def begin(self, model: torch.nn.Module) -> None:
         """Start a round from a state."""
@@ -118,29 +118,36 @@ class _Owner:
 
     def step(self, given: Given) -> Answer:
         """Do a step, or half a step of a U-shaped model: returns tensors and numbers for the rank."""
-        tensors, device = given.tensors, next(self._model.parameters()).device
+        tensors, like = given.tensors, next(self._model.parameters())
         if given.numbers["what"] == "backward":
             if self._waiting is None:
                 raise ValueError("a gradient came back for no activations")
-            (activations, output), self._waiting = self._waiting, None
-            return self._train(activations, output, tensors["gradient"].to(device)), {}
+            (activations, output, dtype), self._waiting = self._waiting, None
+            return narrow("gradient", self._train(activations, output, widen("gradient", tensors, output)), dtype), {}
         # The generator is the rank's: what is drawn here is what the whole model would draw.
         if (state := tensors.get("generator")) is not None:
             torch.set_rng_state(state.clone())
-        activations = tensors["activations"].to(device).requires_grad_()
-        output = self._model["upper"](activations)  # type: ignore[index]
+        activations, dtype = widen("activations", tensors, like).requires_grad_(), _narrow_dtype(given, like)
+        # A copy: a module that works in place may not change the tensor whose gradient is wanted.
+        output = self._model["upper"](activations.clone())  # type: ignore[index]
         generator = {} if state is None else {"generator": torch.get_rng_state()}
         if given.numbers["what"] == "forward":
-            self._waiting = (activations, output)
-            return {"output": output.detach(), **generator}, {}
-        targets = tensors["targets"].to(device)
+            self._waiting = (activations, output, dtype)
+            return {**narrow("output", output, dtype), **generator}, {}
+        targets = tensors["targets"].to(like.device)
         loss = self._workload.loss(output, targets)
-        numbers = {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}
-        return {**self._train(activations, loss, None), **generator}, numbers
+        numbers: dict[str, Scalar] = {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}
+        return {**narrow("gradient", self._train(activations, loss, None), dtype), **generator}, numbers
 
-    def _train(self, activations: torch.Tensor, end: torch.Tensor, gradient: torch.Tensor | None) -> StateDict:
+    def _train(self, activations: torch.Tensor, end: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
         self.optimizer.zero_grad()
         end.backward(gradient)  # type: ignore[no-untyped-call]
         self.optimizer.step()
         assert activations.grad is not None
-        return {"gradient": activations.grad}
+        return activations.grad
+
+
+def _narrow_dtype(given: Given, like: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype that a rank rounds to at the cut, None if it does not: it is answered in the same."""
+    dtype = given.tensors["activations"].dtype
+    return dtype if dtype != like.dtype else None

@@ -22,20 +22,46 @@ class Given(NamedTuple):
 
 
 def remote(
-    task: Task, activations: torch.Tensor, targets: torch.Tensor | None = None, *, generator: bool = False
-) -> torch.Tensor:
+    task: Task, activations: torch.Tensor, targets: torch.Tensor | None = None, *, generator: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Return the loss, or without `targets` the output, of the half that lies beyond; see `Task.remote`."""
     # Without a gradient of its own, as where every weight below is frozen, the half beyond must train all the same.
     needs_gradient = torch.is_grad_enabled() and not activations.requires_grad
     activations = activations.detach().requires_grad_() if needs_gradient else activations
     if targets is None:
-        output: torch.Tensor = _Output.apply(activations, task, generator)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Output.apply(activations, task, generator, dtype)  # type: ignore[no-untyped-call]
         return output
-    given = _ask(task, "loss", {"activations": activations, "targets": targets}, generator)
+    tensors = {**narrow("activations", activations, dtype), "targets": targets}
+    given = _ask(task, "loss", tensors, generator)
     loss: torch.Tensor = torch.tensor(given.numbers["loss"], dtype=torch.float32, device=activations.device)
     if torch.is_grad_enabled():
-        loss = _Loss.apply(activations, given.tensors["gradient"].to(loss.device), loss)  # type: ignore[no-untyped-call]
+        loss = _Loss.apply(activations, widen("gradient", given.tensors, activations), loss)  # type: ignore[no-untyped-call]
     return loss
+
+
+def narrow(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> StateDict:
+    """Return the entries in which a tensor travels: as it is, or in another dtype; int8 has one scale for all of it.
+
+    Raises ValueError for a tensor with NaN or infinity, which int8 has no number for.
+    """
+    tensor = tensor.detach()
+    if dtype is None or not tensor.is_floating_point():
+        return {name: tensor}
+    if dtype != torch.int8:
+        return {name: tensor.to(dtype)}
+    if not tensor.isfinite().all():
+        raise ValueError(f"the {name} at the cut have NaN or infinity, which cannot travel as int8")
+    scale = tensor.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return {name: (tensor.float() / scale).round().to(torch.int8), f"{name}.scale": scale}
+
+
+def widen(name: str, tensors: StateDict, like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that travelled, in the dtype of another one and on its device."""
+    tensor, scale = tensors[name].to(like.device), tensors.get(f"{name}.scale")
+    if scale is not None:
+        tensor = tensor.float() * scale.to(like.device)
+    return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
 
 
 class _Loss(torch.autograd.Function):
@@ -56,15 +82,20 @@ class _Output(torch.autograd.Function):
     """The output of the half beyond; its gradient is sent there, and that of the activations comes back."""
 
     @staticmethod
-    def forward(ctx: Any, activations: torch.Tensor, task: Task, generator: bool) -> torch.Tensor:
-        ctx.task, ctx.device = task, activations.device
-        given = _ask(task, "forward", {"activations": activations}, generator)
-        return given.tensors["output"].to(ctx.device)
+    def forward(
+        ctx: Any, activations: torch.Tensor, task: Task, generator: bool, dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        ctx.task, ctx.dtype = task, dtype
+        ctx.save_for_backward(activations)
+        given = _ask(task, "forward", narrow("activations", activations, dtype), generator)
+        # A copy: a module that works in place could not change what lies over a file.
+        return widen("output", given.tensors, activations).clone()
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        given = _ask(ctx.task, "backward", {"gradient": outer[0]}, generator=False)
-        return given.tensors["gradient"].to(ctx.device), None, None
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (activations,) = ctx.saved_tensors
+        given = _ask(ctx.task, "backward", narrow("gradient", outer[0], ctx.dtype), generator=False)
+        return widen("gradient", given.tensors, activations), None, None, None
 
 
 def _ask(task: Task, what: str, tensors: StateDict, generator: bool) -> Given:

@@ -166,16 +166,18 @@ class Task:
         self.answered = True
 
     def remote(
-        self, activations: torch.Tensor, targets: torch.Tensor | None = None, *, generator: bool = False
-    ) -> torch.Tensor:
+        self, activations: torch.Tensor, targets: torch.Tensor | None = None, *, generator: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Let the other half of the model go on from here: returns the loss, or without `targets` the half's output.
 
         ``backward()`` on what comes of it brings the gradient of the activations, as if the model were whole. Only
         where the server was started with ``--split-learning``. With `generator` both halves draw from one stream of
-        random numbers, as the whole model would: for dropout. Raises TaskOverError if the server has given the task up,
-        or begins it anew: go on with the next task then.
+        random numbers, as the whole model would: for dropout. With a `dtype` (float16, bfloat16, int8) activations and
+        gradients are rounded to it at the cut. Raises TaskOverError if the server has given the task up, or begins it
+        anew: go on with the next task then.
         """
-        return remote(self, activations, targets, generator=generator)
+        return remote(self, activations, targets, generator=generator, dtype=dtype)
 
     def hand_over(self, state: StateDict | None = None, numbers: Mapping[str, Scalar] | None = None) -> Given:
         """Give tensors and numbers to the other half of the model, and wait for what it gives; raises TaskOverError."""
