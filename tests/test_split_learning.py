@@ -24,6 +24,7 @@ from fedsplit.split_learning.workload import create_split_workload
 from fedsplit.trainer.trainer import Trainer
 from fedsplit.workloads import WorkloadContext
 from tests.halves import Halves, Small, State, unsplit
+from tests.in_process import Scripts
 
 MODES = ["sfl-v1", "sfl-v2", "sequential"]
 # The same as a case that is not, in another mode or place: `make test-all` runs it.
@@ -188,6 +189,17 @@ def test_what_cannot_be_cut_says_why() -> None:
         parts_of(SimpleNamespace(model=nn.Sequential(tied, nn.ReLU(), tied)), "0", None)
     with pytest.raises(WorkloadError, match=r"lacks loss\(output, target\), batches\(task\), optimizer\(module\)"):
         create_split_workload(f"{__name__}:nothing", WorkloadContext(rank=1), cut="0", tail=None)
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ("--part upper --cut features.2 --cut-dtype int8", "--cut-dtype is for the ranks"),
+    ("--cut-dtype int8", "--cut NAME says after which module the model is cut"),
+    ("--tail classifier.1", "--cut NAME says after which module the model is cut"),
+    ("--cut features.7", "--cut features.7: the model cannot be cut there"),
+])  # fmt: skip
+def test_a_wrong_flag_of_a_trainer_is_told_of_at_once(flags: str, says: str, scripts: Scripts) -> None:
+    code, errors = scripts.run("model_main.py", *flags.split())
+    assert code == 2 and says in errors
 
 
 def nothing(context: WorkloadContext) -> object:

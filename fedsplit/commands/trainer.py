@@ -6,7 +6,12 @@ Your own training instead of the shipped digits:
 
     python -m fedsplit trainer --rank 1 --workload my_package.my_module:make_workload
 
-or a script of your own around `fedsplit.Trainer`: see docs/own-training.md. In several processes, as one trainer:
+or a script of your own around `fedsplit.Trainer`: see docs/own-training.md. The upper part of a model that is
+cut, beside the server; see docs/split-learning.md:
+
+    python -m fedsplit trainer --part upper --cut features.2
+
+In several processes, as one trainer:
 
     torchrun --standalone --nproc-per-node 2 -m fedsplit trainer --rank 1
 """
@@ -99,7 +104,7 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
         rank=arguments.rank, num_partitions=arguments.num_partitions, seed=arguments.seed, device=device,
         data_dir=arguments.data_dir, options=dict(arguments.workload_option),
     )  # fmt: skip
-    if arguments.part or arguments.cut or arguments.tail:
+    if any((arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype)):
         from fedsplit.split_learning.start import make_part
 
         model, answer_all = make_part(

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from fedsplit.errors import UsageError
 from fedsplit.split_learning.lower import LowerPart
 from fedsplit.split_learning.upper import run_upper
 from fedsplit.split_learning.workload import create_split_workload
@@ -24,6 +25,8 @@ def make_part(
     dtype: str | None,
 ) -> tuple[torch.nn.Module, Callable[..., None]]:
     """Return the model of a part, and what answers the tasks of a run with it, given the trainer and its progress."""
+    if part == "upper" and dtype is not None:
+        raise UsageError("--cut-dtype is for the ranks: the upper part answers in what it is given")
     workload, parts = create_split_workload(name, context, cut=cut, tail=tail)
     if part == "upper":
         return parts.beyond(), partial(run_upper, workload=workload, parts=parts)
