@@ -323,6 +323,22 @@ def test_a_script_of_ones_own_comes_to_the_same(tmp_path: Path) -> None:
     assert halves.history[-1]["evaluate"]["loss"] > 0
 
 
+def test_a_rank_that_does_no_step_is_refused_and_costs_nobody_else_anything(tmp_path: Path) -> None:
+    def idle(trainer: Trainer, workload: Any, parts: Any) -> None:
+        if trainer.exchange.rank == 1:
+            return script(trainer, workload, parts)
+        for task in trainer:
+            if task.kind == "evaluate":
+                task.reply(loss=1.0, num_examples=1)
+            else:
+                task.reply(parts.at_rank(), num_examples=1)
+        return None
+
+    halves = Halves(tmp_path, "sfl-v1", rounds=1, script=idle)
+    halves.run()
+    assert halves.history[0]["refused"] == {"2": "it did no step with the upper part"} and halves.history[0]["merged"]
+
+
 @pytest.mark.parametrize("tail", ["3", None])
 def test_u_shaped_no_label_leaves_the_rank(tail: str | None, tmp_path: Path) -> None:
     mark = struct.pack("<f", 0.12345679)

@@ -232,7 +232,9 @@ class SplitRounds(Rounds):
             if self.mode == "sequential":
                 # All ranks trained one lower part, one after the other.
                 content = self.run.payloads.map(steps.lower.digest, own=True)
-            state = decode(content, f"the update of rank {task.rank}") | uppers[steps.owner(task.rank)]
+            if (upper := uppers.get(steps.owner(task.rank))) is None:
+                raise RecordError("it did no step with the upper part")
+            state = decode(content, f"the update of rank {task.rank}") | upper
         except RecordError as exc:
             return str(exc)
         task.update_bytes = len(content)
