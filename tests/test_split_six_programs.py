@@ -9,9 +9,11 @@ import torch
 
 from fedsplit.states.state_dict import map_file
 from fedsplit.workloads import WorkloadContext, create_workload
+from tests.bounds import BOUND_S
+from tests.chaos import disturb
 from tests.halves import whole
 from tests.reference import federated_averaging
-from tests.six_programs import six_programs
+from tests.six_programs import SixPrograms, six_programs
 
 pytestmark = pytest.mark.slow
 
@@ -31,9 +33,21 @@ def test_sfl_v1_is_the_ordinary_federated_average_whoever_is_killed(tmp_path: Pa
             federation.start(victim, *(["--resume"] if victim == "server" else []))
         codes = federation.wait()
         assert codes == dict.fromkeys(codes, 0), f"{codes}\n{federation.tails()}"
-        assert [line["round"] for line in federation.history()] == list(range(1, rounds + 1))
-        found = whole(map_file(federation.final_state()))
         assert federation.history()[-1]["evaluate"]["accuracy"] > 0.9  # type: ignore[index]
+        check(federation, rounds)
+
+
+def test_killed_and_stopped_at_random_it_is_that_too(tmp_path: Path) -> None:
+    rounds = 20
+    with six_programs(tmp_path, server_flags=("--rounds", str(rounds))) as federation:
+        disturb(federation, faults=8, seed=3, timeout_s=BOUND_S)
+        check(federation, rounds)
+
+
+def check(federation: SixPrograms, rounds: int) -> None:
+    """Compare with plain loops over the whole model."""
+    assert [line["round"] for line in federation.history()] == list(range(1, rounds + 1))
+    found = whole(map_file(federation.final_state()))
     torch.set_num_threads(1)
     expected = federated_averaging(workload, ranks=2, rounds=rounds)
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
