@@ -17,6 +17,7 @@ before it exits is enough to go on. The tree::
     │   └── RefusedError          8   the server turned this client away
     ├── PeerMissingError          9   the process on the other side stayed away longer than allowed
     ├── TrainingError            10   the trainer's own code failed; carries its traceback
+    │   └── TaskOverError        10   a task was given up, or begun anew, between two of its steps
     ├── WorkloadError            11   a workload cannot be loaded or lacks a method; its data is not there
     ├── AggregationError         12   a rule of aggregation cannot work, or returned what it must not
     ├── CheckpointError          13   a checkpoint cannot be written or read
@@ -94,6 +95,10 @@ class TrainingError(FedSplitError, exit_code=10):
     def __init__(self, message: str, trainer_traceback: str = "") -> None:
         super().__init__(message)
         self.trainer_traceback = trainer_traceback
+
+
+class TaskOverError(TrainingError):
+    """A task was given up, or begun anew, while its script waited for the other half of the model."""
 
 
 class WorkloadError(FedSplitError, exit_code=11):

@@ -37,7 +37,7 @@ OF_THE_SERVER = [
     "--train-config=on=true", "--payload-store=none", "--engine=superlink", "--seed=5", "--tracker=mlflow:here",
     "--ssl-ca-certfile=ca.pem", "--ssl-certfile=server.pem", "--ssl-keyfile=key.pem", "--insecure",
     "--join-token-file=token", "--supernode-public-key=1.pub", "--supernode-public-key=2.pub", "--verbose",
-    "--log-format=json",
+    "--log-format=json", "--split-learning=sfl-v1", "--exchange-dir=shared",
 ]  # fmt: skip
 SCRIPT = """
 import os, signal, sys, time
@@ -106,7 +106,8 @@ def test_every_flag_of_the_server_reaches_the_server_as_it_was_given() -> None:
 
 
 def test_clients_find_the_server_and_trainers_know_how_many_they_are() -> None:
-    children = planned("--ranks=3", "--exchange-dir=shared", *OF_THE_SERVER)
+    children = planned("--ranks=3", "--cut=features.2", "--cut-dtype=int8", *OF_THE_SERVER)
+    *children, upper = children
     assert [child.name for child in children[1:3]] == ["client of rank 1", "trainer of rank 1"]
     clients = [parsed(client, child.command[4:]) for child in children[1::2]]
     assert [each["rank"] for each in clients] == [1, 2, 3]
@@ -119,6 +120,10 @@ def test_clients_find_the_server_and_trainers_know_how_many_they_are() -> None:
         (1, 3, None), (2, 3, None), (3, 3, None),
     ]  # fmt: skip
     assert str(trainers[0]["checkpoint_dir"]) == "kept"
+    assert {(each["part"], each["cut"], each["cut_dtype"]) for each in trainers} == {(None, "features.2", "int8")}
+    found = parsed(trainer, upper.command[4:])
+    assert [found[name] for name in ("part", "cut", "cut_dtype")] == ["upper", "features.2", None]
+    assert str(found["exchange_dir"]) == "shared"
 
 
 def test_the_address_is_free_and_a_round_waits_for_every_rank_unless_they_are_given() -> None:

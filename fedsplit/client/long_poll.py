@@ -58,18 +58,18 @@ class LongPoll:
             self._watch.sleep()
 
     def _check_trainer(self, now: float) -> None:
-        rank, lock = self._exchange.rank, self._exchange.lock_path("trainer")
+        who, lock = self._exchange.who, self._exchange.lock_path("trainer")
         if self._exchange.is_held("trainer"):
             if self.missing_since is not None:
-                log.info("rank %d: a trainer is here (%s)", rank, self._exchange.owner("trainer"))
+                log.info("%s: a trainer is here (%s)", who, self._exchange.owner("trainer"))
             self.missing_since = None
         elif self.missing_since is None:
             self.missing_since = now
             wait_s = self._trainer_wait_s
-            log.warning("rank %d: no trainer holds %s; waiting up to %g s for one to start", rank, lock, wait_s)
+            log.warning("%s: no trainer holds %s; waiting up to %g s for one to start", who, lock, wait_s)
         elif now - self.missing_since > self._trainer_wait_s:
             self.missing_since = None
             raise FedSplitError(
-                f"no trainer of rank {rank} for {self._trainer_wait_s:g} s; start the trainer of rank {rank} "
+                f"no trainer of {who} for {self._trainer_wait_s:g} s; start the trainer of {who} "
                 f"with the same --exchange-dir ({self._exchange.directory.parent})"
             )

@@ -274,7 +274,7 @@ class Relay(Client):
         if result.status == "error":
             return {"status": "error", "error": dict(result.error or {}), "seconds": result.seconds}, []
         reply: dict[str, Any] = {
-            "status": "ok", "num_examples": result.num_examples, "loss": result.loss,
+            "status": result.status, "num_examples": result.num_examples, "loss": result.loss,
             "metrics": dict(result.metrics), "seconds": result.seconds,
         }  # fmt: skip
         if result.local_entries:

@@ -64,7 +64,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="show the lines of all programs, as in `trainer 1 | …`, in place of the server's table")  # fmt: skip
     add("script", nargs="*", metavar="-- COMMAND", help="the trainer of each rank, with {rank} in it (default: ours)")
     trainer.add_workload(parser)
-    server.add_flags(parser)
+    trainer.add_cut(parser)
+    server.add_own_flags(parser)
     parser.set_defaults(
         run=run, program="fedsplit", address=_Default("a free port of 127.0.0.1"), min_clients=_Default("--ranks")
     )
@@ -159,7 +160,7 @@ def _conclude(lines: Sequence[Line], places: Places) -> None:
 
 
 def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
-    """Return the programs: the server, then client and trainer of each rank."""
+    """Return the programs: the server, then client and trainer of each rank, and last the trainer of an upper part."""
     values, ranks = vars(arguments), arguments.ranks
     address = arguments.address or f"127.0.0.1:{free_port()}"
     serving = {**values, "address": address, "min_clients": arguments.min_clients or ranks}
@@ -174,6 +175,9 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
         train = [*(["env", f"CUDA_VISIBLE_DEVICES={gpu}"] if gpu else []), *(own or _command(trainer, training, rank))]
         for role, command in (("client", _command(client, relaying, rank)), ("trainer", train)):
             children.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
+    if arguments.split_learning:
+        command = _command(trainer, {**training, "part": "upper", "cut_dtype": None})
+        children.append(Child("trainer of the upper part", command, places.logs / "trainer-upper.log"))
     return children
 
 
@@ -210,6 +214,8 @@ def _reachable(address: str) -> str:
 
 def _check_script(arguments: argparse.Namespace) -> None:
     command = shlex.join(arguments.script)
+    if arguments.split_learning:
+        raise UsageError("--split-learning: the command after -- trains at the ranks only; start the programs by hand")
     if not any("{rank}" in word for word in arguments.script):
         raise UsageError(f"expected {{rank}} in the command after --, as in --rank {{rank}}; found: {command}")
     program = _fill_in(arguments, 1)[0]

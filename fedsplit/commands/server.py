@@ -23,16 +23,26 @@ from fedsplit.errors import UsageError
 from fedsplit.run.directory import Places
 from fedsplit.run.events import event
 from fedsplit.run.history import Line
+from fedsplit.split_learning.order import MODES
 from fedsplit.watch.rounds import value
 
 if TYPE_CHECKING:
     from fedsplit.server.settings import ServerSettings
+    from fedsplit.split_learning.attach import UpperHalf
+    from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags, and what is run."""
+    add_own_flags(parser)
+    parser.add_argument("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
+        help="with --split-learning: holds upper/, shared with the trainer of the upper part")  # fmt: skip
+
+
+def add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that no other program has."""
     add = parser.add_argument
     add("--address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen")
     _add_rounds(parser)
@@ -72,6 +82,10 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
     add("--strategy", metavar="CLASS",
         help="let a Flower strategy choose the clients and merge, instead of --aggregate: package.module:Class, or a "
         "class of flwr.server.strategy, with parameters as in 'FedAdam(eta=0.01)' (default: none)")  # fmt: skip
+    add("--split-learning", choices=MODES, metavar="MODE",
+        help="the model is cut: its upper part trains beside this server, in a trainer started with --part upper. "
+        "sfl-v1: a copy of it for each rank, merged each round; sfl-v2: one for all ranks, a batch of each in turn; "
+        "sequential: one rank after the other (default: the model is whole)")  # fmt: skip
     add("--train-config", action="append", type=cli.key_scalar, default=[], metavar="KEY=VALUE",
         help="reaches every trainer in task.config; repeatable")  # fmt: skip
     add("--round-timeout", type=cli.seconds, metavar="S",
@@ -121,10 +135,11 @@ def run(arguments: argparse.Namespace) -> int:
         engine.name, join_token_file=arguments.join_token_file, keys=arguments.supernode_public_key,
         keys_flag="--supernode-public-key",
     )  # fmt: skip
+    upper = _upper_half(arguments, settings, engine)
     live = arguments.log_format == "text" and not arguments.verbose
     with (
         embedded.claim_port(arguments.address),
-        open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command()) as server,
+        open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command(), upper=upper) as server,
     ):
         if engine is SUPERLINK:
             from fedsplit.engines.superlink.serve import serve
@@ -147,6 +162,13 @@ def read_settings(arguments: argparse.Namespace) -> ServerSettings:
     values: dict[str, Any] = {name: getattr(arguments, name) for name in ServerSettings.__dataclass_fields__}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ServerSettings(**values)
+
+
+def _upper_half(arguments: argparse.Namespace, settings: ServerSettings, engine: Engine) -> UpperHalf | None:
+    from fedsplit.split_learning.attach import UpperHalf
+
+    mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
+    return UpperHalf(settings, mode, exchange_dir, engine.name) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

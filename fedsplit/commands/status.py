@@ -18,7 +18,7 @@ from typing import TypeVar, get_args
 from fedsplit import cli
 from fedsplit.commands.tables import format_seconds, print_table
 from fedsplit.errors import ExchangeError, FedSplitError
-from fedsplit.exchange.directory import Exchange, Role
+from fedsplit.exchange.directory import Exchange, Place, Role
 from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord
 
 NOBODY, UNKNOWN = "nobody", "unknown"
@@ -36,30 +36,33 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the status of every rank."""
-    rows = [(f"rank {rank}", heading, text) for directory, rank in find_ranks(arguments.exchange_dir)
+    rows = [(Exchange(directory, rank).who, heading, text) for directory, rank in find_ranks(arguments.exchange_dir)
             for heading, text in read_status(directory, rank).items()]  # fmt: skip
     styles = ["yellow" if text == NOBODY else "bold" if heading == "now" else "" for _, heading, text in rows]
     print_table(rows, styles=styles, separator=": ")
     return 0
 
 
-def find_ranks(directory: Path) -> list[tuple[Path, int]]:
+def find_ranks(directory: Path) -> list[tuple[Path, Place]]:
     """Return exchange directory and rank of every rank in it, or of the one whose directory it is.
+
+    The upper part of a model that is cut, beside the server, is the last of them.
 
     Raises ExchangeError if it is no exchange directory.
     """
     try:
-        ranks = sorted(int(match[1]) for path in directory.iterdir() if (match := _RANK.fullmatch(path.name)))
+        names = [path.name for path in directory.iterdir()]
     except OSError as exc:
         raise ExchangeError(f"cannot look into {directory}: {exc.strerror}; give the programs' --exchange-dir") from exc
-    if ranks:
+    ranks: list[Place] = sorted(int(match[1]) for name in names if (match := _RANK.fullmatch(name)))
+    if ranks := [*ranks, "upper"] if "upper" in names else ranks:
         return [(directory, rank) for rank in ranks]
     if match := _RANK.fullmatch(directory.resolve().name):
         return [(directory.resolve().parent, int(match[1]))]
     raise ExchangeError(f"no client and no trainer has used {directory} yet: it has no rank-K; is it the right one?")
 
 
-def read_status(exchange_dir: Path, rank: int) -> dict[str, str]:
+def read_status(exchange_dir: Path, rank: Place) -> dict[str, str]:
     """Return what the directory of a rank tells, by heading: who is there, what was asked and answered last, and now.
 
     A role that nobody holds is `NOBODY`, and `UNKNOWN` if that cannot be told.

@@ -6,7 +6,12 @@ Your own training instead of the shipped digits:
 
     python -m fedsplit trainer --rank 1 --workload my_package.my_module:make_workload
 
-or a script of your own around `fedsplit.Trainer`: see docs/own-training.md. In several processes, as one trainer:
+or a script of your own around `fedsplit.Trainer`: see docs/own-training.md. The upper part of a model that is
+cut, beside the server; see docs/split-learning.md:
+
+    python -m fedsplit trainer --part upper --cut features.2
+
+In several processes, as one trainer:
 
     torchrun --standalone --nproc-per-node 2 -m fedsplit trainer --rank 1
 """
@@ -16,9 +21,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedsplit import cli
+
+if TYPE_CHECKING:
+    from fedsplit.exchange.directory import Place
 
 log = logging.getLogger("fedsplit")
 
@@ -30,6 +40,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
         help="this rank's own state is kept in DIR/rank-K")  # fmt: skip
     add_workload(parser)
+    add("--part", choices=("lower", "upper"),
+        help="which part of a model that is cut is trained here: lower, at a rank (as with --cut); upper, beside the "
+        "server, with the --exchange-dir of the server, and no rank (default: the whole model)")  # fmt: skip
+    add_cut(parser)
     add("--num-partitions", type=cli.positive_int, default=2, metavar="N",
         help="into how many parts the data is divided; the same for every rank")  # fmt: skip
     add("--seed", type=cli.natural, default=0, metavar="N",
@@ -42,6 +56,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--client-wait", type=cli.seconds, metavar="S",
         help="seconds to wait for this rank's client (default: forever)")  # fmt: skip
     cli.make_program(parser, "trainer", run)
+
+
+def add_cut(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `run` has too: where the model is cut."""
+    add = parser.add_argument
+    add("--cut", metavar="NAME", help="cut the workload's model after the module of this name (default: it is whole)")
+    add("--tail", metavar="NAME",
+        help="with --cut: cut it again after this module; what follows, and the labels, stay with the rank "
+        "(default: the upper part is the last)")  # fmt: skip
+    add("--cut-dtype", choices=("float16", "bfloat16", "int8"),
+        help="at a rank: round activations and gradients to this at the cut (default: as they are)")  # fmt: skip
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
     launch = Launch.read(os.environ)
     if launch.process == 0:
         # Before anything slow, so that a taken rank or an unusable directory is reported at once.
-        with Exchange(arguments.exchange_dir, arguments.rank).hold("trainer"):
+        with Exchange(arguments.exchange_dir, _place(arguments)).hold("trainer"):
             pass
     elif not arguments.verbose:
         # Each of its lines would only repeat process 0's.
         log.setLevel(logging.WARNING)
-    log.info("rank %d: starting (loading torch and the workload %s)", arguments.rank, arguments.workload)
+    who = "the upper part" if arguments.part == "upper" else f"rank {arguments.rank}"
+    log.info("%s: starting (loading torch and the workload %s)", who, arguments.workload)
     device = set_up_torch(arguments.device, arguments.threads, arguments.num_partitions, launch)
     with process_group(device, launch):
         _train(arguments, device)
@@ -84,15 +110,29 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
         rank=arguments.rank, num_partitions=arguments.num_partitions, seed=arguments.seed, device=device,
         data_dir=arguments.data_dir, options=dict(arguments.workload_option),
     )  # fmt: skip
-    workload = create_workload(arguments.workload, context)
+    if any((arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype)):
+        from fedsplit.split_learning.start import make_part
+
+        model, answer_all = make_part(
+            arguments.workload, context, arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype
+        )
+    else:
+        from fedsplit.workloads.runner import run_workload
+
+        workload = create_workload(arguments.workload, context)
+        model, answer_all = workload.model, partial(run_workload, workload=workload)
 
     from fedsplit.trainer.progress import Progress
     from fedsplit.trainer.trainer import Trainer
-    from fedsplit.workloads.runner import run_workload
 
+    place = _place(arguments)
     trainer = Trainer(
-        arguments.rank, workload.model, exchange_dir=arguments.exchange_dir, checkpoint_dir=arguments.checkpoint_dir,
+        place, model, exchange_dir=arguments.exchange_dir, checkpoint_dir=arguments.checkpoint_dir,
         state=arguments.state, client_wait_s=arguments.client_wait,
     )  # fmt: skip
     with trainer:
-        run_workload(trainer, workload, Progress(arguments.rank, shown=trainer.process == 0))
+        answer_all(trainer, progress=Progress(arguments.rank, shown=trainer.process == 0))
+
+
+def _place(arguments: argparse.Namespace) -> Place:
+    return "upper" if arguments.part == "upper" else int(arguments.rank)

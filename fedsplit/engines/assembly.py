@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from fedsplit.watch.trackers import parse_tracker
 if TYPE_CHECKING:
     from fedsplit.server.server import Server
     from fedsplit.server.settings import ServerSettings
+    from fedsplit.split_learning.attach import UpperHalf
     from fedsplit.wire.protocol import Engine
 
 
@@ -26,11 +27,11 @@ def check_trackers(settings: ServerSettings) -> None:
 @contextmanager
 def open_server(
     settings: ServerSettings, engine: Engine, *, join_key: bytes | None = None, live: bool = False,
-    command: Sequence[str] = (),
+    command: Sequence[str] = (), upper: UpperHalf | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """Open the run, make its server, and watch it: with a `live` table, and `command`, as typed, in the report.
 
-    With a `join_key` a client must prove that it knows it before it takes part.
+    With a `join_key` a client must prove that it knows it before it takes part. With an `upper` half the model is cut.
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
     from fedsplit.disk.remote_store import open_remote
@@ -45,15 +46,23 @@ def open_server(
         (spec.inner or spec).name in BUILTIN_RULES for spec in settings.rules
     )
     strategy = None if is_built_in else make_strategy(settings)
+    shown = {**settings.to_run_config(), "engine": engine.name}
+    shown |= {"split-learning": upper.mode} if upper else {}
     run = Run(
         settings.checkpoint_dir, keep_checkpoints=settings.keep_checkpoints, resume=settings.resume,
-        settings={**settings.to_run_config(), "engine": engine.name},
+        settings=shown,
         initial=partial(_read, settings.initial_checkpoint) if settings.initial_checkpoint else None,
     )  # fmt: skip
-    with run:
+    with upper.taking_part() if upper else nullcontext(), run:
         remote = open_remote(settings.payload_store)
-        server = Server(run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy)
-        with watching(server, live=live, rounds=settings.rounds, trackers=settings.tracker, command=command):
+        server = Server(
+            run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
+            rounds=upper.rounds if upper else None,
+        )  # fmt: skip
+        with (
+            upper.telling(server) if upper else nullcontext(),
+            watching(server, live=live, rounds=settings.rounds, trackers=settings.tracker, command=command),
+        ):
             yield server
 
 

@@ -15,7 +15,7 @@ asks for this                  none, or older than the task      older than the 
                                                                  or none               the next thing to be begun
 asks for this                  none, or older than the task      newer than the task   ``RENEW``: a trainer begins no
                                                                                        task that is older than an end
-asks for this                  its answer, ``ok``                any                   ``TAKE``: nothing is trained
+asks for this                  its answer, ``ok`` or ``step``    any                   ``TAKE``: nothing is trained
                                                                                        twice
 asks for this                  its answer, ``error``, and this   any                   ``TAKE``: each error is
                                client still waits for it                               reported once
@@ -66,7 +66,7 @@ def what_to_offer(
         return Offer.RENEW
     if result is None or result.version < task.version:
         return Offer.RENEW if is_past(task, end) else Offer.WAIT
-    if answers(result, task) and (result.status == "ok" or result.version == awaited):
+    if answers(result, task) and (result.status in ("ok", "step") or result.version == awaited):
         return Offer.TAKE
     return Offer.RENEW
 
@@ -103,13 +103,13 @@ def asks(task: TaskRecord, request: Request, digest: str | None) -> bool:
     return (
         not task.cancelled
         and (task.run_id, task.kind, task.server_round) == (request.run_id, request.kind, request.server_round)
-        and task.split == request.split
+        and (task.split, task.step) == (request.split, request.step)
         and task.digest == digest
     )
 
 
 def answers(result: ResultRecord, task: TaskRecord) -> bool:
     """Tell whether a result answers a task, and no other one that had the same version."""
-    return (result.version, result.run_id, result.kind, result.server_round) == (
-        task.version, task.run_id, task.kind, task.server_round,
+    return (result.version, result.run_id, result.kind, result.server_round, result.step) == (
+        task.version, task.run_id, task.kind, task.server_round, task.step,
     )  # fmt: skip

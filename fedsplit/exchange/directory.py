@@ -40,6 +40,8 @@ from fedsplit.states.header import read_header
 log = logging.getLogger("fedsplit")
 
 Role = Literal["client", "trainer"]
+# A rank, or the upper part of a model that is cut.
+Place = int | Literal["upper"]
 Found = TypeVar("Found")
 
 _LOCK_POLL_S = 0.001
@@ -74,13 +76,18 @@ class Owner:
 
 
 class Exchange:
-    """Paths, locks and records of ``<exchange_dir>/rank-<rank>/``; a rank is a positive integer."""
+    """Paths, locks and records of ``<exchange_dir>/rank-<rank>/``; a rank is a positive integer.
 
-    def __init__(self, exchange_dir: Path | str, rank: int) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    Or of ``<exchange_dir>/upper/``, where the server is the client, and the upper part of a model has its trainer.
+    """
+
+    def __init__(self, exchange_dir: Path | str, rank: Place) -> None:
+        if rank != "upper" and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise UsageError(f"the rank must be a positive integer, not {rank!r}")
-        self.rank = rank
-        self.directory = Path(exchange_dir) / f"rank-{rank}"
+        self.rank = 0 if rank == "upper" else rank
+        # Whose directory it is, for messages.
+        self.who = "the upper part" if rank == "upper" else f"rank {rank}"
+        self.directory = Path(exchange_dir) / place_name(rank)
         self.task_path = self.directory / "task.json"
         self.result_path = self.directory / "result.json"
         self.finished_path = self.directory / "finished.json"
@@ -111,7 +118,7 @@ class Exchange:
             with self.handoff():
                 if not _take(lock, 0.0):
                     raise RoleTakenError(
-                        f"rank {self.rank} already has a {role}: {self.owner(role)} holds {path}; "
+                        f"{self.who} already has a {role}: {self.owner(role)} holds {path}; "
                         "stop that one, or take another rank or --exchange-dir"
                     )
                 stack.callback(lock.release)
@@ -170,8 +177,8 @@ class Exchange:
             if os.path.samestat(path.stat(), mine):
                 return
         raise DirectoryLostError(
-            f"{self.directory} was removed or replaced while it was in use; start the client and the trainer of rank "
-            f"{self.rank} again"
+            f"{self.directory} was removed or replaced while it was in use; start the client and the trainer of "
+            f"{self.who} again"
         )
 
     def _describe_wait(self, seconds: float) -> str:
@@ -267,6 +274,11 @@ class Exchange:
         if len(text) > records.RECORD_BYTES:
             raise RecordError(f"{path} is over {records.RECORD_BYTES:,} bytes; a record is small")
         return text
+
+
+def place_name(rank: Place) -> str:
+    """Return what the directories of a rank are called, or those of the upper part."""
+    return "upper" if rank == "upper" else f"rank-{rank}"
 
 
 def forgive(read: Callable[[], Found | None]) -> Found | None:

@@ -22,7 +22,9 @@ RECORD_BYTES = 4_000_000
 _LIMIT = 2**63 - 1
 
 Kind = Annotated[str, Meta(pattern=r"^(initialize|train|evaluate)\Z")]
-Status = Annotated[str, Meta(pattern=r"^(ok|error)\Z")]
+# ``step``: what the other half of a model needs, and the task goes on. ``again``: this process did not do the steps
+# before this one.
+Status = Annotated[str, Meta(pattern=r"^(ok|error|step|again)\Z")]
 # What a metric may be, on the way from a trainer to the history: limits that a trainer meets at once, by name.
 MOST_METRICS, MOST_NAME, MOST_TEXT = 1_000, 200, 10_000
 Scalar = bool | Annotated[int, Meta(ge=-_LIMIT - 1, le=_LIMIT)] | float | Annotated[str, Meta(max_length=MOST_TEXT)]
@@ -63,6 +65,9 @@ class Request:
     split: tuple[tuple[str, bool], ...] = ()
     # Why the rank's last answer did not count; None if it did.
     refused: Annotated[str, Meta(max_length=MOST_TEXT)] | None = None
+    # Of a task that is done in steps, with the other half of the model: how many were answered before this one. The
+    # payload is then what the other half gave, but for step 0. None for a task that is answered once.
+    step: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,7 @@ class ResultRecord:
     kind: Kind
     server_round: Count
     status: Status
+    step: Count | None = None
     payload: PayloadRecord | None = None
     num_examples: NumExamples = 0
     loss: float | None = None

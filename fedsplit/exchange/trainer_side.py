@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from fedsplit.disk import files
 from fedsplit.errors import RecordError
@@ -51,6 +52,7 @@ class TrainerSide:
         self, task: TaskRecord, chunks: Iterable[files.Buffer] | None = None, *, num_examples: int = 0,
         loss: float | None = None, metrics: Mapping[str, Scalar] | None = None,
         local_entries: LocalEntries | None = None, error: Mapping[str, str] | None = None, seconds: float = 0.0,
+        status: Literal["ok", "step", "again"] = "ok",
     ) -> bool:  # fmt: skip
         """Answer a task; False if it has an answer, or nobody waits for one any more: then nothing is offered.
 
@@ -66,8 +68,8 @@ class TrainerSide:
             payload = PayloadRecord(file=path.name, bytes=size, digest=digest)
         record = ResultRecord(
             version=task.version, run_id=task.run_id, kind=task.kind, server_round=task.server_round,
-            status="ok" if error is None else "error", payload=payload, num_examples=num_examples, loss=loss,
-            metrics=metrics or {}, local_entries=local_entries or {}, error=error, seconds=seconds,
+            status=status if error is None else "error", step=task.step, payload=payload, num_examples=num_examples,
+            loss=loss, metrics=metrics or {}, local_entries=local_entries or {}, error=error, seconds=seconds,
         )  # fmt: skip
         try:
             with self.exchange.handoff():

@@ -96,8 +96,16 @@ class Conversation:
     _waiting_for: str | None = None
     _heard_at: float = 0.0
 
+    @property
+    def most_bytes(self) -> float:
+        """How many bytes an answer may have: an update has the entries of the state that it started from."""
+        return self.state.bytes + self.extra_bytes + _HEADER_BYTES if self.state else math.inf
+
     def until_done(self) -> Reply:
         """Ask until there is a result or a failure."""
+        return self._until_answered()
+
+    def _until_answered(self) -> Reply:
         context, self._heard_at = self.context, time.monotonic()
         try:
             while True:
@@ -120,7 +128,7 @@ class Conversation:
             payload = reply.payload
             if reply.failure or not payload:
                 raise RecordError(reply.failure or "it came without a state_dict")
-            if self.state and payload.bytes > self.state.bytes + self.extra_bytes + _HEADER_BYTES:
+            if self.state and payload.bytes > self.most_bytes:
                 raise RecordError(f"its update has {payload.bytes:,} bytes, the state {self.state.bytes:,}")
             if payload.via == "store":
                 if remote:
@@ -134,7 +142,7 @@ class Conversation:
             if (content := self._receive(payload)) is not None:
                 return content
             # The client has lost the file: asked again, it looks at what became of the task.
-            reply = self.until_done()
+            reply = self._until_answered()
 
     def _ask(self, peer: Peer) -> Reply:
         context, state = self.context, self.state

@@ -81,8 +81,8 @@ class Reply(Answer):
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is a result or a failure."""
-        return self.status in ("ok", "error")
+        """Whether there is a result, of a task or of a step of it, or a failure."""
+        return self.status in ("ok", "error", "step", "again")
 
     @property
     def all_metrics(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class Peer:
     def ask(self, record: Mapping[str, Any], blob: bytes | None, *, most_s: float) -> Reply:
         """Ask for a task, to be answered within ``most_s`` seconds; ``blob`` is the state that goes along."""
         timeout = _timeout(record["bytes"], most_s, record["hold_s"])
-        if record["kind"] != "evaluate" or "then" in record:
+        if record["kind"] != "evaluate" or "then" in record or record.get("step") is not None:
             return Reply.of(*self._fit(record, blob, timeout, Answer))
         # Not for what may come along with the answer: Flower's answer to an evaluation has no room for that.
         ins = flower.EvaluateIns(_parameters(blob), pack(record))

@@ -27,6 +27,7 @@ from fedsplit.server.settings import ServerSettings
 from fedsplit.wire.protocol import EMBEDDED, Engine
 
 if TYPE_CHECKING:
+    from fedsplit.server.round import Rounds
     from fedsplit.server.strategy import StreamingStrategy
 
 log = logging.getLogger("fedsplit")
@@ -48,12 +49,14 @@ class Server(FlowerServer):
     """Runs a federation on the connected ranks, into an open `Run`; what ended it early is its ``failure``.
 
     ``remote`` is the store at ``--payload-store URL``, for clients on other machines. With a ``join_key`` nobody takes
-    part who does not know it. Without a ``strategy`` that of the settings is made, once the server listens.
+    part who does not know it. Without a ``strategy`` that of the settings is made, once the server listens. ``rounds``
+    makes what runs the rounds, of the fields of `Rounds`; that class itself without it.
     """
 
     def __init__(
         self, run: Run, settings: ServerSettings, *, remote: RemoteStore | None = None, join_key: bytes | None = None,
         engine: Engine = EMBEDDED, strategy: StreamingStrategy | None = None,
+        rounds: Callable[..., Rounds] | None = None,
     ) -> None:  # fmt: skip
         self.run = run
         self.failure: FedSplitError | None = None
@@ -65,6 +68,7 @@ class Server(FlowerServer):
         self._stop = threading.Event()
         self._told = False
         self._given_strategy = strategy
+        self._make_rounds = rounds
         store = remote or (run.payloads if settings.payload_store == "auto" else None)
         self._roster = Roster(run.run_id, store, join_key=join_key, ping_s=engine.ping_s, observer=self._observer)
         super().__init__(client_manager=self._roster)
@@ -111,7 +115,7 @@ class Server(FlowerServer):
 
         strategy = self._given_strategy or make_strategy(self._settings)
         self.set_strategy(strategy)
-        Rounds(
+        (self._make_rounds or Rounds)(
             run=self.run, settings=self._settings, strategy=strategy, roster=self._roster, engine=self._engine,
             remote=self._remote, observer=self._observer, writer=self._writer, stop=self._stop,
         ).run_all()  # fmt: skip

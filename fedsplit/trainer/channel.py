@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from fedsplit.disk.files import wait_for_space
 from fedsplit.errors import PeerMissingError, RecordError, SchemaError
@@ -47,6 +47,7 @@ class Answer:
     local_entries: LocalEntries = field(default_factory=dict)
     seconds: float = 0.0
     checksum: float | None = None
+    status: Literal["ok", "step", "again"] = "ok"
 
 
 class Channel(Protocol):
@@ -125,11 +126,11 @@ class ExchangeChannel(Channel):
                 self._check_client(now)
                 whom = "a client" if self._missing_since else "the server's next task"
                 if now - reminded > _REMIND_S or whom != self._awaited:
-                    rank, directory = self._exchange.rank, self._exchange.directory
-                    log.info("rank %d: waiting for %s (%s, %.0f s)", rank, whom, directory, now - began)
+                    who, directory = self._exchange.who, self._exchange.directory
+                    log.info("%s: waiting for %s (%s, %.0f s)", who, whom, directory, now - began)
                     if whom != self._awaited and not log.hasHandlers():
                         # A script that has set up no logging must not seem to hang.
-                        print(f"fedsplit: rank {rank}: waiting for {whom} ({directory})", file=sys.stderr)
+                        print(f"fedsplit: {who}: waiting for {whom} ({directory})", file=sys.stderr)
                     reminded, self._awaited = now, whom
             self._watch.sleep()
 
@@ -147,7 +148,7 @@ class ExchangeChannel(Channel):
         return wait_for_space(
             lambda: self._side.answer(
                 record, chunks, num_examples=answer.num_examples, loss=answer.loss, metrics=answer.metrics,
-                local_entries=answer.local_entries, seconds=answer.seconds,
+                local_entries=answer.local_entries, seconds=answer.seconds, status=answer.status,
             )
         )  # fmt: skip
 
@@ -160,10 +161,10 @@ class ExchangeChannel(Channel):
             return
         self._missing_since = self._missing_since or now
         if self._client_wait_s is not None and now - self._missing_since > self._client_wait_s:
-            rank = self._exchange.rank
+            who = self._exchange.who
             raise PeerMissingError(
-                f"no client of rank {rank} came to {self._exchange.directory} within {self._client_wait_s:g} s; "
-                f"start the client of rank {rank} with the same --exchange-dir"
+                f"no client of {who} came to {self._exchange.directory} within {self._client_wait_s:g} s; "
+                f"start the client of {who} with the same --exchange-dir"
             )
 
 

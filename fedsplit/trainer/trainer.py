@@ -30,8 +30,8 @@ from typing import Any, Literal, Self
 
 import torch
 
-from fedsplit.errors import FedSplitError, RecordError, TrainingError, UsageError
-from fedsplit.exchange.directory import Exchange
+from fedsplit.errors import FedSplitError, RecordError, TaskOverError, TrainingError, UsageError
+from fedsplit.exchange.directory import Exchange, Place, place_name
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, printable, scalars
 from fedsplit.states.extra import join, separate
 from fedsplit.states.local_keys import is_local
@@ -41,6 +41,7 @@ from fedsplit.states.ties import check_shared
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
 from fedsplit.trainer.keep import Kept
 from fedsplit.trainer.local_state import Base, LocalStates
+from fedsplit.trainer.remote import Given, remote
 
 log = logging.getLogger("fedsplit")
 
@@ -72,6 +73,8 @@ class Task:
         Whether `local_state` has to be read: this process is not itself at the end of the round before.
     answered, failed : bool
         Whether there was a reply, and whether it was an error.
+    numbers : Mapping[str, bool | int | float | str]
+        What came with the last `remote`: the loss, and the metrics that the other half of the model found.
     """
 
     def __init__(self, trainer: Trainer, record: TaskRecord, base: Base) -> None:
@@ -82,8 +85,9 @@ class Task:
         self.refused = record.refused
         self.restore = base.restore
         self.answered = self.failed = False
+        self.numbers: Mapping[str, Scalar] = {}
         self._trainer, self._record, self._base = trainer, record, base
-        self._began = time.monotonic()
+        self._began = self._resumed = time.monotonic()
         self._stop = False
 
     @property
@@ -190,6 +194,51 @@ class Task:
         # Not before: if the reply cannot be given, the client must hear of that error.
         self.answered = True
 
+    def remote(
+        self, activations: torch.Tensor, targets: torch.Tensor | None = None, *, generator: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Let the other half of the model go on from here: returns the loss, or without `targets` the half's output.
+
+        ``backward()`` on what comes of it brings the gradient of the activations, as if the model were whole. Only
+        where the server was started with ``--split-learning``. With `generator` both halves draw from one stream of
+        random numbers, as the whole model would: for dropout. With a `dtype` (float16, bfloat16, int8) activations and
+        gradients are rounded to it at the cut. Raises TaskOverError if the server has given the task up, or begins it
+        anew: go on with the next task then.
+        """
+        return remote(self, activations, targets, generator=generator, dtype=dtype)
+
+    def hand_over(self, state: StateDict | None = None, numbers: Mapping[str, Scalar] | None = None) -> Given:
+        """Give tensors and numbers to the other half of the model, and wait for what it gives; raises TaskOverError."""
+        channel, record = self._trainer._channel, self._record
+        if record.step is None or channel.processes > 1:
+            raise UsageError(
+                "there is no other half of the model: the server was started without --split-learning"
+                if record.step is None else "in several processes a model cannot be cut yet: start one without torchrun"
+            )  # fmt: skip
+        # Its file may go once the other side has moved on: what is mapped stays.
+        _ = self.state_dict
+        now = time.monotonic()
+        answer = Answer(
+            state=state or None, num_examples=0, metrics=scalars(numbers or {}, "numbers"), seconds=now - self._resumed,
+            status="step",
+        )  # fmt: skip
+        channel.answer(record, answer)
+        while True:
+            found = channel.next()
+            if isinstance(found, TaskRecord) and found.step is not None and _is_same(found, record):
+                if found.step == record.step + 1:
+                    break
+                if (found.step, found.digest) == (record.step, record.digest):
+                    # The answer was lost on its way.
+                    channel.answer(found, answer)
+                    continue
+            self._trainer._found = found
+            self.answered = True
+            raise TaskOverError(f"{self.kind} of round {self.server_round} was given up, or is begun anew")
+        self._record, self._resumed = found, time.monotonic()
+        return Given(channel.read_state(found), found.config)
+
     def fail(self, exc: BaseException) -> None:
         """Report that the task cannot be done; the error and its traceback reach the client and the server."""
         if self.answered:
@@ -216,7 +265,8 @@ class Trainer:
     Parameters
     ----------
     rank
-        The rank, a positive integer; the client of the same rank is its way to the server.
+        The rank, a positive integer; the client of the same rank is its way to the server. Or ``"upper"``: the trainer
+        of the upper part of a model that is cut, beside the server.
     model
         What answers ``initialize``: a module or state_dict (as it is on entering), or a function that returns one.
         Without it the federation needs another trainer to start from.
@@ -242,7 +292,7 @@ class Trainer:
 
     def __init__(
         self,
-        rank: int,
+        rank: Place,
         model: ModelSource | None = None,
         *,
         exchange_dir: Path | str = "exchange",
@@ -263,9 +313,11 @@ class Trainer:
         self._stack = ExitStack()
         if standalone:
             checkpoint_dir = self._stack.enter_context(TemporaryDirectory(prefix="fedsplit-standalone-"))
-        self._local = LocalStates(Path(checkpoint_dir) / f"rank-{rank}", self._channel, model, reset=state == "reset")
+        self._local = LocalStates(Path(checkpoint_dir) / place_name(rank), self._channel, model, reset=state == "reset")
         self._types = ModuleTypes(model)
         self._current: Task | None = None
+        # What came while a task waited for the other half of the model, and is not about that task.
+        self._found: TaskRecord | FinishedRecord | None = None
 
     def __enter__(self) -> Self:
         self._stack.enter_context(self._channel.hold())
@@ -281,7 +333,12 @@ class Trainer:
             self._stack.__exit__(kind, exc, tb)
 
     def __iter__(self) -> Iterator[Task]:
-        while isinstance(record := self._channel.next(), TaskRecord):
+        while isinstance(record := self._found or self._channel.next(), TaskRecord):
+            self._found = None
+            if record.step:
+                # This process did not do the steps before: the task has to begin anew.
+                self._channel.answer(record, Answer(state=None, num_examples=0, status="again"))
+                continue
             try:
                 task = self._current = Task(self, record, self._local.begin(record))
             except FedSplitError as exc:
@@ -290,7 +347,7 @@ class Trainer:
                 raise
             if task.refused and self.process == 0:
                 why = printable(task.refused)
-                log.warning("rank %d: the server did not count its last answer: %s", self.exchange.rank, why)
+                log.warning("%s: the server did not count its last answer: %s", self.exchange.who, why)
             if task.kind == "initialize" and self._has_model:
                 initial = self._local.initial()
                 self._types.see(initial, record.split)
@@ -341,6 +398,11 @@ def _describe(exc: BaseException) -> dict[str, str]:
         if (left_out := len(text) - 2 * _HALF) > 0:
             texts[name] = f"{text[:_HALF]}\n… {left_out:,} characters …\n{text[-_HALF:]}"
     return {"type": type(exc).__name__, **texts}
+
+
+def _is_same(record: TaskRecord, other: TaskRecord) -> bool:
+    """Tell whether two records are of one task."""
+    return all(getattr(record, name) == getattr(other, name) for name in ("run_id", "kind", "server_round"))
 
 
 def _plain(value: Any) -> Any:

@@ -88,7 +88,8 @@ class ResultPayload:
 class Answer(Said):
     """The answer to ``ask``."""
 
-    status: Literal["ok", "error", "working", "cancelled", "need"]
+    # ``step`` and ``again``: see `fedsplit.exchange.records`.
+    status: Literal["ok", "error", "step", "again", "working", "cancelled", "need"]
     num_examples: NumExamples = 0
     loss: float | None = None
     metrics: Metrics = field(default_factory=dict)

@@ -148,6 +148,41 @@ class ImageWorkload:
         means = tally.means()
         return EvaluateResult(means.pop("loss", 0.0), tally.examples, means)
 
+    # -- for a model that is cut ---------------------------------------------------------------------------------------
+
+    @property
+    def num_examples(self) -> int:
+        """How many different images this rank trains on."""
+        return len(self._train_indices)
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross entropy of logits."""
+        return functional.cross_entropy(output, target)
+
+    def metrics(self, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+        """Return the accuracy of logits."""
+        return {"accuracy": int((output.argmax(dim=1) == target).sum()) / len(target)}
+
+    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Return the SGD of the workload's options."""
+        lr, momentum, weight_decay = self._settings.lr, self._settings.momentum, self._settings.weight_decay
+        return torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    def batches(self, task: Task) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield images and labels, as `train` and `evaluate` see them."""
+        data = self._data
+        if task.kind == "evaluate":
+            for batch in torch.split(self._test_indices, _EVALUATION_BATCH_SIZE):
+                yield self._load(data.test_images, data.test_labels, batch)
+            return
+        settings = self._settings.read_round(OptionReader(task.config, source="--train-config"))
+        if settings != replace(self._settings, epochs=settings.epochs, batch_size=settings.batch_size):
+            raise UsageError("--train-config: of a model that is cut, only epochs and batch-size change by round")
+        if settings.proximal:
+            raise UsageError("a model that is cut is trained without proximal")
+        for batch in self._epochs(settings):
+            yield self._load(data.train_images, data.train_labels, batch)
+
     def local_state(self) -> dict[str, Any]:
         """Return copies of the optimizer's and the generator's state."""
         return {"optimizer": copy.deepcopy(self._optimizer.state_dict()), "generator": self._generator.get_state()}

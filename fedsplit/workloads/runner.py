@@ -5,10 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from fedsplit.errors import ExchangeError, RecordError, RunFailedError, RunStoppedError, StateMismatchError
+from fedsplit.errors import (
+    ExchangeError,
+    RecordError,
+    RunFailedError,
+    RunStoppedError,
+    StateMismatchError,
+    TaskOverError,
+)
 from fedsplit.trainer.progress import Progress
 from fedsplit.trainer.trainer import Task, Trainer
 from fedsplit.workloads import StatefulWorkload, Workload
@@ -17,18 +25,25 @@ log = logging.getLogger("fedsplit")
 
 
 def run_workload(trainer: Trainer, workload: Workload, progress: Progress) -> None:
-    """Answer every task of a run with a workload; raises RunStoppedError or RunFailedError if it was not complete.
+    """Answer every task of a run with a workload; see `run_tasks`."""
+    initial = copy.deepcopy(workload.local_state()) if isinstance(workload, StatefulWorkload) else None
+    if hasattr(workload, "on_batch"):
+        workload.on_batch = progress.update
+    run_tasks(trainer, progress, partial(_answer, workload=workload, initial=initial))
+
+
+def run_tasks(trainer: Trainer, progress: Progress, answer: Callable[[Task], None]) -> None:
+    """Answer every task of a run; raises RunStoppedError or RunFailedError if it was not complete.
 
     A task that fails is reported with its traceback, and the next one is waited for. A model that cannot take the
     federation's state ends the trainer: no later task could go better.
     """
-    initial = copy.deepcopy(workload.local_state()) if isinstance(workload, StatefulWorkload) else None
-    if hasattr(workload, "on_batch"):
-        workload.on_batch = progress.update
     for task in trainer:
         try:
             with progress.task(task):
-                _answer(task, workload, initial)
+                answer(task)
+        except TaskOverError as exc:
+            log.info("%s", exc)
         except StateMismatchError as exc:
             task.fail(exc)
             raise

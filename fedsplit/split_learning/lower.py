@@ -1,0 +1,110 @@
+"""The rank's side of a cut model: it runs its batches through the lower part, and lets the rest be done beyond.
+
+It is a workload like any other, `fedsplit.workloads.runner` runs it. What goes out with each batch are the activations
+at the cut, and the targets; where there is a tail the targets stay, and the rank finds the loss itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsplit.split_learning.cut import Parts
+from fedsplit.split_learning.workload import SplitWorkload, draws, measured
+from fedsplit.trainer.trainer import Task
+from fedsplit.workloads import EvaluateResult, StatefulWorkload, TrainResult, WorkloadContext
+
+
+class LowerPart:
+    """Trains and evaluates a rank's part, batch by batch, with the trainer of the upper part."""
+
+    def __init__(
+        self, workload: SplitWorkload, parts: Parts, context: WorkloadContext, dtype: torch.dtype | None = None
+    ) -> None:
+        self.model = parts.at_rank()
+        # In which activations and gradients travel, if not in their own.
+        self._dtype = dtype
+        self._workload, self._parts = workload, parts
+        self._stateful = workload if isinstance(workload, StatefulWorkload) else None
+        self._optimizer = workload.optimizer(self.model)
+        self._draws = draws(workload, parts)
+        if self._draws:
+            seed = np.random.SeedSequence([context.seed, context.rank]).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(seed >> 1))
+
+    def train(self, task: Task) -> TrainResult:
+        """Train on this rank's batches, as the whole model would be trained."""
+        self.model.train()
+        means = _Means()
+        for inputs, targets in self._workload.batches(task):
+            if task.should_stop():
+                break
+            self._optimizer.zero_grad()
+            loss, numbers = self._forward(task, inputs, targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            means.add(len(targets), numbers)
+        different = getattr(self._workload, "num_examples", means.examples)
+        return TrainResult(min(means.examples, different), means.result())
+
+    @torch.no_grad()
+    def evaluate(self, task: Task) -> EvaluateResult:
+        """Evaluate on this rank's batches."""
+        self.model.eval()
+        means = _Means()
+        for inputs, targets in self._workload.batches(task):
+            if task.should_stop():
+                break
+            _, numbers = self._forward(task, inputs, targets)
+            means.add(len(targets), numbers)
+        found = means.result()
+        return EvaluateResult(found.pop("loss", 0.0), means.examples, found)
+
+    def local_state(self) -> dict[str, Any]:
+        """Return copies of the optimizer's state, the workload's, and that of the generator if one is drawn from."""
+        state: dict[str, Any] = {"optimizer": copy.deepcopy(self._optimizer.state_dict())}
+        if self._stateful:
+            state["workload"] = self._stateful.local_state()
+        if self._draws:
+            state["generator"] = torch.get_rng_state()
+        return state
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Go on from `local_state`."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._stateful:
+            self._stateful.load_local_state(state["workload"])
+        if self._draws:
+            torch.set_rng_state(state["generator"])
+
+    def _forward(
+        self, task: Task, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the loss of a batch, and what is to be noted of it."""
+        activations, tail = self._parts.lower(inputs), self._parts.tail
+        generator = self._draws and torch.is_grad_enabled()
+        if tail is None:
+            loss = task.remote(activations, targets, generator=generator, dtype=self._dtype)
+            return loss, {name: float(value) for name, value in task.numbers.items()}
+        output = tail(task.remote(activations, generator=generator, dtype=self._dtype))
+        loss = self._workload.loss(output, targets)
+        return loss, {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}
+
+
+class _Means:
+    """Means over batches, each weighted by its examples."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+        self._sums: dict[str, float] = {}
+
+    def add(self, examples: int, numbers: dict[str, float]) -> None:
+        self.examples += examples
+        for name, number in numbers.items():
+            self._sums[name] = self._sums.get(name, 0.0) + number * examples
+
+    def result(self) -> dict[str, float]:
+        return {name: total / self.examples for name, total in self._sums.items()} if self.examples else {}

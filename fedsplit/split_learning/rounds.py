@@ -1,0 +1,300 @@
+"""The rounds of a model that is cut: `fedsplit.server.round`, with tasks that are done in steps.
+
+The state has entries of the ranks, ``lower.*`` and ``tail.*``, and entries ``upper.*``. A rank is given its own, and so
+is the trainer of the upper part. What a rank hands over with a step is a payload in the server's store; its name goes
+to the upper part's trainer, and the name of what that gives goes back. The server decodes none of them. When all ranks
+are done, a rank's update is its own entries and those of the upper part that it trained with, and the rules merge them
+as those of any other model.
+
+Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedsplit.aggregation import Update, check_update
+from fedsplit.disk.payload_store import StoredPayload
+from fedsplit.errors import AggregationError, RecordError, RunFailedError, UsageError
+from fedsplit.exchange.records import Request, printable
+from fedsplit.run.history import Line
+from fedsplit.run.time_account import Stages
+from fedsplit.server.peer import Reply
+from fedsplit.server.round import Rounds, Task
+from fedsplit.split_learning.beyond import Beyond, Clock, differs
+from fedsplit.split_learning.order import Order
+from fedsplit.split_learning.upper import END, ERROR, WANTED
+from fedsplit.states.extra import separate
+from fedsplit.states.local_keys import is_local
+from fedsplit.states.state_dict import StateDict, decode, encode, named
+
+_RANKS, _UPPER = ("lower.", "tail."), "upper."
+# A client that says so for ever must not keep a round from its end.
+_MOST_AGAIN = 1_000
+
+
+@dataclass(kw_only=True)
+class Steps:
+    """What all ranks do in one task of a round, and what the upper part came to by it."""
+
+    beyond: Beyond
+    order: Order
+    mode: str
+    training: bool
+    # Under ``sequential``: what the next rank starts from.
+    lower: StoredPayload
+    clock: Clock = field(default_factory=Clock)
+    count: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    payloads: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _uppers: dict[int, StateDict] | str = "no rank did a step"
+
+    def owner(self, rank: int) -> int:
+        """Return whose upper part a rank trains with: its own, or 0, which is everybody's."""
+        return rank if self.mode == "sfl-v1" else 0
+
+    def note(self, given: StoredPayload, taken: StoredPayload | None) -> None:
+        """Note that a step was done: what a rank gave, and what it got."""
+        with self._lock:
+            self.count += 1
+            self.bytes_up += given.bytes
+            self.bytes_down += taken.bytes if taken else 0
+            self.payloads |= {each.digest for each in (given, taken) if each}
+
+    def leave(self, rank: int, decode_result: Any) -> None:
+        """Note that a rank is done; after the last one the upper part is asked for what it came to."""
+        if not self.order.leave(rank):
+            return
+        try:
+            if self.count:
+                last = self.beyond.step(None, {"what": END})
+                self._uppers = decode_result(last.payload) if self.training else {}
+        except RecordError as exc:
+            self._uppers = str(exc)
+        finally:
+            self._ended.set()
+
+    def uppers(self) -> dict[int, StateDict]:
+        """Wait until all ranks are done; returns the upper parts by owner, or raises RecordError if there are none."""
+        self._ended.wait()
+        if isinstance(self._uppers, str):
+            raise RecordError(self._uppers)
+        return self._uppers
+
+
+@dataclass(kw_only=True)
+class SplitTask(Task):
+    """What one rank is asked for in steps. Killed in between, its trainer does them again, the upper part does not."""
+
+    steps: Steps
+    decode_result: Any
+    # The digest of what the rank gave in each step, and the step that came of it.
+    _given: list[tuple[str, StoredPayload | None, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def most_bytes(self) -> float:
+        # Activations have any size; what a state may have is checked when it is merged.
+        return math.inf
+
+    def until_done(self) -> Reply:
+        """Ask step by step until there is a result or a failure."""
+        first, state, steps, began = self.request, self.state, self.steps, time.monotonic()
+        try:
+            if steps.mode == "sequential" and steps.training:
+                with steps.clock.measure("turn"):
+                    steps.order.wait(self.rank, self._check)
+                state = steps.lower
+            reply = self._walk(first, state)
+            if steps.mode == "sequential" and steps.training and not reply.failure:
+                steps.lower = self._stored(reply)
+        except RecordError as exc:
+            reply = Reply(status="error", error={"message": str(exc)})
+        finally:
+            steps.clock.add("all", time.monotonic() - began)
+            steps.leave(self.rank, self.decode_result)
+        return reply
+
+    def _walk(self, first: Request, state: StoredPayload) -> Reply:
+        at = again = 0
+        while True:
+            # Step 0 comes with what --train-config says, the others with what the upper part found.
+            payload, config = (state, first.config) if at == 0 else self._given[at - 1][1:]
+            self.request = replace(first, step=at, config=config)
+            self.state = payload  # type: ignore[assignment]
+            reply = self._until_answered()
+            if reply.status == "again":
+                at, again = 0, again + 1
+                if again > _MOST_AGAIN:
+                    raise RecordError(f"its trainer began anew {again} times in one task")
+                continue
+            if reply.status != "step":
+                return reply
+            digest = reply.payload.digest if reply.payload else ""
+            if at == len(self._given):
+                self._given.append((digest, *self._do_step(reply)))
+            elif digest != self._given[at][0]:
+                raise RecordError(differs(f"the trainer of rank {self.rank}", first, at))
+            at += 1
+
+    def _do_step(self, reply: Reply) -> tuple[StoredPayload | None, dict[str, Any]]:
+        """Let the upper part's trainer do a step with what the rank gave."""
+        steps, rank = self.steps, self.rank
+        steps.clock.add("lower", reply.seconds)
+        payload = self._stored(reply)
+        with steps.clock.measure("turn"):
+            steps.order.wait(rank, self._check)
+        if (what := reply.metrics.get("what")) not in WANTED:
+            raise RecordError(f"its trainer wants {what!r} of the upper part, expected one of {', '.join(WANTED)}")
+        with steps.clock.measure("upper and its hand-off"):
+            answered = steps.beyond.step(payload, {"what": what, "owner": steps.owner(rank)})
+        steps.clock.add("upper", answered.seconds)
+        if what != "forward" or not steps.training:
+            steps.order.done(rank)
+        steps.note(payload, answered.payload)
+        if error := answered.numbers.get(ERROR):
+            raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
+        return answered.payload, dict(answered.numbers)
+
+    def _stored(self, reply: Reply) -> StoredPayload:
+        """Bring what the rank gave into the store, if it is not there. Nobody but its reader looks at all the bytes."""
+        store, payload = self.context.store, reply.payload
+        if payload and payload.via == "store" and (path := store.take(payload.digest)):
+            return StoredPayload(digest=payload.digest, bytes=payload.bytes, path=path)
+        return store.put([self.fetch(reply)])
+
+    def _check(self) -> None:
+        self.context.check_stop()
+        self.context.check_time()
+
+
+@dataclass(kw_only=True)
+class SplitRounds(Rounds):
+    """Runs the rounds with a model that is cut; `mode` is that of `fedsplit.split_learning.order`."""
+
+    beyond: Beyond
+    mode: str
+
+    def _tasks(self, kind: str, server_round: int, chosen: Sequence[Any]) -> list[Task]:
+        """Turn a strategy's instructions into tasks that are done in steps."""
+        tasks = super()._tasks(kind, server_round, chosen)
+        if any(task.state.digest != self._state.payload.digest for task in tasks):
+            raise AggregationError("the strategy gives ranks states of their own, which split learning cannot do yet")
+        lower = self._put(lambda name: name.startswith(_RANKS))
+        upper = self._put(lambda name: name.startswith(_UPPER))
+        training = kind == "train"
+        config = tasks[0].request.config if tasks else {}
+        request = replace(self._request(kind, server_round, config), step=0, split=())
+        self.beyond.begin(request, upper)
+        ranks = [task.rank for task in tasks]
+        order = Order(self.mode if training else "free", ranks, f"{self.settings.seed}/{server_round}")
+        self._steps = Steps(beyond=self.beyond, order=order, mode=self.mode, training=training, lower=lower)
+        self._steps.payloads |= {lower.digest, upper.digest}
+        return [
+            SplitTask(
+                context=task.context, rank=task.rank, request=replace(task.request, step=0), state=lower,
+                client=task.client, steps=self._steps, decode_result=self._by_owner,
+            )
+            for task in tasks
+        ]  # fmt: skip
+
+    def _train(self, server_round: int, stages: Stages) -> Line:
+        line = super()._train(server_round, stages)
+        steps = self._steps
+        wall, seconds = stages.seconds.get("train", 0.0), steps.clock.seconds
+        shown = {name: round(seconds.get(name, 0.0), 6) for name in ("lower", "upper", "turn")}
+        beyond_s = seconds.get("upper and its hand-off", 0.0)
+        rest = seconds.get("all", 0.0) - seconds.get("lower", 0.0) - seconds.get("turn", 0.0) - beyond_s
+        line["split"] = {
+            "mode": self.mode, "steps": steps.count, "steps_per_second": round(steps.count / wall, 3) if wall else 0.0,
+            "bytes_up": steps.bytes_up, "bytes_down": steps.bytes_down,
+            "seconds": {
+                **shown, "upper hand-off": round(max(0.0, beyond_s - shown["upper"]), 6),
+                "rank hand-off": round(max(0.0, rest), 6),
+            },
+        }  # fmt: skip
+        return line
+
+    def _fetch(self, task: Task, *, retains: bool) -> Update | str:
+        """Put a rank's update together: its own entries, and those of the upper part that it trained with."""
+        steps, reply = self._steps, task.reply
+        try:
+            content = task.fetch(reply)
+            task.stages.end("transfer")
+            uppers = steps.uppers()
+            task.stages.end("turn")
+            if self.mode == "sequential":
+                # All ranks trained one lower part, one after the other.
+                content = self.run.payloads.map(steps.lower.digest, own=True)
+            if (upper := uppers.get(steps.owner(task.rank))) is None:
+                raise RecordError("it did no step with the upper part")
+            state = separate(decode(content, f"the update of rank {task.rank}"))[0] | upper
+        except RecordError as exc:
+            return str(exc)
+        task.update_bytes = len(content)
+        update = Update(rank=task.rank, state_dict=state, num_examples=reply.num_examples, metrics=reply.shown_metrics)
+        refused = check_update(update, self._state.entries)
+        task.stages.end("checking")
+        return refused or update
+
+    def _drop_payloads(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            task.state = self._steps.lower
+        super()._drop_payloads(tasks)
+        self._state.drop(self._steps.payloads)
+
+    # -- the beginning -------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        super()._begin()
+        names = list(self._state.entries)
+        upper = [name for name in names if name.startswith(_UPPER)]
+        strange = [name for name in names if not name.startswith((*_RANKS, _UPPER))]
+        if local := [name for name in upper if is_local(name, self.settings.local_patterns)]:
+            raise UsageError(f"{named(local)} cannot be local: the upper part is trained beside the server")
+        if strange or not 0 < len(upper) < len(names):
+            raise UsageError(
+                f"--split-learning needs a state with the entries lower.* and upper.*, this one has {named(names)}; it "
+                "is of a run of another kind"
+            )
+
+    def _ask_for_initial_state(self) -> Any:
+        lower = decode(super()._ask_for_initial_state(), "the initial state")
+        if wrong := [name for name in lower if not name.startswith(_RANKS)]:
+            raise RunFailedError(
+                f"the trainers gave {named(wrong)} as initial state, expected lower.*: start them with --cut NAME, or "
+                "with --part lower"
+            )
+        request = self._request("initialize", 0, dict(self.settings.train_config))
+        try:
+            payload = self.beyond.initial_state(replace(request, split=()))
+        except RecordError as exc:
+            raise RunFailedError(f"the upper part has no initial state: {exc}") from exc
+        upper = decode(self.run.payloads.map(payload.digest), "the upper part")
+        content = b"".join(encode(lower | upper))
+        self._state.drop([payload.digest])
+        return content
+
+    def _put(self, wanted: Any) -> StoredPayload:
+        entries = self._state.entries
+        return self.run.payloads.put(encode({name: entries[name] for name in entries if wanted(name)}))
+
+    def _by_owner(self, payload: StoredPayload | None) -> dict[int, StateDict]:
+        """Read what the trainer of the upper part came to: each owner's entries, under ``<owner>/<name>``."""
+        if payload is None:
+            raise RecordError("the trainer of the upper part gave no state")
+        self._steps.payloads.add(payload.digest)
+        found: dict[int, StateDict] = {}
+        for name, tensor in decode(self.run.payloads.map(payload.digest), "the upper part").items():
+            owner, _, own_name = name.partition("/")
+            if not owner.isdecimal():
+                raise RecordError(f"the trainer of the upper part gave {name!r}, expected OWNER/upper.NAME")
+            found.setdefault(int(owner), {})[own_name] = tensor
+        return found

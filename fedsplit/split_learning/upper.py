@@ -1,0 +1,153 @@
+"""The trainer of the upper part, beside the server: activations come in, their gradients go out.
+
+One upper part serves all ranks (``sfl-v2``, ``sequential``), or each rank has a copy of its own for the length of a
+round (``sfl-v1``): every step names its ``owner``, 0 for all ranks. Each owner has an optimizer, which lives on from
+round to round and is kept in the trainer's checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import traceback
+from typing import Any
+
+import torch
+
+from fedsplit.exchange.records import Scalar
+from fedsplit.split_learning.cut import Parts
+from fedsplit.split_learning.workload import SplitWorkload, measured
+from fedsplit.states.state_dict import StateDict, own_state
+from fedsplit.trainer.progress import Progress
+from fedsplit.trainer.remote import Given, narrow, widen
+from fedsplit.trainer.trainer import Task, Trainer
+from fedsplit.workloads.runner import run_tasks
+
+log = logging.getLogger("fedsplit")
+
+# What a step may want of the upper part; `END` ends a task.
+WANTED, END = ("loss", "forward", "backward"), "end"
+# Under this name is what went wrong in a step.
+ERROR = "error"
+_MOST_ERROR = 1_000
+Answer = tuple[StateDict, dict[str, Scalar]]
+
+
+def run_upper(trainer: Trainer, workload: SplitWorkload, parts: Parts, progress: Progress) -> None:
+    """Answer every task of a run with the upper part; see `run_tasks`."""
+    run_tasks(trainer, progress, UpperPart(workload, parts).answer)
+
+
+class UpperPart:
+    """Answers tasks with the upper part, which is cut off from the model in `parts`."""
+
+    def __init__(self, workload: SplitWorkload, parts: Parts) -> None:
+        self._workload = workload
+        # What the state is loaded into, and what evaluates it; each owner trains a copy.
+        self._model = parts.beyond()
+        self._owners: dict[int, _Owner] = {}
+
+    def answer(self, task: Task) -> None:
+        """Do the steps of a task until the server ends it, and reply with each owner's state."""
+        task.load_into(self._model)
+        training = task.kind == "train"
+        if training and task.restore:
+            self._restore(task.local_state or {})
+        taken: dict[int, _Owner] = {}
+        given, steps = task.hand_over(), 0
+        while given.numbers["what"] != END:
+            number = int(given.numbers["owner"])
+            if training and number not in taken:
+                taken[number] = self._owner(number)
+                taken[number].begin(self._model)
+            try:
+                answer = taken[number].step(given) if training else self._evaluate(given)
+            except Exception as exc:  # noqa: BLE001  (what one rank sent must not cost the others their round)
+                text = "".join(traceback.format_exception(exc)).rstrip()
+                log.warning("a step of round %d failed; its rank is told\n%s", task.server_round, text)
+                answer = {}, {ERROR: f"{type(exc).__name__}: {exc}"[:_MOST_ERROR]}
+            given = task.hand_over(*answer)
+            steps += 1
+        if not training:
+            task.reply(loss=0.0, num_examples=0)
+            return
+        state = {f"{number}/{name}": each for number, owner in taken.items() for name, each in owner.state().items()}
+        kept = {str(number): owner.optimizer.state_dict() for number, owner in self._owners.items()}
+        log.info("round %d: trained, %d steps", task.server_round, steps)
+        task.reply(state, num_examples=0, metrics={"steps": steps}, local_state=copy.deepcopy(kept))
+
+    def _owner(self, number: int) -> _Owner:
+        if number not in self._owners:
+            self._owners[number] = _Owner(self._workload, copy.deepcopy(self._model))
+        return self._owners[number]
+
+    def _restore(self, kept: dict[str, Any]) -> None:
+        """Go on from what the optimizers were at the end of the round before."""
+        self._owners.clear()
+        for number, state in kept.items():
+            self._owner(int(number)).optimizer.load_state_dict(state)
+
+    @torch.no_grad()
+    def _evaluate(self, given: Given) -> Answer:
+        self._model.eval()
+        like = next(self._model.parameters())
+        output = self._model["upper"](widen("activations", given.tensors, like))  # type: ignore[index]
+        if given.numbers["what"] == "forward":
+            return narrow("output", output, _narrow_dtype(given, like)), {}
+        targets = given.tensors["targets"].to(like.device)
+        return {}, {"loss": self._workload.loss(output, targets).item(), **measured(self._workload, output, targets)}
+
+
+class _Owner:
+    """An upper part in training: a copy of it, and its optimizer."""
+
+    def __init__(self, workload: SplitWorkload, model: torch.nn.Module) -> None:
+        self._workload, self._model = workload, model
+        self.optimizer = workload.optimizer(model)
+        # Between the two halves of a step of a U-shaped model.
+        self._waiting: tuple[torch.Tensor, torch.Tensor, torch.dtype | None] | None = None
+
+    def begin(self, model: torch.nn.Module) -> None:
+        """Start a round from a state."""
+        self._model.load_state_dict(model.state_dict())
+        self._model.train()
+
+    def state(self) -> StateDict:
+        """Return the state that it has come to."""
+        return own_state(self._model)
+
+    def step(self, given: Given) -> Answer:
+        """Do a step, or half a step of a U-shaped model: returns tensors and numbers for the rank."""
+        tensors, like = given.tensors, next(self._model.parameters())
+        if given.numbers["what"] == "backward":
+            if self._waiting is None:
+                raise ValueError("a gradient came back for no activations")
+            (activations, output, dtype), self._waiting = self._waiting, None
+            return narrow("gradient", self._train(activations, output, widen("gradient", tensors, output)), dtype), {}
+        # The generator is the rank's: what is drawn here is what the whole model would draw.
+        if (state := tensors.get("generator")) is not None:
+            torch.set_rng_state(state.clone())
+        activations, dtype = widen("activations", tensors, like).requires_grad_(), _narrow_dtype(given, like)
+        # A copy: a module that works in place may not change the tensor whose gradient is wanted.
+        output = self._model["upper"](activations.clone())  # type: ignore[index]
+        generator = {} if state is None else {"generator": torch.get_rng_state()}
+        if given.numbers["what"] == "forward":
+            self._waiting = (activations, output, dtype)
+            return {**narrow("output", output, dtype), **generator}, {}
+        targets = tensors["targets"].to(like.device)
+        loss = self._workload.loss(output, targets)
+        numbers: dict[str, Scalar] = {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}
+        return {**narrow("gradient", self._train(activations, loss, None), dtype), **generator}, numbers
+
+    def _train(self, activations: torch.Tensor, end: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        end.backward(gradient)  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        assert activations.grad is not None
+        return activations.grad
+
+
+def _narrow_dtype(given: Given, like: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype that a rank rounds to at the cut, None if it does not: it is answered in the same."""
+    dtype = given.tensors["activations"].dtype
+    return dtype if dtype != like.dtype else None

@@ -1,0 +1,377 @@
+"""True split learning: a model that is cut comes to what the whole model does, bit for bit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedsplit.commands.status import find_ranks, read_status
+from fedsplit.errors import RunFailedError, TaskOverError, UsageError, WorkloadError
+from fedsplit.server.settings import ServerSettings
+from fedsplit.split_learning.attach import UpperHalf
+from fedsplit.split_learning.cut import parts_of
+from fedsplit.split_learning.order import Order
+from fedsplit.split_learning.workload import create_split_workload
+from fedsplit.trainer.trainer import Trainer
+from fedsplit.workloads import WorkloadContext
+from tests.halves import Halves, Small, State, unsplit
+from tests.in_process import Scripts
+
+MODES = ["sfl-v1", "sfl-v2", "sequential"]
+# The same as a case that is not, in another mode or place: `make test-all` runs it.
+SLOW = pytest.mark.slow
+
+
+def same(found: State, expected: State) -> None:
+    assert list(found) == list(expected) or set(found) == set(expected)
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different, different
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_parts_come_to_what_the_whole_model_does_in_the_same_order(mode: str, tmp_path: Path) -> None:
+    same(Halves(tmp_path, mode).run(), unsplit(mode))
+
+
+# The names after which the model is cut, and how many of its modules are in front.
+CUTS = {"0": 1, "1": 2, "2": 3, "3": 4}
+
+
+@pytest.mark.parametrize("cut", ["0", pytest.param("1", marks=SLOW), pytest.param("2", marks=SLOW), "3"])
+def test_with_one_rank_it_is_ordinary_training_with_dropout_and_batch_norm(cut: str, tmp_path: Path) -> None:
+    make = partial(Small, dropout=0.3)
+    same(
+        Halves(tmp_path, "sfl-v1", ranks=1, cut=cut, make=make).run(),
+        unsplit("sfl-v1", ranks=1, cut=CUTS[cut], make=make),
+    )
+
+
+@pytest.mark.parametrize("mode", [pytest.param("sfl-v1", marks=SLOW), "sfl-v2", pytest.param("sequential", marks=SLOW)])
+def test_u_shaped_it_comes_to_the_same(mode: str, tmp_path: Path) -> None:
+    same(Halves(tmp_path, mode, cut="0", tail="3").run(), unsplit(mode, cut=1, tail=4))
+
+
+@pytest.mark.parametrize(("cut", "tail"), [("1", None), ("0", "1")])
+def test_a_part_may_begin_with_a_module_that_works_in_place(cut: str, tail: str | None, tmp_path: Path) -> None:
+    end = None if tail is None else CUTS[tail]
+    same(
+        Halves(tmp_path, "sfl-v1", ranks=1, cut=cut, tail=tail).run(),
+        unsplit("sfl-v1", ranks=1, cut=CUTS[cut], tail=end),
+    )
+
+
+class Rounding(nn.Module):
+    """What a narrow cut does to activations and gradients, in the whole model."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        rounded: torch.Tensor = _Straight.apply(given, self.rounded(given))
+        rounded.register_hook(self.rounded)
+        return rounded
+
+    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.dtype != torch.int8:
+            return tensor.detach().to(self.dtype).float()
+        scale = tensor.detach().abs().max() / 127
+        return (tensor.detach() / scale).round().to(torch.int8).float() * scale
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return outer[0], None
+
+
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=SLOW), pytest.param(torch.bfloat16, marks=SLOW), torch.int8]
+)
+def test_a_narrow_cut_is_the_whole_model_with_rounding_there(dtype: torch.dtype, tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v2", dtype=dtype, kills={("upper", 5), (1, 8)})
+    same(halves.run(), unsplit("sfl-v2", between=Rounding(dtype)))
+    bytes_of_a_gradient = 4 * 8 * dtype.itemsize
+    assert 0 < halves.history[0]["split"]["bytes_down"] - 7 * bytes_of_a_gradient < 7 * 300
+
+
+def test_where_payloads_travel_in_messages_it_comes_to_the_same(tmp_path: Path) -> None:
+    same(Halves(tmp_path, "sfl-v2", by_reference=False).run(), unsplit("sfl-v2"))
+
+
+def test_a_trainer_that_is_killed_between_steps_changes_nothing(tmp_path: Path) -> None:
+    """Each answer of a trainer is one that it may not live to give; a rank gives 4 or 5 a round, the upper one 9."""
+    kills: set[tuple[int | str, int]] = {(1, 3), (2, 2), (2, 4), ("upper", 4), ("upper", 9)}
+    halves = Halves(tmp_path, "sfl-v2", kills=kills)
+    same(halves.run(), unsplit("sfl-v2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sfl-v1", "sequential"])
+def test_in_the_other_modes_neither(mode: str, tmp_path: Path) -> None:
+    same(
+        Halves(tmp_path, mode, kills={(1, 3), (2, 3), ("upper", 5)}, cut="0", tail="3").run(),
+        unsplit(mode, cut=1, tail=4),
+    )
+
+
+def test_what_differs_when_a_step_is_done_again_is_an_error_that_names_rank_and_step(tmp_path: Path) -> None:
+    class Drifting(Small):
+        """Draws from a generator that nobody keeps."""
+
+        def batches(self, task: object) -> object:
+            for inputs, targets in super().batches(task):
+                yield inputs + torch.rand(1), targets
+
+    halves = Halves(tmp_path, "sfl-v2", ranks=1, rounds=1, make=Drifting, kills={(1, 4)})
+    with pytest.raises(RunFailedError, match=r"rank 1 did step 0 of train, round 1, again and gave other values"):
+        halves.run()
+
+
+def test_the_history_has_the_steps_and_their_bytes(tmp_path: Path) -> None:
+    config = {"train_config": (("epochs", 3), ("note", "what a server says is no metric"))}
+    halves = Halves(tmp_path, "sfl-v2", settings=config)
+    halves.run()
+    for line in halves.history:
+        split = line["split"]
+        assert (split["mode"], split["steps"]) == ("sfl-v2", 7)
+        # With each batch activations of 4 x 8 numbers and 4 targets; gradients of that size; each time a header.
+        assert 0 < split["bytes_up"] - 7 * (4 * 8 * 4 + 4 * 8) < 7 * 400
+        assert 0 < split["bytes_down"] - 7 * 4 * 8 * 4 < 7 * 200
+        assert set(line["evaluate"]) == set(line["train"]) == {"loss", "accuracy"}
+    left = [path.name for path in (tmp_path / "checkpoints" / "server" / "payloads").glob("*")]
+    assert len(left) <= 1, left
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cut", "tail", "says"), [
+    ("features.9", None, "cannot be cut there; it can be after features.0, features.1, features.2"),
+    ("classifier.3", None, "--cut classifier.3: the model cannot be cut there"),
+    ("features.2", "features.1", "--tail features.1: the model cannot be cut there; it can be after features.3"),
+    (None, None, "--cut NAME says after which module the model is cut; there are features.0"),
+    ("features", "classifier.1", None),
+])  # fmt: skip
+def test_a_wrong_cut_says_which_there_are(cut: str | None, tail: str | None, says: str | None) -> None:
+    from fedsplit.workloads.image import small_conv_net
+
+    workload = SimpleNamespace(model=small_conv_net(8))
+    if says is None:
+        parts = parts_of(workload, cut, tail)
+        names = [*parts.lower.state_dict(), *parts.upper.state_dict(), *(parts.tail or nn.Module()).state_dict()]
+        assert names == list(workload.model.state_dict()), "the parts have the names of the whole"
+        return
+    with pytest.raises(UsageError, match=re.escape(says)):
+        parts_of(workload, cut, tail)
+
+
+def test_what_cannot_be_cut_says_why() -> None:
+    with pytest.raises(WorkloadError, match=r"is a Linear, and only an nn\.Sequential can be cut by name"):
+        parts_of(SimpleNamespace(model=nn.Linear(2, 2)), "0", None)
+    with pytest.raises(UsageError, match="the part of the model beside the server has no weights to train"):
+        parts_of(SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2), nn.ReLU())), "0", None)
+    tied = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"'lower.0.weight' and 'upper.2.weight' are one tensor"):
+        parts_of(SimpleNamespace(model=nn.Sequential(tied, nn.ReLU(), tied)), "0", None)
+    with pytest.raises(WorkloadError, match=r"lacks loss\(output, target\), batches\(task\), optimizer\(module\)"):
+        create_split_workload(f"{__name__}:nothing", WorkloadContext(rank=1), cut="0", tail=None)
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ("--part upper --cut features.2 --cut-dtype int8", "--cut-dtype is for the ranks"),
+    ("--cut-dtype int8", "--cut NAME says after which module the model is cut"),
+    ("--tail classifier.1", "--cut NAME says after which module the model is cut"),
+    ("--cut features.7", "--cut features.7: the model cannot be cut there"),
+])  # fmt: skip
+def test_a_wrong_flag_of_a_trainer_is_told_of_at_once(flags: str, says: str, scripts: Scripts) -> None:
+    code, errors = scripts.run("model_main.py", *flags.split())
+    assert code == 2 and says in errors
+
+
+def nothing(context: WorkloadContext) -> object:
+    return SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(("mode", "engine", "store", "says"), [
+    ("sfl-v1", "superlink", "auto", "--engine embedded only"),
+    ("sfl-v1", "embedded", "memory://x", "--payload-store auto or none"),
+    ("v3", "embedded", "auto", "--split-learning v3: expected one of sfl-v1, sfl-v2, sequential"),
+])  # fmt: skip
+def test_what_split_learning_cannot_go_with_is_refused_before_anything_starts(
+    mode: str, engine: str, store: str, says: str, tmp_path: Path
+) -> None:
+    settings = ServerSettings(checkpoint_dir=tmp_path, payload_store=store)
+    with pytest.raises(UsageError, match=re.escape(says)):
+        UpperHalf(settings, mode, tmp_path, engine)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upper_part_cannot_be_local(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v1", settings={"aggregate": ("upper.4.*=local", "fedavg")})
+    with pytest.raises(UsageError, match=r"'upper.4.weight', 'upper.4.bias' cannot be local"):
+        halves.run()
+
+
+def test_a_trainer_with_the_whole_model_is_told_how_to_start(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v1")
+    halves.whole_model = True
+    with pytest.raises(RunFailedError, match="start them with --cut NAME, or with --part lower"):
+        halves.run()
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lower_part_may_have_local_entries_and_a_rule_of_its_own(tmp_path: Path) -> None:
+    """BatchNorm stays with each rank; what is merged is as ever the first rank's and the second's."""
+    rules = {"aggregate": ("lower.1.*=local", "upper.*=median", "fedavg")}
+    found = Halves(tmp_path, "sfl-v1", settings=rules).run()
+    assert not [name for name in found if name.startswith("1.")] and "0.weight" in found and "4.weight" in found
+
+
+def test_what_one_rank_sends_wrong_costs_it_its_round_and_nobody_else(tmp_path: Path) -> None:
+    class Wrong(Small):
+        """Of rank 2 the targets are no classes."""
+
+        def batches(self, task: Any) -> Any:
+            for inputs, targets in super().batches(task):
+                yield inputs, targets + (99 if len(self._targets) == 16 else 0)
+
+    halves = Halves(tmp_path, "sfl-v1", rounds=1, make=Wrong)
+    halves.run()
+    (line,) = halves.history
+    assert list(line["clients"]) == ["1"] and line["merged"]
+    assert "the trainer of the upper part could not do its step: IndexError" in line["refused"]["2"]
+
+
+def test_a_rank_has_its_turn_once_in_each_turn_and_the_order_is_the_seeds() -> None:
+    def passed(mode: str, counts: dict[int, int], seed: str) -> list[int]:
+        order, left, found = Order(mode, list(counts), seed), dict(counts), []
+        while left:
+            (rank,) = [rank for rank in left if order._may(rank)]
+            if left[rank]:
+                found.append(rank)
+                left[rank] -= 1
+                order.done(rank)
+            else:
+                del left[rank]
+                assert order.leave(rank) == (not left)
+        return found
+
+    counts = {1: 3, 2: 5, 3: 1}
+    first = passed("sfl-v2", counts, "7/1")
+    assert first == passed("sfl-v2", counts, "7/1") and sorted(first[:3]) == [1, 2, 3] and sorted(first[3:5]) == [1, 2]
+    assert len({tuple(passed("sfl-v2", counts, f"{seed}/1")) for seed in range(20)}) > 1
+    assert passed("sequential", counts, "7/1") == [1] * 3 + [2] * 5 + [3]
+
+
+def test_without_split_learning_there_is_no_other_half() -> None:
+    with Trainer(1, nn.Linear(2, 2), standalone=True) as trainer, pytest.raises(UsageError, match="--split-learning"):
+        for task in trainer:
+            task.remote(torch.zeros(1, 2), torch.zeros(1))
+
+
+def script(trainer: Trainer, workload: Any, parts: Any) -> None:
+    """What docs/split-learning.md shows: a training script of one's own."""
+    model = parts.at_rank()
+    lower, tail, optimizer = parts.lower, parts.tail, workload.optimizer(model)
+    for task in trainer:
+        task.load_into(model)
+        if task.restore and task.local_state is not None:
+            optimizer.load_state_dict(task.local_state["optimizer"])
+            workload.load_local_state(task.local_state["workload"])
+        try:
+            total = 0.0
+            for inputs, targets in workload.batches(task):
+                if task.kind == "evaluate":
+                    with torch.no_grad():
+                        total += float(task.remote(lower.eval()(inputs), targets)) * len(targets)
+                    continue
+                optimizer.zero_grad()
+                if tail is None:
+                    task.remote(lower.train()(inputs), targets).backward()
+                else:
+                    workload.loss(tail.train()(task.remote(lower.train()(inputs))), targets).backward()
+                optimizer.step()
+            state = {"optimizer": optimizer.state_dict(), "workload": workload.local_state()}
+            count = workload.num_examples
+            if task.kind == "evaluate":
+                task.reply(loss=total / count, num_examples=count)
+            else:
+                task.reply(model, num_examples=count, local_state=state)
+        except TaskOverError:
+            continue
+
+
+def test_a_script_of_ones_own_comes_to_the_same(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v2", script=script, kills={("upper", 5), (1, 8)})
+    same(halves.run(), unsplit("sfl-v2"))
+    assert halves.history[-1]["evaluate"]["loss"] > 0
+
+
+def test_a_rank_that_does_no_step_is_refused_and_costs_nobody_else_anything(tmp_path: Path) -> None:
+    def idle(trainer: Trainer, workload: Any, parts: Any) -> None:
+        if trainer.exchange.rank == 1:
+            return script(trainer, workload, parts)
+        for task in trainer:
+            if task.kind == "evaluate":
+                task.reply(loss=1.0, num_examples=1)
+            else:
+                task.reply(parts.at_rank(), num_examples=1)
+        return None
+
+    halves = Halves(tmp_path, "sfl-v1", rounds=1, script=idle)
+    halves.run()
+    assert halves.history[0]["refused"] == {"2": "it did no step with the upper part"} and halves.history[0]["merged"]
+
+
+@pytest.mark.parametrize("tail", ["3", None])
+def test_u_shaped_no_label_leaves_the_rank(tail: str | None, tmp_path: Path) -> None:
+    mark = struct.pack("<f", 0.12345679)
+
+    class Marked(Small):
+        """Its targets are one number that is easily found."""
+
+        def batches(self, task: Any) -> Any:
+            for inputs, targets in super().batches(task):
+                yield inputs, torch.full(targets.shape, struct.unpack("<f", mark)[0])
+
+        def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return nn.functional.mse_loss(output.mean(dim=1), target)
+
+        def metrics(self, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+            return {}
+
+    halves = Halves(tmp_path, "sfl-v1", rounds=1, cut="0", tail=tail, make=Marked, by_reference=False)
+    halves.run()
+    assert len(halves.said) > 20
+    assert any(mark in each for each in halves.said) == (tail is None), "without a tail the labels do go out"
+
+
+def test_a_server_that_is_stopped_goes_on_with_resume(tmp_path: Path) -> None:
+    """The first server ends after two rounds; another one takes up its run, with trainers that are new too."""
+    Halves(tmp_path, "sfl-v2", rounds=2).run()
+    shutil.rmtree(tmp_path / "exchange")
+    same(Halves(tmp_path, "sfl-v2", rounds=4, settings={"resume": True}).run(), unsplit("sfl-v2", rounds=4))
+
+
+def test_status_shows_the_upper_part_too(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sfl-v1", rounds=1)
+    halves.run()
+    found = find_ranks(tmp_path / "exchange")
+    assert [place for _, place in found] == [1, 2, "upper"]
+    assert read_status(*found[-1])["now"] == "the run is over: complete"
