@@ -3,7 +3,7 @@
     make bench                                        all of it, half an hour on two cores
     python -m benchmarks --quick                      fewer repeats
     python -m benchmarks round merge                  only these topics
-    python -m benchmarks algorithms                   examples/algorithms; a quarter of an hour, only if named
+    python -m benchmarks algorithms                   examples/algorithms; 72 runs of 20 s and more, only if named
 
 Exit code 0 also where a target is missed: the table says so, and a busy machine is no fault of the code's.
 """

@@ -1,7 +1,7 @@
 """What each of examples/algorithms reaches on the digits: accuracy after so many rounds, and bytes a round.
 
-Real programs, four ranks, the digits divided by Dirichlet(0.1) and (0.5), three seeds. Only where it is named, as it
-takes a quarter of an hour. The same as Markdown goes to ``benchmarks/results/algorithms.md``.
+Real programs, four ranks, the digits divided by Dirichlet(0.1) and (0.5), three seeds. Only where it is named: it is
+72 runs of 20 s and more. The same as Markdown goes to ``benchmarks/results/algorithms.md``.
 
 `accuracy` is measured on the test set that the ranks have in common, by each on its share; `own accuracy` on examples
 that were held out from each rank's own part, which is what personalised methods are for.

@@ -150,9 +150,9 @@ class Programs:
 
 
 @contextlib.contextmanager
-def programs(directory: Path, **settings: object) -> Iterator[Programs]:
+def programs(directory: Path, kind: type[Programs] = Programs, **settings: object) -> Iterator[Programs]:
     """A federation that leaves nothing running."""
-    federation = Programs(directory, **settings)  # type: ignore[arg-type]
+    federation = kind(directory, **settings)  # type: ignore[arg-type]
     try:
         yield federation
     finally:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.programs import ROOT, Programs
 
@@ -32,13 +29,3 @@ class SixPrograms(Programs):
         if name == "server":
             return [*command, "--split-learning", self.mode, "--exchange-dir", str(self.exchange)]
         return [*command, *cut] if name.startswith("model") else command
-
-
-@contextlib.contextmanager
-def six_programs(directory: Path, **settings: object) -> Iterator[SixPrograms]:
-    """A federation that leaves nothing running."""
-    federation = SixPrograms(directory, **settings)  # type: ignore[arg-type]
-    try:
-        yield federation
-    finally:
-        federation.stop()

@@ -12,8 +12,9 @@ from fedsplit.workloads import WorkloadContext, create_workload
 from tests.bounds import BOUND_S
 from tests.chaos import disturb
 from tests.halves import whole
+from tests.programs import Programs, programs
 from tests.reference import federated_averaging
-from tests.six_programs import SixPrograms, six_programs
+from tests.six_programs import SixPrograms
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ def workload(rank: int) -> object:
 def test_sfl_v1_is_the_ordinary_federated_average_whoever_is_killed(tmp_path: Path) -> None:
     """The server, both clients, both trainers of the ranks and that of the upper part, each in a round."""
     rounds, victims = 8, ["upper", "model-1", "client-2", "server", "model-2", "client-1"]
-    with six_programs(tmp_path, server_flags=("--rounds", str(rounds))) as federation:
+    with programs(tmp_path, SixPrograms, server_flags=("--rounds", str(rounds))) as federation:
         federation.start_all(["upper", "model-2", "client-1", "server", "client-2", "model-1"])
         for done, victim in enumerate(victims, start=1):
             federation.wait_until(lambda done=done: len(federation.history()) >= done)  # type: ignore[misc]
@@ -39,12 +40,12 @@ def test_sfl_v1_is_the_ordinary_federated_average_whoever_is_killed(tmp_path: Pa
 
 def test_killed_and_stopped_at_random_it_is_that_too(tmp_path: Path) -> None:
     rounds = 20
-    with six_programs(tmp_path, server_flags=("--rounds", str(rounds))) as federation:
+    with programs(tmp_path, SixPrograms, server_flags=("--rounds", str(rounds))) as federation:
         disturb(federation, faults=8, seed=3, timeout_s=BOUND_S)
         check(federation, rounds)
 
 
-def check(federation: SixPrograms, rounds: int) -> None:
+def check(federation: Programs, rounds: int) -> None:
     """Compare with plain loops over the whole model."""
     assert [line["round"] for line in federation.history()] == list(range(1, rounds + 1))
     found = whole(map_file(federation.final_state()))
@@ -56,7 +57,7 @@ def check(federation: SixPrograms, rounds: int) -> None:
 
 @pytest.mark.parametrize("mode", ["sfl-v2", "sequential"])
 def test_the_other_modes_learn_the_digits(mode: str, tmp_path: Path) -> None:
-    with six_programs(tmp_path, mode=mode, server_flags=("--rounds", "4")) as federation:
+    with programs(tmp_path, SixPrograms, mode=mode, server_flags=("--rounds", "4")) as federation:
         federation.start_all()
         codes = federation.wait()
         assert codes == dict.fromkeys(codes, 0), f"{codes}\n{federation.tails()}"

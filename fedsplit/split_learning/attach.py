@@ -30,12 +30,7 @@ class UpperHalf:
         _check(settings, mode, engine)
         self._settings, self.mode = settings, mode
         self._beyond = Beyond(exchange_dir, settings.client_wait)
-
-    @contextmanager
-    def taking_part(self) -> Iterator[None]:
-        """Be the client of the upper part's trainer for the length of the block; raises RoleTakenError."""
-        with self._beyond.taking_part():
-            yield
+        self.taking_part = self._beyond.taking_part
 
     @contextmanager
     def telling(self, server: Server) -> Iterator[None]:

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,11 +68,9 @@ class Beyond:
         """Use a server's store; `stop` is set when its run is being stopped."""
         self._store, self._stop = store, stop
 
-    @contextmanager
-    def taking_part(self) -> Iterator[None]:
+    def taking_part(self) -> AbstractContextManager[None]:
         """Hold the client's role for the length of the block; raises RoleTakenError."""
-        with self.exchange.hold("client"):
-            yield
+        return self.exchange.hold("client")
 
     def finish(self, run_id: str, outcome: str, reason: str = "") -> None:
         """Tell the trainer that the run is over."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsplit.run.history import weighted_mean
 from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.workload import SplitWorkload, draws, measured
 from fedsplit.trainer.trainer import Task
@@ -38,7 +39,7 @@ class LowerPart:
     def train(self, task: Task) -> TrainResult:
         """Train on this rank's batches, as the whole model would be trained."""
         self.model.train()
-        means = _Means()
+        measurements: list[tuple[int, dict[str, float]]] = []
         for inputs, targets in self._workload.batches(task):
             if task.should_stop():
                 break
@@ -46,22 +47,23 @@ class LowerPart:
             loss, numbers = self._forward(task, inputs, targets)
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
-            means.add(len(targets), numbers)
-        different = getattr(self._workload, "num_examples", means.examples)
-        return TrainResult(min(means.examples, different), means.result())
+            measurements.append((len(targets), numbers))
+        examples = sum(each for each, _ in measurements)
+        different = getattr(self._workload, "num_examples", examples)
+        return TrainResult(min(examples, different), weighted_mean(measurements))
 
     @torch.no_grad()
     def evaluate(self, task: Task) -> EvaluateResult:
         """Evaluate on this rank's batches."""
         self.model.eval()
-        means = _Means()
+        measurements: list[tuple[int, dict[str, float]]] = []
         for inputs, targets in self._workload.batches(task):
             if task.should_stop():
                 break
             _, numbers = self._forward(task, inputs, targets)
-            means.add(len(targets), numbers)
-        found = means.result()
-        return EvaluateResult(found.pop("loss", 0.0), means.examples, found)
+            measurements.append((len(targets), numbers))
+        found = weighted_mean(measurements)
+        return EvaluateResult(found.pop("loss", 0.0), sum(each for each, _ in measurements), found)
 
     def local_state(self) -> dict[str, Any]:
         """Return copies of the optimizer's state, the workload's, and that of the generator if one is drawn from."""
@@ -92,19 +94,3 @@ class LowerPart:
         output = tail(task.remote(activations, generator=generator, dtype=self._dtype))
         loss = self._workload.loss(output, targets)
         return loss, {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}
-
-
-class _Means:
-    """Means over batches, each weighted by its examples."""
-
-    def __init__(self) -> None:
-        self.examples = 0
-        self._sums: dict[str, float] = {}
-
-    def add(self, examples: int, numbers: dict[str, float]) -> None:
-        self.examples += examples
-        for name, number in numbers.items():
-            self._sums[name] = self._sums.get(name, 0.0) + number * examples
-
-    def result(self) -> dict[str, float]:
-        return {name: total / self.examples for name, total in self._sums.items()} if self.examples else {}
