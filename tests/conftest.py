@@ -71,8 +71,10 @@ def is_of_python_itself(process: psutil.Process) -> bool:
     """Say whether `multiprocessing` keeps the process until this one ends."""
     try:
         command = " ".join(process.cmdline())
-        return "multiprocessing.resource_tracker" in command or "multiprocessing.forkserver" in command
-    except psutil.Error:
+        # What is forked from it has the same command, and a session of its own: see `tests.forked`.
+        is_server = "multiprocessing.forkserver" in command and os.getsid(process.pid) != process.pid
+        return is_server or "multiprocessing.resource_tracker" in command
+    except (psutil.Error, ProcessLookupError):
         return False
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
+from tests.forked import Forked
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,9 @@ class Programs:
     model_flags: Sequence[str] = ("--threads", "1")
     exchange_dir: Path | None = None
     port: int = field(default_factory=free_port)
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    # Whether scripts are forked from a process that has imported what they import; see tests/forked.py.
+    forked: bool = True
+    processes: dict[str, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
     starts: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -68,14 +71,18 @@ class Programs:
                      "--num-partitions", str(self.ranks), *self.model_flags]  # fmt: skip
         return [sys.executable, str(ROOT / f"{kind}_main.py"), *flags]
 
-    def start(self, name: str, *extra: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *extra: str) -> subprocess.Popen[bytes] | Forked:
         """Start a program, or start it again; its output is appended to its log."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-        with self.log_path(name).open("ab") as log:
-            process = subprocess.Popen(
-                [*self.command(name), *extra], cwd=self.directory, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+        command, log = [*self.command(name), *extra], self.log_path(name)
+        if self.forked and command[0] == sys.executable and command[1].endswith(".py"):
+            process = Forked(command, self.directory, log, environment)
+        else:
+            with log.open("ab") as output:
+                process = subprocess.Popen(
+                    command, cwd=self.directory, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                    env=environment, start_new_session=True,
+                )  # fmt: skip
         self.processes[name] = process
         self.starts[name] = self.starts.get(name, 0) + 1
         return process

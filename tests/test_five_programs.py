@@ -36,7 +36,8 @@ def digits(rank: int) -> object:
 )
 def test_five_programs_in_any_order_learn_the_digits_to_the_bits_of_plain_loops(tmp_path: Path, seed: int) -> None:
     torch.set_num_threads(1)
-    with programs(tmp_path, server_flags=("--rounds", "5")) as federation:
+    # The quick one starts them as a user does.
+    with programs(tmp_path, server_flags=("--rounds", "5"), forked=seed > 1) as federation:
         order = federation.names
         random.Random(seed).shuffle(order)
         for name in order:
@@ -174,7 +175,8 @@ def test_a_signal_while_the_plot_is_drawn_ends_a_complete_run_with_one_line(
     plot = f"import pathlib, time\npathlib.Path({str(drawing)!r}).touch()\nwhile True: time.sleep(0.05)\n"
     (tmp_path / "slow/matplotlib/__init__.py").write_text(plot)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "slow"))
-    with programs(tmp_path, ranks=1, server_flags=("--rounds", "1", "--min-clients", "1")) as federation:
+    flags = ("--rounds", "1", "--min-clients", "1")
+    with programs(tmp_path, ranks=1, server_flags=flags, forked=False) as federation:
         federation.start_all()
         federation.wait_until(drawing.exists)
         before = federation.log("server")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from fedsplit.trainer.channel import Answer
 from fedsplit.trainer.process_group import merge
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.bounds import BOUND_S
+from tests.forked import FORKS
 from tests.programs import ROOT
 from tests.training import TORCHRUN, Client, end_well, federation, kill_a_process, wait_until
 
@@ -61,11 +61,6 @@ def test_a_metric_that_some_processes_lack_is_the_mean_of_the_others() -> None:
 
 
 # -- five lines in several processes ----------------------------------------------------------------------------------
-
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    ["torch", "torch.distributed", "fedsplit.trainer.trainer", "fedsplit.trainer.process_group"]
-)
 
 
 class Model(torch.nn.Module):
@@ -106,7 +101,7 @@ class Processes:
     def start(self, script: Callable[..., None], processes: int = 2) -> list[Any]:
         self._groups += 1
         started = [
-            _PROCESSES.Process(
+            FORKS.Process(
                 target=process_main, args=(script, self.directory, f"group-{self._groups}", process, processes)
             )
             for process in range(processes)

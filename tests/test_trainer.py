@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -36,6 +35,7 @@ from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import StateDict, decode, encode, own_state
 from fedsplit.trainer.local_state import KEEP_ROUNDS
 from tests.bounds import BOUND_S
+from tests.forked import FORKS
 from tests.handoffs import digest_of, wait_until
 
 LOCAL_HEAD = (("head.*", True), ("*", False))
@@ -678,9 +678,6 @@ def test_a_server_that_goes_back_finds_the_local_entries_of_that_round(federatio
 
 # -- kills ---------------------------------------------------------------------------------------------------------
 
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "fedsplit.trainer.trainer", "fedsplit.exchange.client_side"])
-
 
 def script_process(directory: Path, die_at: tuple[str, int] | None) -> None:
     """Be a training script; with ``die_at`` kill oneself right before or after the answer to that round is offered."""
@@ -719,7 +716,7 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
             version = federation.ask("train", server_round, state)
             if process is None:
                 die_at = min(((how, at) for at, how in deaths.items()), key=lambda pair: pair[1], default=None)
-                process = _PROCESSES.Process(target=script_process, args=(federation.directory, die_at))
+                process = FORKS.Process(target=script_process, args=(federation.directory, die_at))
                 process.start()
             if server_round in deaths:
                 process.join(BOUND_S)
@@ -727,7 +724,7 @@ def test_a_trainer_killed_before_or_after_it_offered_goes_on_as_if_it_had_never_
                 assert (federation.client.result(version) is None) == (deaths[server_round] == "before")
                 deaths.pop(server_round)
                 die_at = min(((how, at) for at, how in deaths.items()), key=lambda pair: pair[1], default=None)
-                process = _PROCESSES.Process(target=script_process, args=(federation.directory, die_at))
+                process = FORKS.Process(target=script_process, args=(federation.directory, die_at))
                 process.start()
             state = federation.state_of(federation.wait(version))
         federation.finish()
