@@ -71,7 +71,7 @@ def is_of_python_itself(process: psutil.Process) -> bool:
     """Say whether `multiprocessing` keeps the process until this one ends."""
     try:
         command = " ".join(process.cmdline())
-        # What is forked from it has the same command, and a session of its own: see `tests.forked`.
+        # What is forked from it has the same command, and a session of its own: see `Forked`.
         is_server = "multiprocessing.forkserver" in command and os.getsid(process.pid) != process.pid
         return is_server or "multiprocessing.resource_tracker" in command
     except (psutil.Error, ProcessLookupError):

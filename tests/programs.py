@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedsplit.engines.forked import Forked
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
-from tests.forked import Forked
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ class Programs:
     model_flags: Sequence[str] = ("--threads", "1")
     exchange_dir: Path | None = None
     port: int = field(default_factory=free_port)
-    # Whether scripts are forked from a process that has imported what they import; see tests/forked.py.
+    # Whether scripts are forked from a process that has imported what they import; see `Forked`.
     forked: bool = True
     processes: dict[str, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
     starts: dict[str, int] = field(default_factory=dict)
@@ -75,8 +75,8 @@ class Programs:
         """Start a program, or start it again; its output is appended to its log."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         command, log = [*self.command(name), *extra], self.log_path(name)
-        if self.forked and command[0] == sys.executable and command[1].endswith(".py"):
-            process = Forked(command, self.directory, log, environment)
+        if self.forked and Forked.can_run(command):
+            process = Forked(command, environment, log, self.directory)
         else:
             with log.open("ab") as output:
                 process = subprocess.Popen(

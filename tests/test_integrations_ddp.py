@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fedsplit import Trainer
+from fedsplit.engines.forked import FORKS
 from fedsplit.errors import RoleTakenError, TrainingError
 from fedsplit.exchange.directory import Exchange
 from fedsplit.states.state_dict import StateDict, own_state
@@ -24,7 +25,6 @@ from fedsplit.trainer.channel import Answer
 from fedsplit.trainer.process_group import merge
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.bounds import BOUND_S
-from tests.forked import FORKS
 from tests.programs import ROOT
 from tests.training import TORCHRUN, Client, end_well, federation, kill_a_process, wait_until
 

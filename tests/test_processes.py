@@ -27,6 +27,22 @@ def wait_for_output(child: Child) -> None:
         time.sleep(0.01)
 
 
+def test_a_script_that_is_forked_has_its_own_arguments_environment_and_end(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("")
+    script = "import helper, os, sys, atexit; atexit.register(print, 'over'); print(sys.argv[1:], os.environ['WHO']); "
+    (tmp_path / "script.py").write_text(script + "print('no', file=sys.stderr); sys.exit(7)")
+    child = Child("child", [sys.executable, str(tmp_path / "script.py"), "--rank", "1"], tmp_path / "log")
+    child.start({**os.environ, "WHO": "me"})
+    while child.is_running:
+        time.sleep(0.01)
+    assert child.tail().splitlines() == ["['--rank', '1'] me", "no", "over"]
+    assert child.describe_end() == "the child ended with exit code 7" and "WHO" not in os.environ
+    child.start({**os.environ, "WHO": "you"})
+    while child.is_running:
+        time.sleep(0.01)
+    assert child.tail().splitlines()[3] == "['--rank', '1'] you"
+
+
 def test_the_exit_code_and_the_signal_of_a_child_are_named(tmp_path: Path) -> None:
     child = Child("child", [sys.executable, "-c", "import sys; print('because'); sys.exit(7)"], tmp_path / "log")
     assert not child.is_running and child.describe_end() == "the child did not end"
@@ -61,14 +77,17 @@ def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(
         time.sleep(0.01)
 
 
-def test_a_killed_parent_takes_its_children_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["-c", "import time; time.sleep(600)"], ["sleep.py"]], ids=["started", "forked"])
+def test_a_killed_parent_takes_its_children_along(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "sleep.py").write_text("import time; time.sleep(600)")
     code = (
-        "import os, sys, time; from pathlib import Path; from fedsplit.engines.processes import Child; "
-        "child = Child('c', [sys.executable, '-c', 'import time; time.sleep(600)'], Path(sys.argv[1])); "
+        "import os, sys, time; from pathlib import Path; from fedsplit.engines import forked; "
+        "from fedsplit.engines.processes import Child; forked.FORKS.set_forkserver_preload([]); "
+        f"child = Child('c', [sys.executable, *{words}], Path(sys.argv[1])); "
         "child.start(os.environ); print(child._process.pid, flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "log")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         parent.kill()

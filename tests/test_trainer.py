@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from fedsplit import Trainer
+from fedsplit.engines.forked import FORKS
 from fedsplit.errors import (
     CheckpointError,
     FedSplitError,
@@ -35,7 +36,6 @@ from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import StateDict, decode, encode, own_state
 from fedsplit.trainer.local_state import KEEP_ROUNDS
 from tests.bounds import BOUND_S
-from tests.forked import FORKS
 from tests.handoffs import digest_of, wait_until
 
 LOCAL_HEAD = (("head.*", True), ("*", False))

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fedsplit.engines.forked import Forked
+
 _STOP_S = 10.0
 _POLL_S = 0.02
 _TAIL_LINES = 12
@@ -33,7 +35,7 @@ class Child:
     def __init__(self, name: str, command: Sequence[str], log: Path | None = None) -> None:
         self.name, self.command, self.log = name, list(command), log
         self.exit_code: int | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
 
     @property
     def is_running(self) -> bool:
@@ -49,6 +51,9 @@ class Child:
         self.exit_code = None
         output = None if self.log is None else os.open(self.log, flags, 0o600)
         try:
+            if Forked.can_run(self.command):
+                self._process = Forked(self.command, environment, self.log)
+                return
             self._process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment),
                 start_new_session=True, preexec_fn=_tie_to_parent(),
