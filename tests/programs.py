@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedsplit.engines.forked import Forked
+from fedsplit.engines.forked import FORKS, PRELOADED, Forked
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
+# Before the first test forks: what the digits need, and the plot at the end.
+FORKS.set_forkserver_preload(
+    [*PRELOADED, "torch.distributed", "sklearn.datasets", "fedsplit.workloads.image", "fedsplit.trainer.process_group",
+     "matplotlib.figure", "matplotlib.ticker", "matplotlib.backends.backend_agg"]
+)  # fmt: skip
 
 
 @dataclass

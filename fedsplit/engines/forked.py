@@ -20,14 +20,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-# What is imported late is named too: torch._dynamo with the first optimizer, Flower's client with a connection,
-# matplotlib at the end. What is not installed is left out.
-FORKS.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed", "sklearn.datasets", "flwr.server", "flwr.compat.client.app",
-     "matplotlib.figure", "matplotlib.ticker", "matplotlib.backends.backend_agg", "fedsplit.trainer.trainer",
-     "fedsplit.trainer.process_group", "fedsplit.workloads.image", "fedsplit.engines.embedded", "fedsplit.server.round",
-     "fedsplit.client.relay"]
+# What all programs import, also late: torch._dynamo with the first optimizer, Flower's client with a connection. What
+# is not installed is left out.
+PRELOADED = (
+    "torch", "torch._dynamo", "flwr.server", "flwr.compat.client.app", "fedsplit.trainer.trainer",
+    "fedsplit.workloads.runner", "fedsplit.engines.embedded", "fedsplit.server.round", "fedsplit.client.relay",
 )  # fmt: skip
+FORKS.set_forkserver_preload([*PRELOADED])
 
 
 class Forked:
