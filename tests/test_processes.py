@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from fedsplit.engines import processes
+from fedsplit.engines.forked import Forked
 from fedsplit.engines.processes import Child
 
 
@@ -27,20 +28,21 @@ def wait_for_output(child: Child) -> None:
         time.sleep(0.01)
 
 
+def run(command: list[str], environment: dict[str, str], log: Path, directory: Path) -> int:
+    process = Forked(command, environment, log, directory)
+    assert process.poll() is None and process.pid != os.getpid()
+    return process.wait(60)
+
+
 def test_a_script_that_is_forked_has_its_own_arguments_environment_and_end(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("")
     script = "import helper, os, sys, atexit; atexit.register(print, 'over'); print(sys.argv[1:], os.environ['WHO']); "
     (tmp_path / "script.py").write_text(script + "print('no', file=sys.stderr); sys.exit(7)")
-    child = Child("child", [sys.executable, str(tmp_path / "script.py"), "--rank", "1"], tmp_path / "log")
-    child.start({**os.environ, "WHO": "me"})
-    while child.is_running:
-        time.sleep(0.01)
-    assert child.tail().splitlines() == ["['--rank', '1'] me", "no", "over"]
-    assert child.describe_end() == "the child ended with exit code 7" and "WHO" not in os.environ
-    child.start({**os.environ, "WHO": "you"})
-    while child.is_running:
-        time.sleep(0.01)
-    assert child.tail().splitlines()[3] == "['--rank', '1'] you"
+    log, command = tmp_path / "log", [sys.executable, str(tmp_path / "script.py"), "--rank", "1"]
+    assert run(command, {**os.environ, "WHO": "me"}, log, tmp_path) == 7
+    assert log.read_text().splitlines() == ["['--rank', '1'] me", "no", "over"] and "WHO" not in os.environ
+    assert run(command, {**os.environ, "WHO": "you"}, log, tmp_path) == 7
+    assert log.read_text().splitlines()[3] == "['--rank', '1'] you"
 
 
 def test_the_exit_code_and_the_signal_of_a_child_are_named(tmp_path: Path) -> None:
@@ -77,13 +79,14 @@ def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("words", [["-c", "import time; time.sleep(600)"], ["sleep.py"]], ids=["started", "forked"])
+@pytest.mark.parametrize(
+    "words", [["-c", "import time; time.sleep(600)"], ["-m", "fedsplit", "client"]], ids=["started", "forked"]
+)
 def test_a_killed_parent_takes_its_children_along(tmp_path: Path, words: list[str]) -> None:
-    (tmp_path / "sleep.py").write_text("import time; time.sleep(600)")
     code = (
         "import os, sys, time; from pathlib import Path; from fedsplit.engines import forked; "
         "from fedsplit.engines.processes import Child; forked.FORKS.set_forkserver_preload([]); "
-        f"child = Child('c', [sys.executable, *{words}], Path(sys.argv[1])); "
+        f"child = Child('c', [sys.executable, *{words}], Path(sys.argv[1])); "  # a client waits for its server
         "child.start(os.environ); print(child._process.pid, flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "log")]
