@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit import cli
-from fedsplit.commands.tables import print_table
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError
 from fedsplit.run.directory import HISTORY_FILE
@@ -36,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [row for store in _find_stores(arguments.checkpoint_dir) for row in _read_store(store)]
     corrupt = [f"{row[0]} round {row[1]}" for row in rows if row[-1] != "valid"]
     styles = ["" if row[-1] == "valid" else "bold red" for row in rows]
-    print_table(rows, _HEADINGS, styles=styles, numbers=("round", "files", "bytes"))
+    cli.print_table(rows, _HEADINGS, styles=styles, numbers=("round", "files", "bytes"))
     if corrupt:
         raise CheckpointError(
             f"{len(corrupt)} of {len(rows)} checkpoints are corrupt ({', '.join(corrupt)}); --resume passes over them"

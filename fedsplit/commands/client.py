@@ -68,10 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     exchange = Exchange(arguments.exchange_dir, arguments.rank)
     with exchange.hold("client"):
-        if engine == "superlink":
-            finished = _run_supernode(exchange, arguments)
-        else:
-            finished = _run_relay(exchange, arguments, certificates, join_key)
+        finished = _take_part(exchange, arguments, engine, certificates, join_key)
     if finished and finished.outcome != "complete":
         kind = RunStoppedError if finished.outcome == "stopped" else RunFailedError
         raise kind(f"the run ended before it was complete: {finished.reason or finished.outcome}")
@@ -82,28 +79,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_relay(
-    exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
+def _take_part(
+    exchange: Exchange, arguments: argparse.Namespace, engine: str, certificates: bytes | None, join_key: bytes | None
 ) -> FinishedRecord | None:
+    address, max_wait_s, wait_s = arguments.server_address, arguments.max_wait, arguments.trainer_wait
+    store = arguments.payload_store
+    if engine == "superlink":
+        from fedsplit.engines.superlink import node
+
+        return node.connect(
+            exchange, address, root_certificates=arguments.root_certificates, node_key=arguments.supernode_private_key,
+            trainer_wait_s=wait_s, payload_store=store, max_wait_s=max_wait_s, verbose=arguments.verbose,
+            log_format=arguments.log_format,
+        )  # fmt: skip
     from fedsplit.client.relay import Relay
     from fedsplit.disk.remote_store import open_remote
     from fedsplit.engines import embedded
 
-    store = arguments.payload_store
-    relay = Relay(
-        exchange, trainer_wait_s=arguments.trainer_wait, remote=open_remote(store), use_store=store == "auto",
-        join_key=join_key,
-    )  # fmt: skip
-    embedded.connect(relay, arguments.server_address, root_certificates=certificates, max_wait_s=arguments.max_wait)
+    remote = open_remote(store)
+    relay = Relay(exchange, trainer_wait_s=wait_s, remote=remote, use_store=store == "auto", join_key=join_key)
+    embedded.connect(relay, address, root_certificates=certificates, max_wait_s=max_wait_s)
     return relay.outcome
-
-
-def _run_supernode(exchange: Exchange, arguments: argparse.Namespace) -> FinishedRecord | None:
-    from fedsplit.engines.superlink import node
-
-    return node.connect(
-        exchange, arguments.server_address, root_certificates=arguments.root_certificates,
-        node_key=arguments.supernode_private_key, trainer_wait_s=arguments.trainer_wait,
-        payload_store=arguments.payload_store, max_wait_s=arguments.max_wait,
-        verbose=arguments.verbose, log_format=arguments.log_format,
-    )  # fmt: skip

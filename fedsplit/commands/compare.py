@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedsplit import cli
-from fedsplit.commands.tables import print_table
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
 from fedsplit.run.events import format_bytes
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 def print_groups(groups: Sequence[Group]) -> None:
     """Print the table on stdout."""
     headings, rows = _table(groups)
-    print_table(rows, headings, styles=[""] * len(rows), numbers=headings[1:])
+    cli.print_table(rows, headings, numbers=headings[1:])
 
 
 def write(groups: Sequence[Group], output: Path) -> None:

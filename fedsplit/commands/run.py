@@ -196,10 +196,9 @@ def _command(program: ModuleType, values: Mapping[str, Any], rank: int | None = 
 
 def _fill_in(arguments: argparse.Namespace, rank: int) -> list[str]:
     """Return the user's own command for a rank, empty if there is none."""
-    words: list[str] = arguments.script
-    for name in ("ranks", "exchange_dir", "checkpoint_dir"):
-        words = [word.replace(f"{{{name}}}", str(getattr(arguments, name))) for word in words]
-    words = [word.replace("{rank}", str(rank)) for word in words]
+    words, values = arguments.script, {**vars(arguments), "rank": rank}
+    for name in ("rank", "ranks", "exchange_dir", "checkpoint_dir"):
+        words = [word.replace(f"{{{name}}}", str(values[name])) for word in words]
     return [sys.executable, *words[1:]] if words[:1] == ["python"] else words
 
 

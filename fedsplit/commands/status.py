@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from fedsplit import cli
-from fedsplit.commands.tables import format_seconds, print_table
 from fedsplit.errors import ExchangeError, FedSplitError
 from fedsplit.exchange.directory import Exchange, Place, Role
 from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord
+from fedsplit.run.events import format_seconds
 
 NOBODY, UNKNOWN = "nobody", "unknown"
 _RANK = re.compile(r"rank-([1-9][0-9]*)")
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [(Exchange(directory, rank).who, heading, text) for directory, rank in find_ranks(arguments.exchange_dir)
             for heading, text in read_status(directory, rank).items()]  # fmt: skip
     styles = ["yellow" if text == NOBODY else "bold" if heading == "now" else "" for _, heading, text in rows]
-    print_table(rows, styles=styles, separator=": ")
+    cli.print_table(rows, styles=styles, separator=": ")
     return 0
 
 

@@ -14,9 +14,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STOP_S = 10.0
 _POLL_S = 0.02
 _TAIL_LINES = 12
@@ -126,6 +127,17 @@ def _tie_to_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return tie
+
+
+@contextlib.contextmanager
+def handled_signals(handle: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """Give every signal that asks to stop to a function, for the length of a block."""
+    previous = {each: signal.signal(each, lambda number, _: handle(signal.Signals(number))) for each in _SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def free_port() -> int:

@@ -14,8 +14,6 @@ import ipaddress
 import logging
 import socket
 import ssl
-from dataclasses import dataclass
-from pathlib import Path
 
 from fedsplit.errors import ConnectionFailedError, UsageError
 
@@ -26,15 +24,6 @@ _SOON = datetime.timedelta(days=14)
 # What an HTTP/2 client sends first: the preface, and empty settings.
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _HTTP2_SETTINGS, _TLS_ALERT = 4, 21
-
-
-@dataclass(frozen=True, kw_only=True)
-class TlsFiles:
-    """The three files of a server's TLS."""
-
-    ca: Path
-    certificate: Path
-    key: Path
 
 
 def is_loopback(host: str) -> bool:

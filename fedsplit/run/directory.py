@@ -1,18 +1,7 @@
 """A run on the server's disk: how it begins or goes on there, what it notes, and every path of it.
 
-==================  ============================================================================================
-``server.lock``     held for life: one server a directory
-``run.json``        the run's id and settings, written before anything else
-``history.jsonl``   one line a round
-``round-…/``        checkpoints; the global state in each is ``state.safetensors``
-``plot.png``        loss, accuracy and time, drawn as the run ends
-``payloads/``       the payload store; nothing in it outlives the run
-``old-runs/<id>/``  what a run that was not resumed left here
-``….unreadable-1``  ``run.json`` or ``history.jsonl`` as it was when a resumed run could not read all of it
-==================  ============================================================================================
-
-All of these are in ``<checkpoint_dir>/server/``. `run` and `demo` keep their programs' logs beside it, in ``logs/``; a
-study also keeps there what it runs with, in ``settings.json``, and the directory ``exchange/``.
+docs/checkpoints.md shows what is in the directory. Besides, for the server alone: ``server.lock``, held for life (one
+server a directory), and ``payloads/``, the payload store, of which nothing outlives the run.
 """
 
 from __future__ import annotations

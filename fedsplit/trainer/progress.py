@@ -1,15 +1,4 @@
-"""A trainer's progress: a bar where there is a terminal, nothing where there is none (the log has a line a task).
-
-::
-
-    progress = Progress(rank)
-    for task in trainer:
-        with progress.task(task):
-            for done, batch in enumerate(batches, start=1):
-                loss = step(batch)
-                progress.update(done, len(batches), loss)
-            task.reply(…)
-"""
+"""A trainer's progress: a bar where there is a terminal, nothing where there is none (the log has a line a task)."""
 
 from __future__ import annotations
 
@@ -28,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Shows how far the current task of a rank is; of several processes only one does, the others are not `shown`."""
+    """Shows how far the current task of a rank is; of several processes only one does, the others are not `shown`.
+
+    ``with progress.task(task):`` is put around the work, and `update` is called after each batch.
+    """
 
     def __init__(self, rank: int, *, shown: bool = True) -> None:
         self._rank = rank
