@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
@@ -25,15 +25,13 @@ from fedsplit.client.long_poll import LongPoll
 from fedsplit.disk.digest import bytes_digest
 from fedsplit.disk.files import explained, remove
 from fedsplit.disk.payload_store import Incoming, PayloadStore, read_part
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import ExchangeError, FedSplitError, NoSpaceError, RecordError, RefusedError
 from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, ResultRecord, printable, read
 from fedsplit.wire.join import Transcript
 from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, Ask, Engine, Message, Piece, pack, unpack
-
-if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 

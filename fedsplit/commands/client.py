@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedsplit import cli
+from fedsplit.disk.remote_store import open_remote
+from fedsplit.engines import embedded, tls
+from fedsplit.engines.superlink import node
 from fedsplit.errors import RunFailedError, RunStoppedError, UsageError
-
-if TYPE_CHECKING:
-    from fedsplit.exchange.directory import Exchange
-    from fedsplit.exchange.records import FinishedRecord
+from fedsplit.exchange.directory import Exchange, forgive
+from fedsplit.exchange.records import FinishedRecord
+from fedsplit.wire.join import read_token
 
 log = logging.getLogger("fedsplit")
 
@@ -50,10 +51,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the relay until the run is over."""
-    from fedsplit.engines import embedded, tls
-    from fedsplit.exchange.directory import Exchange, forgive
-    from fedsplit.wire.join import read_token
-
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
     host, _ = embedded.parse_address(arguments.server_address)
     certificates = cli.read_file(arguments.root_certificates, "--root-certificates")
@@ -85,16 +82,13 @@ def _take_part(
     address, max_wait_s, wait_s = arguments.server_address, arguments.max_wait, arguments.trainer_wait
     store = arguments.payload_store
     if engine == "superlink":
-        from fedsplit.engines.superlink import node
-
         return node.connect(
             exchange, address, root_certificates=arguments.root_certificates, node_key=arguments.supernode_private_key,
             trainer_wait_s=wait_s, payload_store=store, max_wait_s=max_wait_s, verbose=arguments.verbose,
             log_format=arguments.log_format,
         )  # fmt: skip
+    # Late: it imports Flower, and a role that is taken is told of at once.
     from fedsplit.client.relay import Relay
-    from fedsplit.disk.remote_store import open_remote
-    from fedsplit.engines import embedded
 
     remote = open_remote(store)
     relay = Relay(exchange, trainer_wait_s=wait_s, remote=remote, use_store=store == "auto", join_key=join_key)

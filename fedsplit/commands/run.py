@@ -31,6 +31,7 @@ from fedsplit import cli
 from fedsplit.commands import client, server, trainer
 from fedsplit.commands.status import NOBODY, UNKNOWN, read_status
 from fedsplit.disk.files import make_private_directory
+from fedsplit.engines.embedded import parse_address
 from fedsplit.engines.processes import Child, free_port
 from fedsplit.engines.together import Restarts, end, explain, received_signals, shown, watch
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, UsageError
@@ -204,8 +205,6 @@ def _fill_in(arguments: argparse.Namespace, rank: int) -> list[str]:
 
 def _reachable(address: str) -> str:
     """Return where clients of this machine find a server that listens at an address."""
-    from fedsplit.engines.embedded import parse_address
-
     host, port = parse_address(address)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

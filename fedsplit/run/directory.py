@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from fedsplit.disk import files
 from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.disk.remote_store import without_password
 from fedsplit.errors import CheckpointError, ExchangeError, FedSplitError
 from fedsplit.run.history import History, PartRow
 
@@ -31,8 +31,6 @@ log = logging.getLogger("fedsplit")
 
 HISTORY_FILE = "history.jsonl"
 STATE_FILE = "state.safetensors"
-
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class Places:
@@ -211,11 +209,6 @@ class Run:
             files.write_json(self.places.run, self._record, durable=True)
         except ExchangeError as exc:
             raise CheckpointError(str(exc)) from exc
-
-
-def without_password(value: Any) -> Any:
-    """Return a text without the user and password of a URL in it: what is noted of a run is shown to others."""
-    return _PASSWORD.sub("…@", value) if isinstance(value, str) else value
 
 
 def _now() -> str:

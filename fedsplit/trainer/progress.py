@@ -6,14 +6,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-if TYPE_CHECKING:
-    from fedsplit.trainer.trainer import Task
+from fedsplit.trainer.trainer import Task
 
 
 class Progress:
