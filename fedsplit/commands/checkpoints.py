@@ -24,7 +24,6 @@ _HEADINGS = ("store", "round", "run", "files", "bytes", "metrics", "state")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     parser.add_argument("checkpoint_dir", nargs="?", type=Path, default=Path("checkpoints"), metavar="CHECKPOINT_DIR",
         help="the --checkpoint-dir of the programs, or one store in it, such as checkpoints/server")  # fmt: skip

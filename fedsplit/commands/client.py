@@ -26,7 +26,6 @@ log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this client and its trainer")
     add("--server-address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where the server listens")
@@ -50,7 +49,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the relay until the run is over."""
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
     host, _ = embedded.parse_address(arguments.server_address)
     certificates = cli.read_file(arguments.root_certificates, "--root-certificates")

@@ -33,7 +33,6 @@ _PLAIN: dict[str, Callable[[float], str]] = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     add = parser.add_argument
     add("directories", nargs="+", type=Path, metavar="DIR", help="a --checkpoint-dir, or a directory of these")
@@ -44,7 +43,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table, and write the files."""
     output, by_rank = arguments.output, arguments.by_rank
     if output:
         cli.check_output(output, tuple(_WRITERS))

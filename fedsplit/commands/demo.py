@@ -19,7 +19,6 @@ from fedsplit.errors import RunFailedError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     add = parser.add_argument
     add("-r", "--rounds", type=cli.positive_int, default=5, metavar="N", help="rounds to run in all")

@@ -20,7 +20,6 @@ _ENDINGS = (".safetensors", ".pt")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     cli.add_files(parser, _ENDINGS)
     parser.add_argument("--round", type=cli.natural, metavar="N",
@@ -28,7 +27,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the file."""
     # Before torch is imported: a wrong name is told at once.
     cli.check_output(output := arguments.output, _ENDINGS)
     found = _choose(CheckpointStore(Places(arguments.checkpoint_dir).server), arguments.round)

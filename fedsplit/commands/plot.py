@@ -19,13 +19,11 @@ _ENDINGS = (".png",)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     cli.add_files(parser, _ENDINGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the picture."""
     cli.check_output(arguments.output, _ENDINGS)
     path = Places(arguments.checkpoint_dir).history
     lines = read_rounds(path)

@@ -42,13 +42,11 @@ class Report:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     cli.add_files(parser, _ENDINGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page."""
     cli.check_output(arguments.output, _ENDINGS)
     report = read_report(Places(arguments.checkpoint_dir))
     write_chunks(arguments.output, [render(report).encode()])

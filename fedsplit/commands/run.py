@@ -29,7 +29,7 @@ from typing import Any
 
 from fedsplit import cli
 from fedsplit.commands import client, server, trainer
-from fedsplit.commands.status import NOBODY, UNKNOWN, read_status
+from fedsplit.commands.status import NOBODY, at_work, read_status
 from fedsplit.disk.files import make_private_directory
 from fedsplit.engines.embedded import parse_address
 from fedsplit.engines.processes import Child, free_port
@@ -54,7 +54,6 @@ class _Default:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--ranks", type=cli.positive_int, default=2, metavar="N", help="how many clients, each with its trainer")
     add("--gpus", type=gpus, default=[], metavar="N|ID,ID…",
@@ -229,14 +228,11 @@ def _check_script(arguments: argparse.Namespace) -> None:
 
 def _check_roles_are_free(exchange_dir: Path, ranks: int) -> None:
     # Before the logs of programs that are at work here are overwritten.
-    for rank in range(1, ranks + 1):
-        status = read_status(exchange_dir, rank)
-        for role in ("client", "trainer"):
-            if status[role] not in (NOBODY, UNKNOWN):
-                raise RoleTakenError(
-                    f"rank {rank} already has a {role} in {exchange_dir}: {status[role]}; stop that one, "
-                    "or take another --exchange-dir"
-                )
+    for rank, role, holder in at_work(exchange_dir, ranks):
+        raise RoleTakenError(
+            f"rank {rank} already has a {role} in {exchange_dir}: {holder}; stop that one, or take another "
+            "--exchange-dir"
+        )
 
 
 def _environment(ranks: int) -> dict[str, str]:

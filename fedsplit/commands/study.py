@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 from fedsplit import cli
 from fedsplit.commands import compare, server
 from fedsplit.commands import run as federation
-from fedsplit.commands.status import NOBODY, UNKNOWN, read_status
+from fedsplit.commands.status import at_work
 from fedsplit.disk.files import make_private_directory, write_json
 from fedsplit.engines.processes import Child
 from fedsplit.engines.together import end, explain, received_signals
@@ -117,9 +117,7 @@ class Job:
             except Timeout:
                 return True
             lock.release()
-        ranks = range(1, self.flags.ranks + 1)
-        statuses = (read_status(places.exchange, rank) for rank in ranks if places.exchange.exists())
-        return any(status[role] not in (NOBODY, UNKNOWN) for status in statuses for role in ("client", "trainer"))
+        return places.exchange.exists() and any(at_work(places.exchange, self.flags.ranks))
 
     def start(self) -> Child:
         """Start it, or go on with it."""
@@ -144,7 +142,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     add = parser.add_argument
     add("file", nargs="?", type=Path, metavar="FILE", help="the study, in TOML; without it all of it is in --set")
