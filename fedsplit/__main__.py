@@ -5,8 +5,6 @@
 After `pip install fedsplit` the same is called `fedsplit demo`. Each command has its own --help with an example.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

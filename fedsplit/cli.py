@@ -1,7 +1,5 @@
 """What all programs share: parsers, flags and their types, logging, exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging

@@ -25,8 +25,6 @@ before it exits is enough to go on. The tree::
     └── RunFailedError           15   the run cannot go on: no initial state, no space, no clients
 """
 
-from __future__ import annotations
-
 
 class FedSplitError(Exception):
     """Root of every error that fedsplit raises on purpose."""

@@ -4,8 +4,6 @@ It decodes no tensor and imports no torch: the bytes it receives go to a file, t
 and where both sides see the same disk only a digest travels.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

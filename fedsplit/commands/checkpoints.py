@@ -5,8 +5,6 @@
 The server's store and every trainer's are listed. Ends with exit code 13 if one of them is corrupt.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterator

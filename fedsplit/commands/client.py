@@ -7,8 +7,6 @@ It may be started before the server and before the trainer, and waits for both. 
     python -m fedsplit trainer --rank 1
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from pathlib import Path

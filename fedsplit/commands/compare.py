@@ -7,8 +7,6 @@ differ only in the seed are put together: mean ± standard deviation of the samp
 trainers were started with: runs by hand, outside a study, are told apart by the server's flags alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io

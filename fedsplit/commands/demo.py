@@ -7,8 +7,6 @@ CHECKPOINT_DIR/logs. Ctrl-C ends all of them. If one of them fails, the demo sho
 exit code 15. `run` does the same with every flag of the server, and for a training script of your own.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

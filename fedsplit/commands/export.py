@@ -6,8 +6,6 @@ What comes out is plain: it is read by torch.load("model.pt", weights_only=True)
 safetensors.torch.load_file("model.safetensors").
 """
 
-from __future__ import annotations
-
 import argparse
 
 from fedsplit import cli

@@ -5,8 +5,6 @@
 Nothing that exists is overwritten. my_project/README.md has the commands.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import keyword

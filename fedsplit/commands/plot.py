@@ -6,8 +6,6 @@ The mean over the clients is bold, each client is a faint line; a round's second
 transfer, merging, evaluation and waiting. It may be drawn while the run is on; the server draws it as the run ends.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from fedsplit import cli

@@ -6,8 +6,6 @@ The page needs no network and no script: it can be sent by mail, and reads well 
 written while the run is on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence

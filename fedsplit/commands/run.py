@@ -13,8 +13,6 @@ The server has the terminal; the others write logs, in CHECKPOINT_DIR/logs. Ctrl
 fails, the end of its log is shown, the others are ended, and its exit code is the exit code of this command.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -6,8 +6,6 @@ It may be used while a run is on: it disturbs nobody and makes no file. A proces
 long a step has lasted is the age of its record, which nothing else looks at.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import time

@@ -18,8 +18,6 @@ with more values in the file, it skips the runs that are done and goes on with t
 results.csv, results.md, by-rank.csv and plot.png. docs/studies.md has the rest, such as a script of your own.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

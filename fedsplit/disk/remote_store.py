@@ -5,8 +5,6 @@ what is downloaded is checked against its name. A digest is passed on only after
 state travel between each side and the store, and never in the server's messages.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

@@ -4,8 +4,6 @@ A child gets a session of its own, so that a terminal's Ctrl-C reaches only this
 order. If this process is killed, the kernel sends its children SIGTERM (on Linux; elsewhere they go on).
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

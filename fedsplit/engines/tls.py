@@ -6,8 +6,6 @@ made for another host or by another CA, and a server that does not speak TLS whe
 of them ends the client.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import ipaddress

@@ -3,8 +3,6 @@
 They are a server, first, and a client and a trainer for each rank. Nobody is left running, whatever happens.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -4,8 +4,6 @@ A line of JSON: ``{"time": "2026-01-31T12:00:00.000Z", "program": "server", "lev
 an event ``"event": "round"`` and ``"data": {…}``; for a round the data are its line of ``history.jsonl``.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

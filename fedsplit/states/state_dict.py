@@ -5,8 +5,6 @@ contiguous or not on the CPU are copied. What cannot travel (a sparse or quantis
 tensor) is refused by name.
 """
 
-from __future__ import annotations
-
 import io
 import mmap
 import re

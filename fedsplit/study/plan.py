@@ -4,8 +4,6 @@ docs/studies.md says how it is written. A ``command`` is not varied over: ``{see
 filled in here, and ``{rank}``, ``{exchange_dir}`` and ``{checkpoint_dir}`` by ``run``.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import itertools

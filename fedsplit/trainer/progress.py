@@ -1,7 +1,5 @@
 """A trainer's progress: a bar where there is a terminal, nothing where there is none (the log has a line a task)."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The lines of a history as people read them: the table's headings and cells, and the numbers of a picture."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

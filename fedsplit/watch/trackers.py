@@ -6,8 +6,6 @@ means, ``rank-1/train/loss`` for each trainer's, ``seconds/round``, ``seconds/tr
 ``clients/accepted``, ``clients/asked``, ``clients/bytes``; the step is the round.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math

@@ -5,8 +5,6 @@ state travel in Flower's ``Parameters``, and only when the other side does not h
 with the question, a large one in pieces, so that neither its size nor Flower's many copies of a message are a limit.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -6,8 +6,6 @@ are not there; the published archives may be put there as well.
 Not promised: that MNIST's files are the official ones, as torchvision has checksums of its archives only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

@@ -6,8 +6,6 @@ and its last lines where the server does not let the SuperNode in. ``finished.js
 the run's end.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
