@@ -11,8 +11,9 @@ import argparse
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedsplit import cli
 from fedsplit.disk.files import write_chunks
@@ -69,14 +70,11 @@ def write(groups: Sequence[Group], output: Path) -> None:
 def write_by_rank(groups: Sequence[Group], output: Path) -> None:
     """Write what every rank measured in every round of every run, under the names that trackers get."""
     rows = [
-        ([str(result.directory), *each.varied.values(), result.seed, str(line["round"]), rank], _metrics(line, rank))
+        {"run": result.directory, **each.varied, "seed": result.seed, "round": line["round"], "rank": rank,
+         **_metrics(line, rank)}
         for each in groups for result in each.runs for line in result.lines for rank in ranks_of([line])
     ]  # fmt: skip
-    names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
-    headings = ["run", *groups[0].varied, "seed", "round", "rank", *names]
-    _write_rows(
-        [headings, *([*first, *(_cell(metrics.get(name)) for name in names)] for first, metrics in rows)], output
-    )
+    _write_rows(rows, output)
 
 
 def _metrics(line: Line, rank: str) -> dict[str, float]:
@@ -86,13 +84,12 @@ def _metrics(line: Line, rank: str) -> dict[str, float]:
 
 def _write_csv(groups: Sequence[Group], output: Path) -> None:
     """Write every number that there is, mean and deviation in columns of their own."""
-    numbers = [each.numbers() for each in groups]
-    names = list(dict.fromkeys(name for each in numbers for name in each))
-    varied = list(groups[0].varied)
-    rows = [["settings", *varied, "seeds", *(heading for name in names for heading in (name, f"{name} deviation"))]]
-    for each, found in zip(groups, numbers, strict=True):
-        cells = [_cell(number) for name in names for number in found.get(name, _MISSING)]
-        rows.append([each.label, *each.varied.values(), str(len(each.runs)), *cells])
+    rows = []
+    for each in groups:
+        row = {"settings": each.label, **each.varied, "seeds": len(each.runs)}
+        for name, (mean, deviation) in each.numbers().items():
+            row |= {name: mean, f"{name} deviation": deviation}
+        rows.append(row)
     _write_rows(rows, output)
 
 
@@ -110,9 +107,13 @@ def _write_plot(groups: Sequence[Group], output: Path) -> None:
     write_comparison({name: {each.label: each.curve(name) for each in groups} for name in names}, output)
 
 
-def _write_rows(rows: Sequence[Sequence[str]], output: Path) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+def _write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Write rows by their headings; what a row does not have, or is NaN, stays empty."""
+    text, headings = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, headings, lineterminator="\n")
+    writer.writeheader()
+    # Only a NaN is not equal to itself.
+    writer.writerows({name: each for name, each in row.items() if each == each} for row in rows)
     write_chunks(output, [text.getvalue().encode()])
 
 
@@ -135,11 +136,6 @@ def _shown(name: str, mean: float, deviation: float) -> str:
     if name in _PLAIN:
         return _PLAIN[name](mean)
     return f"{mean:.3f}" + ("" if math.isnan(deviation) else f" ± {deviation:.3f}")
-
-
-def _cell(number: float | None) -> str:
-    """Return a number with every digit; nothing where there is none."""
-    return "" if number is None or math.isnan(number) else repr(number)
 
 
 _WRITERS = {".csv": _write_csv, ".md": _write_markdown, ".png": _write_plot}
