@@ -5,30 +5,20 @@
 After `pip install fedsplit` the same is called `fedsplit demo`. Each command has its own --help with an example.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from fedsplit import cli
-from fedsplit.commands import (
-    checkpoints,
-    client,
-    compare,
-    demo,
-    export,
-    new,
-    plot,
-    report,
-    run,
-    server,
-    status,
-    study,
-    trainer,
+
+# Each is a module of `fedsplit.commands`.
+COMMANDS = (
+    "demo", "run", "study", "server", "client", "trainer", "new", "status", "checkpoints", "export", "plot", "report",
+    "compare",
 )  # fmt: skip
 
 
@@ -36,10 +26,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands: a module each, whose docstring is its help and begins with its summary."""
     parser = cli.make_parser(__doc__, "fedsplit" if Path(sys.argv[0]).name == "fedsplit" else "python -m fedsplit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for module in (
-        demo, run, study, server, client, trainer, new, status, checkpoints, export, plot, report, compare,
-    ):  # fmt: skip
-        name, doc = module.__name__.rpartition(".")[2], str(module.__doc__)
+    for name in COMMANDS:
+        module = import_module(f"fedsplit.commands.{name}")
+        doc = str(module.__doc__)
         summary, style = doc.splitlines()[0].rstrip("."), cli.HelpFormatter
         command = commands.add_parser(name, help=summary, description=doc, formatter_class=style, allow_abbrev=False)
         module.add_flags(command)

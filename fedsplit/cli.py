@@ -1,7 +1,5 @@
 """What all programs share: parsers, flags and their types, logging, exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging
@@ -210,6 +208,32 @@ def _say_last(program: str, log_format: str, text: str, **data: object) -> None:
         log.error("%s", text, extra=event("exit", **data))
     else:
         print(f"{program}: {text}", file=sys.stderr)
+
+
+def print_table(
+    rows: Sequence[Sequence[str]], headings: Sequence[str] = (), *, styles: Sequence[str] = (),
+    numbers: Sequence[str] = (), separator: str = "\t",
+) -> None:  # fmt: skip
+    """Print a table: aligned on a terminal, and one plain line a row elsewhere, for other programs to read.
+
+    On a terminal each row has its style of rich's, if there are any, and the columns whose headings are in `numbers`
+    stand to the right; elsewhere the `separator` stands between two cells.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        for row in [headings, *rows] if headings else rows:
+            print(separator.join(row))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(headings))
+    for heading in headings or [""] * len(rows[0]):
+        table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        table.add_row(*map(Text, row), style=style)
+    console.print(table)
 
 
 def count(number: int, noun: str) -> str:

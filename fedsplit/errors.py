@@ -16,7 +16,7 @@ before it exits is enough to go on. The tree::
     ├── ConnectionFailedError     7   the server cannot be reached, or cannot listen
     │   └── RefusedError          8   the server turned this client away
     ├── PeerMissingError          9   the process on the other side stayed away longer than allowed
-    ├── TrainingError            10   the trainer's own code failed; carries its traceback
+    ├── TrainingError            10   the trainer's own code failed
     │   └── TaskOverError        10   a task was given up, or begun anew, between two of its steps
     ├── WorkloadError            11   a workload cannot be loaded or lacks a method; its data is not there
     ├── AggregationError         12   a rule of aggregation cannot work, or returned what it must not
@@ -24,8 +24,6 @@ before it exits is enough to go on. The tree::
     ├── RunStoppedError          14   the server was stopped before the run was complete
     └── RunFailedError           15   the run cannot go on: no initial state, no space, no clients
 """
-
-from __future__ import annotations
 
 
 class FedSplitError(Exception):
@@ -90,11 +88,7 @@ class PeerMissingError(FedSplitError, exit_code=9):
 
 
 class TrainingError(FedSplitError, exit_code=10):
-    """The trainer's own code failed; `trainer_traceback` is as the trainer printed it, empty if there was none."""
-
-    def __init__(self, message: str, trainer_traceback: str = "") -> None:
-        super().__init__(message)
-        self.trainer_traceback = trainer_traceback
+    """The trainer's own code failed."""
 
 
 class TaskOverError(TrainingError):

@@ -192,9 +192,9 @@ def test_the_relay_of_the_next_message_takes_up_what_the_one_before_left(tmp_pat
     remote, local = RemoteStore("memory://payloads"), PayloadStore(tmp_path / "payloads")
     for store in (None, local, remote):
         before, after = (Relay(Exchange(tmp_path, 1), trainer_wait_s=60.0, remote=remote) for _ in range(2))
-        before._greeting.store, before.long_poll.missing_since = store, 5.0
+        before._store, before.long_poll.missing_since = store, 5.0
         after.take_up(ConfigRecord({**before.leave()}))
-        found = after._greeting.store
+        found = after._store
         assert after.long_poll.missing_since == 5.0
         assert found is store if store is not local else found is not None and found.announced_root == str(local.root)
 

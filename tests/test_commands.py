@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from fedsplit.__main__ import main, make_parser
 from fedsplit.commands.status import read_status
-from fedsplit.commands.tables import format_seconds
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError, ExchangeError, UsageError
 from fedsplit.exchange.client_side import ClientSide
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import Request, TaskRecord
 from fedsplit.exchange.trainer_side import TrainerSide
+from fedsplit.run.events import format_seconds
 from fedsplit.states.state_dict import encode
 
 COMMANDS = (

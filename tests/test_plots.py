@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from fedsplit.__main__ import main
+from fedsplit.engines.assembly import watching
 from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.run.directory import Places, Run
 from fedsplit.run.history import History, Line
-from fedsplit.watch.attach import watching
+from fedsplit.server.settings import ServerSettings
 from fedsplit.watch.plot import charts, draw, make_figure
 
 LINES: list[Line] = [
@@ -186,7 +187,7 @@ def test_a_run_without_matplotlib_ends_well_and_says_that_there_is_no_plot(
     with Run(tmp_path) as run:
         run.history.append(LINES[0])
         server = SimpleNamespace(run=run, failure=None, end_at_signals=lambda: None)
-        with caplog.at_level(logging.INFO), watching(server, live=False, rounds=1):  # type: ignore[arg-type]
+        with caplog.at_level(logging.INFO), watching(server, ServerSettings(rounds=1), live=False):  # type: ignore[arg-type]
             pass
     assert not Places(tmp_path).server.joinpath("plot.png").exists()
     assert {record.getMessage() for record in caplog.records if "plot" in record.getMessage()} == {

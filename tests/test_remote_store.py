@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.disk.remote_store import RemoteStore, shown
+from fedsplit.disk.remote_store import RemoteStore, without_password
 from fedsplit.errors import ExchangeError, RecordError, UsageError
 from tests.programs import free_port, programs
 
@@ -84,7 +84,7 @@ def test_a_store_that_cannot_be_written_is_told_without_its_password(tmp_path: P
     source.write_bytes(b"x")
     with pytest.raises(ExchangeError, match="cannot write"):
         RemoteStore(f"file://{tmp_path}/file/below").give(source, hashlib.sha256(b"x").hexdigest())
-    assert shown("ftp://me:secret@host/place") == "ftp://host/place"
+    assert without_password("ftp://me:sec@ret@host/place") == "ftp://…@host/place"
     with pytest.raises(UsageError, match="nonsense"):
         RemoteStore("nonsense://place")
 

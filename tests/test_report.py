@@ -13,8 +13,9 @@ import pytest
 
 from fedsplit.__main__ import main
 from fedsplit.commands.report import Report, read_report, render
+from fedsplit.disk.remote_store import without_password
 from fedsplit.errors import CheckpointError, UsageError
-from fedsplit.run.directory import Places, Run, without_password
+from fedsplit.run.directory import Places, Run
 from fedsplit.run.history import History, Line
 from tests.chromium import contrast, look_at, needs_chromium, run_chromium
 from tests.handoffs import blob

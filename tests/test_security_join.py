@@ -215,9 +215,9 @@ def test_a_server_that_has_proved_nothing_gets_no_work_done(tmp_path: Path) -> N
     assert not relay._exchange.finished_path.exists()
     # A proof of the connection before counts for nothing in the next one.
     greet(Roster("run", None, join_key=KEY), FakeProxy(relay))
-    assert relay._greeting.knows_server
+    assert relay._knows_server
     relay.begin_connection()
-    assert not relay._greeting.knows_server
+    assert not relay._knows_server
 
 
 def _ok() -> Any:

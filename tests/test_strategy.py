@@ -186,8 +186,3 @@ def test_an_exported_state_can_be_started_from(tmp_path: Path, ending: str) -> N
     output.write_bytes(b"".join(export_state(source, output)))
     found = decode(b"".join(read_initial_checkpoint(output)))
     assert all(torch.equal(found[name], state[name]) for name in state)
-
-
-def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"\.safetensors or \.pt"):
-        export_state(tmp_path / "state.safetensors", tmp_path / "model.onnx")

@@ -1,9 +1,6 @@
 """How the clients' states become the next global state: the rules, and which part of the model gets which.
 
-Names are loaded when they are first used: reading the flags (`fedsplit.aggregation.spec`) does not import torch::
-
-    specs = parse_rules(["head.*=local", "body.*=median", "fedavg"])
-    split = Split.resolve(specs, state)
+Names are loaded when they are first used: reading the flags (`fedsplit.aggregation.spec`) does not import torch.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ Not promised: state that a strategy changes inside an array in place, or keeps o
 Flower 1.41 does either.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce

@@ -4,8 +4,6 @@ Floating entries are float32 at least on the strategy's side, as numpy has no bf
 float16; complex entries are pairs of numbers. All come back in their own dtype.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

@@ -7,8 +7,6 @@ An infinity or NaN that all inputs hold in the same place, as an attention mask 
 do not count it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 

@@ -9,8 +9,6 @@ Not promised: resistance to attacks on floating-point noise. The noise comes fro
 cryptographic one, seeded by the operating system.
 """
 
-from __future__ import annotations
-
 import math
 import secrets
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ boolean ones take the maximum, except under the two Krums, which choose whole cl
 papers, and assume that honest clients hold similar data.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Sequence

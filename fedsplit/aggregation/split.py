@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -169,10 +169,11 @@ class RoundMerger:
             given = [Watched(who, state), Watched(f"the extra tensors of {who}", update.extra)]
             with _naming(rule, context):
                 accumulator.add(replace(update, state_dict=state))
-                if rule.one_pass:
-                    _check_unchanged(given)
-                else:
+                if not rule.one_pass:
                     watched += given
+                    continue
+                for each in given:
+                    each.check()
 
     def finish(self) -> StateDict:
         """Return the new global state without the local parts; without a single update, the previous tensors.
@@ -184,7 +185,8 @@ class RoundMerger:
         for rule, context, accumulator, watched in self._parts if self.count else ():
             with _naming(rule, context):
                 result = accumulator.result()
-                _check_unchanged(watched + self._extra_before)
+                for given in watched + self._extra_before:
+                    given.check()
                 check_output(result, context.previous)
                 check_memory(context.memory)
                 for extra in (self.extra, *self.rank_extra.values()):
@@ -192,11 +194,6 @@ class RoundMerger:
                         raise AggregationError(f"it left {reason}")
             merged |= result
         return merged | {key: merged[kept] for key, kept in self._ties.items()}
-
-
-def _check_unchanged(watched: Iterable[Watched]) -> None:
-    for given in watched:
-        given.check()
 
 
 @contextmanager

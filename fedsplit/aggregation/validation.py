@@ -3,8 +3,6 @@
 Not checked: values that are finite and wrong. Against those there are the robust rules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

@@ -4,8 +4,6 @@ So the server hears of an answer at once, and the client hears at once what else
 takes does not matter.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 

@@ -4,8 +4,6 @@ It decodes no tensor and imports no torch: the bytes it receives go to a file, t
 and where both sides see the same disk only a digest travels.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time
@@ -13,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
@@ -21,19 +19,17 @@ import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from call
 import flwr.common as flower
 from flwr.client import Client
 
-from fedsplit.client.greeting import Greeting
 from fedsplit.client.long_poll import LongPoll
 from fedsplit.disk.digest import bytes_digest
 from fedsplit.disk.files import explained, remove
 from fedsplit.disk.payload_store import Incoming, PayloadStore, read_part
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import ExchangeError, FedSplitError, NoSpaceError, RecordError, RefusedError
 from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, ResultRecord, printable, read
+from fedsplit.wire.join import Transcript
 from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, Ask, Engine, Message, Piece, pack, unpack
-
-if TYPE_CHECKING:
-    from fedsplit.disk.remote_store import RemoteStore
 
 log = logging.getLogger("fedsplit")
 
@@ -43,29 +39,12 @@ _Reply = tuple[dict[str, Any], list[bytes]]
 
 
 class Relay(Client):
-    """Relays the server's requests to the trainer of the same rank.
+    """Relays the server's requests to the trainer of the same rank; the caller holds the client role of its exchange.
 
-    Parameters
-    ----------
-    exchange
-        The exchange directory; the caller holds its client role.
-    trainer_wait_s
-        Seconds to wait for a trainer to be there before a task is reported as failed.
-    remote
-        The store at ``--payload-store URL``; used instead of the server's own where the server uses it too.
-    use_store
-        Whether payloads may travel by reference, where the server's store can be seen.
-    join_key
-        What the server and this client must prove to each other to know; None takes any server.
-    engine
-        Which of Flower's engines this runs on.
-
-    Attributes
-    ----------
-    outcome : FinishedRecord or None
-        How the run ended, once the server has said so.
-    refused : RefusedError or None
-        Why the server turned this client away, or this client the server.
+    A task counts as failed after `trainer_wait_s` seconds without a trainer. Payloads travel through `remote`, the
+    store at ``--payload-store URL``, if the server uses it too, or with `use_store` through the server's own store, if
+    it can be seen. What the server and this client must prove to each other to know is `join_key`; None takes any
+    server. How the run ended is `outcome`; `refused` is why one of the two turned the other away.
     """
 
     def __init__(
@@ -76,10 +55,10 @@ class Relay(Client):
         self.refused: RefusedError | None = None
         self._exchange = exchange
         self._side = ClientSide(exchange)
-        self._greeting = Greeting(self._side, join_key=join_key, use_store=use_store, remote=remote)
+        self._join_key, self._use_store, self._remote = join_key, use_store, remote
         self.long_poll = LongPoll(self._side, trainer_wait_s)
         self._engine = engine
-        self._last_heard = time.monotonic()
+        self.begin_connection()
         self._busy = False
         self._incoming: Incoming | None = None
         self._is_full = False
@@ -88,8 +67,11 @@ class Relay(Client):
     # -- the connection --------------------------------------------------------------------------------------------
 
     def begin_connection(self) -> None:
-        """Forget what was proved in the connection before."""
-        self._greeting.begin()
+        """Forget what was proved in the connection before: in a new one the server has proved nothing yet."""
+        self._transcript: Transcript | None = None
+        self._knows_server = self._join_key is None
+        # Where both sides see the same payloads; None if these travel in messages.
+        self._store: PayloadStore | RemoteStore | None = None
         self._last_heard = time.monotonic()
 
     def silence_s(self) -> float:
@@ -101,8 +83,8 @@ class Relay(Client):
         state: dict[str, str | float] = {}
         if self.long_poll.missing_since is not None:
             state["missing-since"] = self.long_poll.missing_since
-        if store := self._greeting.store:
-            state["store-root"] = store.announced_root or ""
+        if self._store:
+            state["store-root"] = self._store.announced_root or ""
         return state
 
     def take_up(self, kept: Mapping[str, Any]) -> None:
@@ -111,7 +93,7 @@ class Relay(Client):
         self.long_poll.missing_since = kept.get("missing-since")
         # That the store is the server's was proved when the connection began. The one at a URL has no root.
         if (root := kept.get("store-root")) is not None:
-            self._greeting.store = PayloadStore(Path(root)) if root else self._greeting.remote
+            self._store = PayloadStore(Path(root)) if root else self._remote
 
     @contextmanager
     def _question(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -119,7 +101,7 @@ class Relay(Client):
         self._busy = True
         try:
             message = unpack(config, "the server")
-            if not self._greeting.knows_server and message.get("op") not in ("join", "hello", "refuse"):
+            if not self._knows_server and message.get("op") not in ("join", "hello", "refuse"):
                 raise RefusedError("the server asks for work and has not proved that it knows the join token")
             yield message
         finally:
@@ -133,10 +115,10 @@ class Relay(Client):
             message, rank = read(fields, Message, "the server's message"), self._exchange.rank
             reply: dict[str, Any] = {}
             if message.op == "join":
-                reply = self._greeting.prove(message)
+                reply = self._prove(message)
             elif message.op == "hello":
                 try:
-                    reply = self._greeting.greet(message)
+                    reply = self._greet(message)
                 except RefusedError as exc:
                     self.refused = RefusedError(f"rank {rank} turned the server down: {exc}")
                     reply = {"rank": rank, "leaving": str(exc)}
@@ -187,6 +169,40 @@ class Relay(Client):
         return flower.GetParametersRes(status=status, parameters=flower.Parameters([], TENSOR_TYPE))
 
     # -- the operations ---------------------------------------------------------------------------------------------
+
+    def _prove(self, message: Message) -> dict[str, Any]:
+        """Answer ``join``: give the client's proof of the join token, and ask for the server's."""
+        if self._join_key is None:
+            return {"rank": self._exchange.rank}
+        if message.nonce is None:
+            raise RecordError("the server asked for a proof of the join token without a nonce to prove it with")
+        rank, exchange_id = self._exchange.rank, self._exchange.exchange_id()
+        transcript = self._transcript = Transcript(
+            run_id=message.run_id, rank=rank, exchange_id=exchange_id, server_nonce=message.nonce
+        )
+        proof = transcript.proof(self._join_key, "client")
+        return {"rank": rank, "exchange_id": exchange_id, "nonce": transcript.client_nonce, "proof": proof}
+
+    def _greet(self, message: Message) -> dict[str, Any]:
+        """Answer ``hello``: agree on how payloads travel; raises RefusedError if this is no server to work for."""
+        if self._join_key is not None:
+            if self._transcript is None:
+                raise RefusedError(
+                    "the server asks for no join token, this client was given one; start both with --join-token-file"
+                )
+            if not self._transcript.is_proof(self._join_key, "server", message.proof):
+                raise RefusedError("the server did not prove that it knows the join token")
+        self._knows_server = True
+        # The content of the server's nonce proves to it that both see the same store.
+        root, rank = message.store_root, self._exchange.rank
+        store = self._remote or (PayloadStore(Path(root)) if self._use_store and root else None)
+        nonce = store.read_nonce(message.nonce_name) if store else None
+        self._store = store if nonce else None
+        how = "the payload store" if self._store else "messages"
+        log.info("rank %d: joined run %s; payloads travel by %s", rank, printable(message.run_id), how)
+        return {
+            "rank": rank, "exchange_id": self._exchange.exchange_id(), "held": self._side.held_digest(), "nonce": nonce,
+        }  # fmt: skip
 
     def _take(self, message: dict[str, Any], parameters: flower.Parameters) -> dict[str, Any]:
         """Take a piece of a state that is too large for one message."""
@@ -264,7 +280,7 @@ class Relay(Client):
             if (found := bytes_digest(blobs[0])) != digest:
                 raise RecordError(f"the server sent a state with digest {found[:12]}…, announced as {digest[:12]}…")
             return Source(bytes=len(blobs[0]), content=blobs[0])
-        incoming, store = self._incoming, self._greeting.store
+        incoming, store = self._incoming, self._store
         if incoming and incoming.is_whole and incoming.digest == digest:
             return Source(bytes=incoming.size, content=incoming.path)
         path = store.take(digest, self._exchange.fetched_path) if store else None
@@ -291,9 +307,9 @@ class Relay(Client):
 
     def _place(self, payload: PayloadRecord) -> str:
         """Bring a result to where the server can get it; returns how it gets there."""
-        if store := self._greeting.store:
+        if self._store:
             try:
-                store.give(self._exchange.directory / payload.file, payload.digest)
+                self._store.give(self._exchange.directory / payload.file, payload.digest)
                 return "store"
             except ExchangeError as exc:  # the server's disk is full, say: then a message is the way
                 log.warning("rank %d: %s; sending the result in a message", self._exchange.rank, exc)

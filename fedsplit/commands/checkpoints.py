@@ -5,8 +5,6 @@
 The server's store and every trainer's are listed. Ends with exit code 13 if one of them is corrupt.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterator
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit import cli
-from fedsplit.commands.tables import print_table
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.errors import CheckpointError
 from fedsplit.run.directory import HISTORY_FILE
@@ -25,7 +22,6 @@ _HEADINGS = ("store", "round", "run", "files", "bytes", "metrics", "state")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     parser.add_argument("checkpoint_dir", nargs="?", type=Path, default=Path("checkpoints"), metavar="CHECKPOINT_DIR",
         help="the --checkpoint-dir of the programs, or one store in it, such as checkpoints/server")  # fmt: skip
@@ -36,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [row for store in _find_stores(arguments.checkpoint_dir) for row in _read_store(store)]
     corrupt = [f"{row[0]} round {row[1]}" for row in rows if row[-1] != "valid"]
     styles = ["" if row[-1] == "valid" else "bold red" for row in rows]
-    print_table(rows, _HEADINGS, styles=styles, numbers=("round", "files", "bytes"))
+    cli.print_table(rows, _HEADINGS, styles=styles, numbers=("round", "files", "bytes"))
     if corrupt:
         raise CheckpointError(
             f"{len(corrupt)} of {len(rows)} checkpoints are corrupt ({', '.join(corrupt)}); --resume passes over them"

@@ -7,25 +7,23 @@ It may be started before the server and before the trainer, and waits for both. 
     python -m fedsplit trainer --rank 1
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedsplit import cli
+from fedsplit.disk.remote_store import open_remote
+from fedsplit.engines import embedded, tls
+from fedsplit.engines.superlink import node
 from fedsplit.errors import RunFailedError, RunStoppedError, UsageError
-
-if TYPE_CHECKING:
-    from fedsplit.exchange.directory import Exchange
-    from fedsplit.exchange.records import FinishedRecord
+from fedsplit.exchange.directory import Exchange, forgive
+from fedsplit.exchange.records import FinishedRecord
+from fedsplit.wire.join import read_token
 
 log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this client and its trainer")
     add("--server-address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where the server listens")
@@ -49,11 +47,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the relay until the run is over."""
-    from fedsplit.engines import embedded, tls
-    from fedsplit.exchange.directory import Exchange, forgive
-    from fedsplit.wire.join import read_token
-
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
     host, _ = embedded.parse_address(arguments.server_address)
     certificates = cli.read_file(arguments.root_certificates, "--root-certificates")
@@ -68,10 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     exchange = Exchange(arguments.exchange_dir, arguments.rank)
     with exchange.hold("client"):
-        if engine == "superlink":
-            finished = _run_supernode(exchange, arguments)
-        else:
-            finished = _run_relay(exchange, arguments, certificates, join_key)
+        finished = _take_part(exchange, arguments, engine, certificates, join_key)
     if finished and finished.outcome != "complete":
         kind = RunStoppedError if finished.outcome == "stopped" else RunFailedError
         raise kind(f"the run ended before it was complete: {finished.reason or finished.outcome}")
@@ -82,28 +72,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_relay(
-    exchange: Exchange, arguments: argparse.Namespace, certificates: bytes | None, join_key: bytes | None
+def _take_part(
+    exchange: Exchange, arguments: argparse.Namespace, engine: str, certificates: bytes | None, join_key: bytes | None
 ) -> FinishedRecord | None:
-    from fedsplit.client.relay import Relay
-    from fedsplit.disk.remote_store import open_remote
-    from fedsplit.engines import embedded
-
+    address, max_wait_s, wait_s = arguments.server_address, arguments.max_wait, arguments.trainer_wait
     store = arguments.payload_store
-    relay = Relay(
-        exchange, trainer_wait_s=arguments.trainer_wait, remote=open_remote(store), use_store=store == "auto",
-        join_key=join_key,
-    )  # fmt: skip
-    embedded.connect(relay, arguments.server_address, root_certificates=certificates, max_wait_s=arguments.max_wait)
+    if engine == "superlink":
+        return node.connect(
+            exchange, address, root_certificates=arguments.root_certificates, node_key=arguments.supernode_private_key,
+            trainer_wait_s=wait_s, payload_store=store, max_wait_s=max_wait_s, verbose=arguments.verbose,
+            log_format=arguments.log_format,
+        )  # fmt: skip
+    # Late: it imports Flower, and a role that is taken is told of at once.
+    from fedsplit.client.relay import Relay
+
+    remote = open_remote(store)
+    relay = Relay(exchange, trainer_wait_s=wait_s, remote=remote, use_store=store == "auto", join_key=join_key)
+    embedded.connect(relay, address, root_certificates=certificates, max_wait_s=max_wait_s)
     return relay.outcome
-
-
-def _run_supernode(exchange: Exchange, arguments: argparse.Namespace) -> FinishedRecord | None:
-    from fedsplit.engines.superlink import node
-
-    return node.connect(
-        exchange, arguments.server_address, root_certificates=arguments.root_certificates,
-        node_key=arguments.supernode_private_key, trainer_wait_s=arguments.trainer_wait,
-        payload_store=arguments.payload_store, max_wait_s=arguments.max_wait,
-        verbose=arguments.verbose, log_format=arguments.log_format,
-    )  # fmt: skip

@@ -7,17 +7,15 @@ differ only in the seed are put together: mean ± standard deviation of the samp
 trainers were started with: runs by hand, outside a study, are told apart by the server's flags alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedsplit import cli
-from fedsplit.commands.tables import print_table
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
 from fedsplit.run.events import format_bytes
@@ -34,7 +32,6 @@ _PLAIN: dict[str, Callable[[float], str]] = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     add = parser.add_argument
     add("directories", nargs="+", type=Path, metavar="DIR", help="a --checkpoint-dir, or a directory of these")
@@ -45,7 +42,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table, and write the files."""
     output, by_rank = arguments.output, arguments.by_rank
     if output:
         cli.check_output(output, tuple(_WRITERS))
@@ -63,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 def print_groups(groups: Sequence[Group]) -> None:
     """Print the table on stdout."""
     headings, rows = _table(groups)
-    print_table(rows, headings, styles=[""] * len(rows), numbers=headings[1:])
+    cli.print_table(rows, headings, numbers=headings[1:])
 
 
 def write(groups: Sequence[Group], output: Path) -> None:
@@ -74,14 +70,11 @@ def write(groups: Sequence[Group], output: Path) -> None:
 def write_by_rank(groups: Sequence[Group], output: Path) -> None:
     """Write what every rank measured in every round of every run, under the names that trackers get."""
     rows = [
-        ([str(result.directory), *each.varied.values(), result.seed, str(line["round"]), rank], _metrics(line, rank))
+        {"run": result.directory, **each.varied, "seed": result.seed, "round": line["round"], "rank": rank,
+         **_metrics(line, rank)}
         for each in groups for result in each.runs for line in result.lines for rank in ranks_of([line])
     ]  # fmt: skip
-    names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
-    headings = ["run", *groups[0].varied, "seed", "round", "rank", *names]
-    _write_rows(
-        [headings, *([*first, *(_cell(metrics.get(name)) for name in names)] for first, metrics in rows)], output
-    )
+    _write_rows(rows, output)
 
 
 def _metrics(line: Line, rank: str) -> dict[str, float]:
@@ -91,13 +84,12 @@ def _metrics(line: Line, rank: str) -> dict[str, float]:
 
 def _write_csv(groups: Sequence[Group], output: Path) -> None:
     """Write every number that there is, mean and deviation in columns of their own."""
-    numbers = [each.numbers() for each in groups]
-    names = list(dict.fromkeys(name for each in numbers for name in each))
-    varied = list(groups[0].varied)
-    rows = [["settings", *varied, "seeds", *(heading for name in names for heading in (name, f"{name} deviation"))]]
-    for each, found in zip(groups, numbers, strict=True):
-        cells = [_cell(number) for name in names for number in found.get(name, _MISSING)]
-        rows.append([each.label, *each.varied.values(), str(len(each.runs)), *cells])
+    rows = []
+    for each in groups:
+        row = {"settings": each.label, **each.varied, "seeds": len(each.runs)}
+        for name, (mean, deviation) in each.numbers().items():
+            row |= {name: mean, f"{name} deviation": deviation}
+        rows.append(row)
     _write_rows(rows, output)
 
 
@@ -115,9 +107,13 @@ def _write_plot(groups: Sequence[Group], output: Path) -> None:
     write_comparison({name: {each.label: each.curve(name) for each in groups} for name in names}, output)
 
 
-def _write_rows(rows: Sequence[Sequence[str]], output: Path) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+def _write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Write rows by their headings; what a row does not have, or is NaN, stays empty."""
+    text, headings = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, headings, lineterminator="\n")
+    writer.writeheader()
+    # Only a NaN is not equal to itself.
+    writer.writerows({name: each for name, each in row.items() if each == each} for row in rows)
     write_chunks(output, [text.getvalue().encode()])
 
 
@@ -140,11 +136,6 @@ def _shown(name: str, mean: float, deviation: float) -> str:
     if name in _PLAIN:
         return _PLAIN[name](mean)
     return f"{mean:.3f}" + ("" if math.isnan(deviation) else f" ± {deviation:.3f}")
-
-
-def _cell(number: float | None) -> str:
-    """Return a number with every digit; nothing where there is none."""
-    return "" if number is None or math.isnan(number) else repr(number)
 
 
 _WRITERS = {".csv": _write_csv, ".md": _write_markdown, ".png": _write_plot}

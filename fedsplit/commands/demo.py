@@ -7,8 +7,6 @@ CHECKPOINT_DIR/logs. Ctrl-C ends all of them. If one of them fails, the demo sho
 exit code 15. `run` does the same with every flag of the server, and for a training script of your own.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from fedsplit.errors import RunFailedError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     add = parser.add_argument
     add("-r", "--rounds", type=cli.positive_int, default=5, metavar="N", help="rounds to run in all")

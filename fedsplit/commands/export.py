@@ -6,8 +6,6 @@ What comes out is plain: it is read by torch.load("model.pt", weights_only=True)
 safetensors.torch.load_file("model.safetensors").
 """
 
-from __future__ import annotations
-
 import argparse
 
 from fedsplit import cli
@@ -20,7 +18,6 @@ _ENDINGS = (".safetensors", ".pt")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     cli.add_files(parser, _ENDINGS)
     parser.add_argument("--round", type=cli.natural, metavar="N",
@@ -28,7 +25,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the file."""
     # Before torch is imported: a wrong name is told at once.
     cli.check_output(output := arguments.output, _ENDINGS)
     found = _choose(CheckpointStore(Places(arguments.checkpoint_dir).server), arguments.round)

@@ -5,8 +5,6 @@
 Nothing that exists is overwritten. my_project/README.md has the commands.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import keyword
@@ -26,14 +24,12 @@ _FILES = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     parser.add_argument("project", type=Path, metavar="NAME",
         help="the directory to make; its last part is the name of the project and of its package")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the project."""
     directory: Path = arguments.project
     check_name(directory.name)
     if directory.exists():

@@ -6,8 +6,6 @@ The mean over the clients is bold, each client is a faint line; a round's second
 transfer, merging, evaluation and waiting. It may be drawn while the run is on; the server draws it as the run ends.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from fedsplit import cli
@@ -19,13 +17,11 @@ _ENDINGS = (".png",)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     cli.add_files(parser, _ENDINGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the picture."""
     cli.check_output(arguments.output, _ENDINGS)
     path = Places(arguments.checkpoint_dir).history
     lines = read_rounds(path)

@@ -6,22 +6,18 @@ The page needs no network and no script: it can be sent by mail, and reads well 
 written while the run is on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedsplit import cli
-from fedsplit.commands.tables import format_seconds
 from fedsplit.disk.checkpoints import CheckpointStore
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import CheckpointError
 from fedsplit.run.directory import STATE_FILE, Places
-from fedsplit.run.events import format_bytes
+from fedsplit.run.events import format_bytes, format_seconds
 from fedsplit.run.history import Line, read_rounds
 from fedsplit.run.time_account import STAGES, account, update_bytes
 from fedsplit.watch import plot, rounds
@@ -44,13 +40,11 @@ class Report:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     cli.add_files(parser, _ENDINGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page."""
     cli.check_output(arguments.output, _ENDINGS)
     report = read_report(Places(arguments.checkpoint_dir))
     write_chunks(arguments.output, [render(report).encode()])
@@ -139,12 +133,10 @@ def _seconds_by_rank(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
 
 def _judged_ranks(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
     for rank in rounds.ranks_of(lines):
-        cells = [rank]
+        cells = list[str]()
         for name, best_of in (("accuracy", max), ("loss", min)):
-            numbers = [rounds.value(line, "evaluate", name, rank) for line in lines]
-            found = [number for number in numbers if not math.isnan(number)]
+            found = [number for _, number in rounds.judged(lines, name, rank)]
             cells += [f"{found[-1]:.4f}", f"{best_of(found):.4f}"] if found else ["–", "–"]
-        examples = [rounds.value(line, "evaluate", "num_examples", rank) for line in lines]
-        counted = [f"{number:.0f}" for number in examples if not math.isnan(number)]
-        if any(cell != "–" for cell in cells[1:]):
-            yield (*cells, *(counted[-1:] or ["–"]))
+        examples = [f"{number:.0f}" for _, number in rounds.judged(lines, "num_examples", rank)]
+        if any(cell != "–" for cell in cells):
+            yield rank, *cells, *(examples[-1:] or ["–"])

@@ -13,8 +13,6 @@ The server has the terminal; the others write logs, in CHECKPOINT_DIR/logs. Ctrl
 fails, the end of its log is shown, the others are ended, and its exit code is the exit code of this command.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -29,8 +27,9 @@ from typing import Any
 
 from fedsplit import cli
 from fedsplit.commands import client, server, trainer
-from fedsplit.commands.status import NOBODY, UNKNOWN, read_status
+from fedsplit.commands.status import NOBODY, at_work, read_status
 from fedsplit.disk.files import make_private_directory
+from fedsplit.engines.embedded import parse_address
 from fedsplit.engines.processes import Child, free_port
 from fedsplit.engines.together import Restarts, end, explain, received_signals, shown, watch
 from fedsplit.errors import CheckpointError, RoleTakenError, RunFailedError, UsageError
@@ -53,7 +52,6 @@ class _Default:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--ranks", type=cli.positive_int, default=2, metavar="N", help="how many clients, each with its trainer")
     add("--gpus", type=gpus, default=[], metavar="N|ID,ID…",
@@ -196,17 +194,14 @@ def _command(program: ModuleType, values: Mapping[str, Any], rank: int | None = 
 
 def _fill_in(arguments: argparse.Namespace, rank: int) -> list[str]:
     """Return the user's own command for a rank, empty if there is none."""
-    words: list[str] = arguments.script
-    for name in ("ranks", "exchange_dir", "checkpoint_dir"):
-        words = [word.replace(f"{{{name}}}", str(getattr(arguments, name))) for word in words]
-    words = [word.replace("{rank}", str(rank)) for word in words]
+    words, values = arguments.script, {**vars(arguments), "rank": rank}
+    for name in ("rank", "ranks", "exchange_dir", "checkpoint_dir"):
+        words = [word.replace(f"{{{name}}}", str(values[name])) for word in words]
     return [sys.executable, *words[1:]] if words[:1] == ["python"] else words
 
 
 def _reachable(address: str) -> str:
     """Return where clients of this machine find a server that listens at an address."""
-    from fedsplit.engines.embedded import parse_address
-
     host, port = parse_address(address)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -231,14 +226,11 @@ def _check_script(arguments: argparse.Namespace) -> None:
 
 def _check_roles_are_free(exchange_dir: Path, ranks: int) -> None:
     # Before the logs of programs that are at work here are overwritten.
-    for rank in range(1, ranks + 1):
-        status = read_status(exchange_dir, rank)
-        for role in ("client", "trainer"):
-            if status[role] not in (NOBODY, UNKNOWN):
-                raise RoleTakenError(
-                    f"rank {rank} already has a {role} in {exchange_dir}: {status[role]}; stop that one, "
-                    "or take another --exchange-dir"
-                )
+    for rank, role, holder in at_work(exchange_dir, ranks):
+        raise RoleTakenError(
+            f"rank {rank} already has a {role} in {exchange_dir}: {holder}; stop that one, or take another "
+            "--exchange-dir"
+        )
 
 
 def _environment(ranks: int) -> dict[str, str]:

@@ -115,13 +115,12 @@ def _add_security(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the server; returns when the run is over."""
     from fedsplit.engines import embedded, tls
-    from fedsplit.engines.assembly import check_trackers, open_server
+    from fedsplit.engines.assembly import open_server
     from fedsplit.wire.join import read_token
     from fedsplit.wire.protocol import EMBEDDED, SUPERLINK
 
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
     settings = read_settings(arguments)
-    check_trackers(settings)
     host, _ = embedded.parse_address(arguments.address)
     certificates = _read_certificates(arguments)
     join_key = read_token(arguments.join_token_file)
@@ -144,8 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
         if engine is SUPERLINK:
             from fedsplit.engines.superlink.serve import serve
 
-            ca, certificate, key = arguments.ssl_ca_certfile, arguments.ssl_certfile, arguments.ssl_keyfile
-            files = tls.TlsFiles(ca=ca, certificate=certificate, key=key) if certificates else None
+            files = (arguments.ssl_certfile, arguments.ssl_keyfile) if certificates else None
             serve(server, arguments.address, tls=files, node_keys=arguments.supernode_public_key)
         else:
             embedded.serve(server, arguments.address, certificates=certificates)

@@ -6,20 +6,18 @@ It may be used while a run is on: it disturbs nobody and makes no file. A proces
 long a step has lasted is the age of its record, which nothing else looks at.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar, get_args
 
 from fedsplit import cli
-from fedsplit.commands.tables import format_seconds, print_table
 from fedsplit.errors import ExchangeError, FedSplitError
 from fedsplit.exchange.directory import Exchange, Place, Role
 from fedsplit.exchange.records import FinishedRecord, ResultRecord, TaskRecord
+from fedsplit.run.events import format_seconds
 
 NOBODY, UNKNOWN = "nobody", "unknown"
 _RANK = re.compile(r"rank-([1-9][0-9]*)")
@@ -28,18 +26,16 @@ T = TypeVar("T")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     parser.add_argument("exchange_dir", nargs="?", type=Path, default=Path("exchange"), metavar="EXCHANGE_DIR",
         help="the --exchange-dir of the programs, or one rank's directory in it")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the status of every rank."""
     rows = [(Exchange(directory, rank).who, heading, text) for directory, rank in find_ranks(arguments.exchange_dir)
             for heading, text in read_status(directory, rank).items()]  # fmt: skip
     styles = ["yellow" if text == NOBODY else "bold" if heading == "now" else "" for _, heading, text in rows]
-    print_table(rows, styles=styles, separator=": ")
+    cli.print_table(rows, styles=styles, separator=": ")
     return 0
 
 
@@ -89,6 +85,15 @@ def read_status(exchange_dir: Path, rank: Place) -> dict[str, str]:
         answered += f", took {format_seconds(result.seconds)}"
     now = _describe_now(exchange, task, result, finished, has_trainer=holders["trainer"] != NOBODY)
     return {**holders, "newest task": asked, "last result": answered, "now": "; ".join([now, *problems])}
+
+
+def at_work(exchange_dir: Path, ranks: int) -> Iterator[tuple[int, str, str]]:
+    """Yield rank, role and holder of every client and trainer of the ranks 1 to `ranks` that is there."""
+    for rank in range(1, ranks + 1):
+        status = read_status(exchange_dir, rank)
+        for role in ("client", "trainer"):
+            if status[role] not in (NOBODY, UNKNOWN):
+                yield rank, role, status[role]
 
 
 def _holder(exchange: Exchange, role: Role) -> str:

@@ -18,8 +18,6 @@ with more values in the file, it skips the runs that are done and goes on with t
 results.csv, results.md, by-rank.csv and plot.png. docs/studies.md has the rest, such as a script of your own.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -37,13 +35,13 @@ from filelock import FileLock, Timeout
 from fedsplit import cli
 from fedsplit.commands import compare, server
 from fedsplit.commands import run as federation
-from fedsplit.commands.status import NOBODY, UNKNOWN, read_status
-from fedsplit.commands.tables import format_seconds, print_table
+from fedsplit.commands.status import at_work
 from fedsplit.disk.files import make_private_directory, write_json
 from fedsplit.engines.processes import Child
-from fedsplit.engines.together import end, received_signals
+from fedsplit.engines.together import end, explain, received_signals
 from fedsplit.errors import CheckpointError, MissingPackageError, RunFailedError, UsageError
 from fedsplit.run.directory import Places
+from fedsplit.run.events import format_seconds
 from fedsplit.run.history import JUDGED_BY, read_history
 from fedsplit.study.plan import PlannedRun, plan_runs, read_study
 from fedsplit.study.results import Result, as_text, group, read_result
@@ -52,7 +50,9 @@ _POLL_S = 0.05
 # How long the programs of a run have to end once they are asked to, and those of a killed study to notice.
 _STOP_S = 30.0
 # What the study gives every run itself, or what says nothing of a run.
-_NOT_IN_A_FILE = ("address", "checkpoint-dir", "exchange-dir", "resume", "logs", "log-format", "verbose", "help")
+_NOT_IN_A_FILE = (
+    "address", "checkpoint-dir", "exchange-dir", "resume", "logs", "log-format", "verbose", "script", "run", "program",
+)  # fmt: skip
 
 log = logging.getLogger("fedsplit")
 
@@ -115,9 +115,7 @@ class Job:
             except Timeout:
                 return True
             lock.release()
-        ranks = range(1, self.flags.ranks + 1)
-        statuses = (read_status(places.exchange, rank) for rank in ranks if places.exchange.exists())
-        return any(status[role] not in (NOBODY, UNKNOWN) for status in statuses for role in ("client", "trainer"))
+        return places.exchange.exists() and any(at_work(places.exchange, self.flags.ranks))
 
     def start(self) -> Child:
         """Start it, or go on with it."""
@@ -142,7 +140,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     cli.make_tool(parser, run)
     add = parser.add_argument
     add("file", nargs="?", type=Path, metavar="FILE", help="the study, in TOML; without it all of it is in --set")
@@ -164,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
     for job in jobs:
         job.check()
     if arguments.dry_run:
-        print_table([(job.run.name, job.describe()) for job in jobs], ("run", "state"), styles=[""] * len(jobs))
+        cli.print_table([(job.run.name, job.describe()) for job in jobs], ("run", "state"))
         return 0
     make_private_directory(output_dir, CheckpointError)
     lock = FileLock(output_dir / "study.lock", fallback_to_soft=False, mode=0o600)
@@ -191,8 +188,7 @@ def plan_jobs(file: Path | None, changes: Sequence[tuple[str, str]], output_dir:
         raise UsageError("expected FILE, a study in TOML, or --set KEY=VALUE; see --help")
     parser = _Parser(allow_abbrev=False)
     federation.add_flags(parser)
-    # There is no public way to ask a parser for its flags.
-    flags = [name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")]
+    flags = [name.replace("_", "-") for name in cli.defaults(federation.add_flags)]
     try:
         runs = plan_runs(read_study(file, changes), [name for name in flags if name not in _NOT_IN_A_FILE])
         parsed = [parser.parse_args([*each.words(), "--", *each.command()]) for each in runs]
@@ -241,8 +237,7 @@ def _describe_end(job: Job, child: Child, seconds: float) -> str:
         numbers = read_result(job.directory).numbers
         shown = next((f", {name} {numbers[name]:.4f}" for name in JUDGED_BY if name in numbers), "")
         return f"{job.run.name}: done in {format_seconds(seconds)}{shown}"
-    said = "".join(f"\n    {line}" for line in child.tail().splitlines())
-    return f"{job.run.name}: {child.describe_end()}; the last lines of its log, {child.log}:{said}"
+    return f"{job.run.name}: {explain([child])}"
 
 
 def _conclude(results: Sequence[Result], output_dir: Path) -> None:

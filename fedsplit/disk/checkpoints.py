@@ -8,8 +8,6 @@ Not promised: that a checkpoint written with ``durable=False`` survives the deat
 digests then show that it is corrupt, and the one before is used.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

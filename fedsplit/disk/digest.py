@@ -1,7 +1,5 @@
 """SHA-256 as lower-case hex: the name of a payload, and the proof that bytes are those that were written."""
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 import re

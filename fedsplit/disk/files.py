@@ -5,8 +5,6 @@ between leaves ``.<name>.<pid>.tmp`` behind and the target as it was. With ``dur
 entry are on the disk when the call returns; without it they survive the death of the process, not of the machine.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import itertools

@@ -5,8 +5,6 @@ and the trainer maps it; a result is linked back in the same way. Neither side o
 only ``<root>/<digest>``, and the client uses the root only after it has read a nonce that the server put there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 import secrets

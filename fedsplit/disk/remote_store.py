@@ -5,15 +5,14 @@ what is downloaded is checked against its name. A digest is passed on only after
 state travel between each side and the store, and never in the server's messages.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from fedsplit.disk.digest import checked, is_digest
 from fedsplit.disk.files import atomic_file, write_all
@@ -23,6 +22,7 @@ log = logging.getLogger("fedsplit")
 
 _BLOCK_BYTES = 1 << 24
 _NONCE_BYTES = 32
+_PASSWORD = re.compile(r"(?<=://)[^/\s]+@")
 # A put is all or nothing there; elsewhere a file is written under another name and moved.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "memory"}
 
@@ -41,10 +41,12 @@ class RemoteStore:
 
             self._fs, self._root = fsspec.core.url_to_fs(url)
         except ImportError as exc:
-            raise UsageError(f"--payload-store {shown(url)}: {exc}; try pip install 'fedsplit[store]'") from exc
+            raise UsageError(
+                f"--payload-store {without_password(url)}: {exc}; try pip install 'fedsplit[store]'"
+            ) from exc
         except (ValueError, OSError) as exc:
-            raise UsageError(f"--payload-store {shown(url)} cannot be used: {exc}") from exc
-        self.url = shown(url)
+            raise UsageError(f"--payload-store {without_password(url)} cannot be used: {exc}") from exc
+        self.url = without_password(url)
         protocols = self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         self._puts_whole = bool(_OBJECT_STORES & set(protocols))
         self._root = self._root.rstrip("/")
@@ -119,10 +121,9 @@ class RemoteStore:
             raise ExchangeError(f"cannot {doing} the payload store {self.url}: {type(exc).__name__}: {exc}") from exc
 
 
-def shown(url: str) -> str:
-    """Return a URL without the user and password that may stand in it."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url
+def without_password(value: Any) -> Any:
+    """Return a text without the user and password of a URL in it: what is told or noted of a run is shown to others."""
+    return _PASSWORD.sub("…@", value) if isinstance(value, str) else value
 
 
 def open_remote(setting: str) -> RemoteStore | None:

@@ -5,8 +5,6 @@ dozen such blocks, and the kernel clears each of their pages again each time: mo
 takes are that. Kept, the blocks are warm when the next message comes. The price is that a process stays at its peak.
 """
 
-from __future__ import annotations
-
 import ctypes
 
 # From glibc's <malloc.h>.

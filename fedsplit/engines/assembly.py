@@ -1,15 +1,21 @@
-"""A server put together, for both engines."""
+"""A server put together, for both engines, with those who watch it: the terminal, the trackers, the plot at its end."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
+import platform
+import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsplit.disk.files import Buffer
-from fedsplit.watch.trackers import parse_tracker
+from fedsplit.errors import MissingPackageError
+from fedsplit.watch.plot import write_plot
+from fedsplit.watch.trackers import TrackerThread, parse_tracker
 
 if TYPE_CHECKING:
     from fedsplit.server.server import Server
@@ -17,11 +23,9 @@ if TYPE_CHECKING:
     from fedsplit.split_learning.attach import UpperHalf
     from fedsplit.wire.protocol import Engine
 
+log = logging.getLogger("fedsplit")
 
-def check_trackers(settings: ServerSettings) -> None:
-    """Refuse a tracker that does not exist before anything is started; raises UsageError."""
-    for text in settings.tracker:
-        parse_tracker(text)
+_PACKAGES = ("fedsplit", "flwr", "torch", "numpy", "safetensors", "grpcio", "filelock")
 
 
 @contextmanager
@@ -29,7 +33,7 @@ def open_server(
     settings: ServerSettings, engine: Engine, *, join_key: bytes | None = None, live: bool = False,
     command: Sequence[str] = (), upper: UpperHalf | None = None,
 ) -> Iterator[Server]:  # fmt: skip
-    """Open the run, make its server, and watch it: with a `live` table, and `command`, as typed, in the report.
+    """Open the run, make its server, and watch it, with a `live` table; `command`, as typed, is noted for the report.
 
     With a `join_key` a client must prove that it knows it before it takes part. With an `upper` half the model is cut.
     """
@@ -37,9 +41,9 @@ def open_server(
     from fedsplit.disk.remote_store import open_remote
     from fedsplit.run.directory import Run
     from fedsplit.server.server import Server, make_strategy
-    from fedsplit.watch.attach import watching
 
-    check_trackers(settings)
+    for text in settings.tracker:
+        parse_tracker(text)
     # What is not built in is made before the run is opened: opening puts the earlier run aside, and a mistake must not
     # do that. The built-in rules were checked with the flags; to make them imports torch, and clients would wait.
     is_built_in = settings.strategy is None and all(
@@ -59,11 +63,48 @@ def open_server(
             run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
             rounds=upper.rounds if upper else None,
         )  # fmt: skip
-        with (
-            upper.telling(server) if upper else nullcontext(),
-            watching(server, live=live, rounds=settings.rounds, trackers=settings.tracker, command=command),
-        ):
+        run.note_session(command=shlex.join(command), software=_software())
+        with upper.telling(server) if upper else nullcontext(), watching(server, settings, live=live):
             yield server
+
+
+@contextmanager
+def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterator[None]:
+    """Watch a server for the length of a block, with a `live` table if there is a terminal, and plot what came out."""
+    run = server.run
+    with ExitStack() as stack:
+        for text in settings.tracker:
+            server.observe(stack.enter_context(closing(TrackerThread(text, run))))
+        if live:
+            from rich.console import Console
+
+            from fedsplit.watch.console import LiveConsole
+
+            console = Console(stderr=True, highlight=False)
+            if console.is_terminal and not console.is_dumb_terminal:
+                title = f"fedsplit run {run.run_id}, {settings.rounds} round{'' if settings.rounds == 1 else 's'}"
+                server.observe(stack.enter_context(LiveConsole(console, title, run.history.lines)))
+        yield
+    server.end_at_signals()
+    lines = run.history.lines
+    if server.failure is not None or not lines:
+        return
+    try:
+        # The clients have been told of the end by now: matplotlib takes a second to import.
+        write_plot(lines, run.places.final_plot)
+    except MissingPackageError as exc:
+        log.info("no plot is drawn: %s", exc)
+    except Exception as exc:  # noqa: BLE001  (a picture is no reason for a run to have failed)
+        log.warning("no plot was drawn (%s: %s); see python -m fedsplit plot", type(exc).__name__, exc)
+
+
+def _software() -> dict[str, str]:
+    """Return the versions that a run depends on."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _read(path: Path) -> list[Buffer]:

@@ -4,8 +4,6 @@ A child gets a session of its own, so that a terminal's Ctrl-C reaches only this
 order. If this process is killed, the kernel sends its children SIGTERM (on Linux; elsewhere they go on).
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -14,11 +12,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedsplit.engines.forked import Forked
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STOP_S = 10.0
 _POLL_S = 0.02
 _TAIL_LINES = 12
@@ -132,6 +131,17 @@ def _tie_to_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return tie
+
+
+@contextlib.contextmanager
+def handled_signals(handle: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """Give every signal that asks to stop to a function, for the length of a block."""
+    previous = {each: signal.signal(each, lambda number, _: handle(signal.Signals(number))) for each in _SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def free_port() -> int:

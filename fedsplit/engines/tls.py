@@ -6,16 +6,12 @@ made for another host or by another CA, and a server that does not speak TLS whe
 of them ends the client.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import ipaddress
 import logging
 import socket
 import ssl
-from dataclasses import dataclass
-from pathlib import Path
 
 from fedsplit.errors import ConnectionFailedError, UsageError
 
@@ -26,15 +22,6 @@ _SOON = datetime.timedelta(days=14)
 # What an HTTP/2 client sends first: the preface, and empty settings.
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _HTTP2_SETTINGS, _TLS_ALERT = 4, 21
-
-
-@dataclass(frozen=True, kw_only=True)
-class TlsFiles:
-    """The three files of a server's TLS."""
-
-    ca: Path
-    certificate: Path
-    key: Path
 
 
 def is_loopback(host: str) -> bool:

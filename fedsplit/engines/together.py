@@ -3,8 +3,6 @@
 They are a server, first, and a client and a trainer for each rank. Nobody is left running, whatever happens.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -14,10 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
-from fedsplit.engines.processes import Child
+from fedsplit.engines.processes import Child, handled_signals
 from fedsplit.errors import RunFailedError, RunStoppedError, UsageError
 
 log = logging.getLogger("fedsplit")
@@ -29,7 +26,6 @@ _STOP_S = 10.0
 _SETTLE_S = 2.0
 # When one has ended well, the run is over and the others have this long; a goodbye takes up to 10 s.
 _FAREWELL_S = 30.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Exit codes of programs that end because another one did.
 _FOLLOWED = (RunStoppedError.exit_code, RunFailedError.exit_code)
 
@@ -174,13 +170,5 @@ def _show_new(name: str, lines: IO[bytes], *, is_last: bool) -> None:
 def received_signals() -> Iterator[list[signal.Signals]]:
     """Collect signals instead of being interrupted: each is acted on between two steps, not inside one."""
     received: list[signal.Signals] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
-    previous = {number: signal.signal(number, note) for number in _SIGNALS}
-    try:
+    with handled_signals(received.append):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

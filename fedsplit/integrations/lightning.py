@@ -13,8 +13,6 @@ Not covered: what callbacks remember does not outlive the process (have them wri
 own multi-process strategies work only if the process group is initialised before `fedsplit.Trainer` is made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

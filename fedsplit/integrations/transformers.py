@@ -12,8 +12,6 @@ in every ``train()``. Of a PEFT model, the server's split says what travels; doc
 Not covered: DeepSpeed and FSDP, which wrap the optimizer in their own ways.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, cast
 

@@ -1,25 +1,13 @@
 """A run on the server's disk: how it begins or goes on there, what it notes, and every path of it.
 
-==================  ============================================================================================
-``server.lock``     held for life: one server a directory
-``run.json``        the run's id and settings, written before anything else
-``history.jsonl``   one line a round
-``round-…/``        checkpoints; the global state in each is ``state.safetensors``
-``plot.png``        loss, accuracy and time, drawn as the run ends
-``payloads/``       the payload store; nothing in it outlives the run
-``old-runs/<id>/``  what a run that was not resumed left here
-``….unreadable-1``  ``run.json`` or ``history.jsonl`` as it was when a resumed run could not read all of it
-==================  ============================================================================================
-
-All of these are in ``<checkpoint_dir>/server/``. `run` and `demo` keep their programs' logs beside it, in ``logs/``; a
-study also keeps there what it runs with, in ``settings.json``, and the directory ``exchange/``.
+docs/checkpoints.md shows what is in the directory. Besides, for the server alone: ``server.lock``, held for life (one
+server a directory), and ``payloads/``, the payload store, of which nothing outlives the run.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +20,7 @@ from filelock import FileLock, Timeout
 from fedsplit.disk import files
 from fedsplit.disk.checkpoints import Checkpoint, CheckpointStore
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
+from fedsplit.disk.remote_store import without_password
 from fedsplit.errors import CheckpointError, ExchangeError, FedSplitError
 from fedsplit.run.history import History, PartRow
 
@@ -42,8 +31,6 @@ log = logging.getLogger("fedsplit")
 
 HISTORY_FILE = "history.jsonl"
 STATE_FILE = "state.safetensors"
-
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 class Places:
@@ -222,11 +209,6 @@ class Run:
             files.write_json(self.places.run, self._record, durable=True)
         except ExchangeError as exc:
             raise CheckpointError(str(exc)) from exc
-
-
-def without_password(value: Any) -> Any:
-    """Return a text without the user and password of a URL in it: what is noted of a run is shown to others."""
-    return _PASSWORD.sub("…@", value) if isinstance(value, str) else value
 
 
 def _now() -> str:

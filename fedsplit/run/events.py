@@ -4,8 +4,6 @@ A line of JSON: ``{"time": "2026-01-31T12:00:00.000Z", "program": "server", "lev
 an event ``"event": "round"`` and ``"data": {…}``; for a round the data are its line of ``history.jsonl``.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -54,3 +52,13 @@ def format_bytes(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} GB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a length of time for people."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

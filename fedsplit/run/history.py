@@ -5,8 +5,6 @@ A line: ``{"round": 3, "seconds": 1.2, "train": {"loss": …}, "evaluate": {"los
 the server ``"central": {"loss": …}``. Numbers that are not finite stand as null.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable, Mapping

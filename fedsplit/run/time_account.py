@@ -4,8 +4,6 @@ The server measures its own stages (``line["stages"]``) and those of every rank 
 While ranks train at the same time, a second is accounted to what the rank that took longest did in it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

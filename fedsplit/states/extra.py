@@ -4,8 +4,6 @@ They travel in the state's payload under names that begin with `PREFIX`, so they
 with it. Everywhere else they are a mapping of their own: no rule merges them unless it asks for them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

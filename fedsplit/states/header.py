@@ -13,8 +13,6 @@ Tied weights are written once. The metadata maps each further name to the one th
 `save_model` does, and a reader finds both. Metadata that says anything else is not read.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

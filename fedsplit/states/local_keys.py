@@ -4,8 +4,6 @@ A pattern is a glob over keys or, as ``<BatchNorm*>``, over the types of the mod
 trainer both decide with this, so that they can never disagree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import TypeVar

@@ -3,8 +3,6 @@
 Only a trainer can tell, since only it has the model.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase

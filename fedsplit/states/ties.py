@@ -3,8 +3,6 @@
 They are one entry to the rules, one copy on the wire and on disk, and tied again where they arrive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

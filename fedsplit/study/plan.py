@@ -1,22 +1,8 @@
 """A study's file: TOML whose keys are flags of ``python -m fedsplit run``, and the runs that it asks for.
 
-::
-
-    ranks = 4
-    rounds = 5
-    seed = [0, 1, 2]                     # a list is varied over: one run for each combination
-    aggregate = ["fedavg", "median"]
-
-    [options]                            # --workload-option; with a command, what its {alpha} stands for
-    partition = "dirichlet"
-    alpha = [0.1, 0.5]
-
-What a flag takes several times is a list in the list: ``aggregate = [["norm*=local", "fedavg"], "median"]``. A
-``command``, a list of words that is not varied over, is a training script of one's own: ``{seed}``, ``{alpha}`` and the
-like in it are filled in here, and ``{rank}``, ``{exchange_dir}`` and ``{checkpoint_dir}`` by ``run``.
+docs/studies.md says how it is written. A ``command`` is not varied over: ``{seed}``, ``{alpha}`` and the like in it are
+filled in here, and ``{rank}``, ``{exchange_dir}`` and ``{checkpoint_dir}`` by ``run``.
 """
-
-from __future__ import annotations
 
 import difflib
 import hashlib

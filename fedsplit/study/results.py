@@ -4,8 +4,6 @@ The deviation is that of a sample (divided by n - 1), as papers print it; there 
 one of the runs lacks, such as a loss that became NaN, is missing for all of them: a mean over the others would flatter.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

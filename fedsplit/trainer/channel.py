@@ -4,8 +4,6 @@
 `fedsplit.trainer.process_group` puts either of the two before all processes of a process group.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

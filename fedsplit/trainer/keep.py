@@ -1,17 +1,7 @@
 """What of a script outlives its process: `keep` gathers the usual objects, and whatever they hold becomes plain data.
 
-::
-
-    kept = keep(optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
-    with Trainer(rank=1, model=model) as trainer:
-        for task in trainer:
-            task.load_into(model)
-            kept.restore(task)
-            ...
-            task.reply(model, num_examples=n, local_state=kept)
-
-A checkpoint of a trainer is read without pickle. So numpy's arrays and the generators of random numbers are written as
-tensors and numbers, and made again when they are read.
+docs/own-training.md shows how it is used. A checkpoint of a trainer is read without pickle. So numpy's arrays and the
+generators of random numbers are written as tensors and numbers, and made again when they are read.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Each round that was trained is kept as a checkpoint, so that a trainer which was
 few rounds, continues from the state that belongs to the round before.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Mapping

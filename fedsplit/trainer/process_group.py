@@ -11,8 +11,6 @@ Not covered: models whose state_dict is sharded, unless `reply` is given the who
 machine die without closing their connections. Then the launcher's own time limits hold.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

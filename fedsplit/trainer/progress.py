@@ -1,34 +1,22 @@
-"""A trainer's progress: a bar where there is a terminal, nothing where there is none (the log has a line a task).
-
-::
-
-    progress = Progress(rank)
-    for task in trainer:
-        with progress.task(task):
-            for done, batch in enumerate(batches, start=1):
-                loss = step(batch)
-                progress.update(done, len(batches), loss)
-            task.reply(…)
-"""
-
-from __future__ import annotations
+"""A trainer's progress: a bar where there is a terminal, nothing where there is none (the log has a line a task)."""
 
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-if TYPE_CHECKING:
-    from fedsplit.trainer.trainer import Task
+from fedsplit.trainer.trainer import Task
 
 
 class Progress:
-    """Shows how far the current task of a rank is; of several processes only one does, the others are not `shown`."""
+    """Shows how far the current task of a rank is; of several processes only one does, the others are not `shown`.
+
+    ``with progress.task(task):`` is put around the work, and `update` is called after each batch.
+    """
 
     def __init__(self, rank: int, *, shown: bool = True) -> None:
         self._rank = rank

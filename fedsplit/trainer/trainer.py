@@ -308,7 +308,8 @@ class Trainer:
         self.state = state
         self.outcome: FinishedRecord | None = None
         self._has_model = model is not None
-        self._channel = _channel(self.exchange, client_wait_s, standalone_rounds if standalone else None)
+        own = StandaloneChannel(standalone_rounds) if standalone else ExchangeChannel(self.exchange, client_wait_s)
+        self._channel = _for_all_processes(own)
         self.process, self.processes = self._channel.process, self._channel.processes
         self._stack = ExitStack()
         if standalone:
@@ -377,12 +378,7 @@ class Trainer:
         self._local.settle(task._record, saved=saved, accepted=accepted)
 
 
-def _channel(exchange: Exchange, client_wait_s: float | None, standalone_rounds: int | None) -> Channel:
-    channel: Channel
-    if standalone_rounds is None:
-        channel = ExchangeChannel(exchange, client_wait_s)
-    else:
-        channel = StandaloneChannel(standalone_rounds)
+def _for_all_processes(channel: Channel) -> Channel:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return channel

@@ -3,8 +3,6 @@
 What is logged scrolls by above the table. Without a terminal none of this is used: the log has the same facts.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

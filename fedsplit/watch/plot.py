@@ -70,10 +70,7 @@ def write_plot(lines: Sequence[Line], output: Path) -> None:
 
 def draw(lines: Sequence[Line]) -> bytes:
     """Draw a history of at least one line as a PNG; raises MissingPackageError without matplotlib."""
-    buffer = io.BytesIO()
-    with _style(_PNG_STYLE):
-        make_figure(lines).savefig(buffer, format="png")
-    return buffer.getvalue()
+    return _png(partial(make_figure, lines))
 
 
 def make_figure(lines: Sequence[Line]) -> Figure:
@@ -109,10 +106,7 @@ def charts(lines: Sequence[Line]) -> dict[str, str]:
 
 def write_comparison(curves: Mapping[str, Mapping[str, Curve]], output: Path) -> None:
     """Draw what `make_comparison` returns into a PNG file; raises MissingPackageError without matplotlib."""
-    buffer = io.BytesIO()
-    with _style(_PNG_STYLE):
-        make_comparison(curves).savefig(buffer, format="png")
-    write_chunks(output, [buffer.getvalue()])
+    write_chunks(output, [_png(partial(make_comparison, curves))])
 
 
 def make_comparison(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
@@ -146,6 +140,13 @@ def _panels(lines: Sequence[Line], names: Iterable[str]) -> dict[str, Callable[[
     return {**panels, "time": partial(_draw_time, lines=lines)}
 
 
+def _png(make: Callable[[], Figure]) -> bytes:
+    buffer = io.BytesIO()
+    with _style(_PNG_STYLE):
+        make().savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def _svg(name: str, draw_panel: Callable[[Axes], None]) -> str:
     from matplotlib.figure import Figure
 
@@ -177,14 +178,14 @@ def _draw_metric(axes: Axes, lines: Sequence[Line], name: str) -> None:
 
 def _curves(lines: Sequence[Line], name: str) -> dict[str, list[float]]:
     """Return a test metric by rank, of the ranks that have it."""
-    found = {rank: [value(line, "evaluate", name, rank) for line in lines] for rank in ranks_of(lines)}
-    return {rank: values for rank, values in found.items() if not all(map(math.isnan, values))}
+    ranks = [rank for rank in ranks_of(lines) if judged(lines, name, rank)]
+    return {rank: [value(line, "evaluate", name, rank) for line in lines] for rank in ranks}
 
 
 def _draw_ranks(axes: Axes, lines: Sequence[Line], name: str, curves: Mapping[str, Sequence[float]]) -> None:
     """Draw each rank's own curve with its name; of more than ten only the best and the worst one's."""
     rounds, marker = [line["round"] for line in lines], "o" if len(lines) <= _MOST_MARKERS else ""
-    last = {rank: [number for number in values if not math.isnan(number)][-1] for rank, values in curves.items()}
+    last = {rank: judged(lines, name, rank)[-1][1] for rank in curves}
     ordered = sorted(curves, key=lambda rank: JUDGED_BY[name] * last[rank])
     named = {rank: rank for rank in curves}
     if len(curves) > _MOST_NAMED:

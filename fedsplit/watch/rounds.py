@@ -1,7 +1,5 @@
 """The lines of a history as people read them: the table's headings and cells, and the numbers of a picture."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,9 +29,9 @@ def value(line: Line, phase: str, name: str, rank: str | None = None) -> float:
     return float(number) if is_number(number) else math.nan
 
 
-def judged(lines: Sequence[Line], name: str) -> list[tuple[int, float]]:
-    """Return round and test metric of each round that has it."""
-    return [(line["round"], found) for line in lines if not math.isnan(found := value(line, "evaluate", name))]
+def judged(lines: Sequence[Line], name: str, rank: str | None = None) -> list[tuple[int, float]]:
+    """Return round and test metric, a rank's or the mean, of each round that has it."""
+    return [(line["round"], found) for line in lines if not math.isnan(found := value(line, "evaluate", name, rank))]
 
 
 def metrics_of(lines: Sequence[Line]) -> list[tuple[str, str]]:

@@ -6,8 +6,6 @@ means, ``rank-1/train/loss`` for each trainer's, ``seconds/round``, ``seconds/tr
 ``clients/accepted``, ``clients/asked``, ``clients/bytes``; the step is the round.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math
@@ -18,16 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedsplit.errors import MissingPackageError, UsageError
+from fedsplit.run.directory import Run
 from fedsplit.run.history import Line, is_number
 from fedsplit.run.time_account import account, update_bytes
 from fedsplit.server.observer import Observer
 from fedsplit.watch.rounds import PHASES, metrics_at
-
-if TYPE_CHECKING:
-    from fedsplit.run.directory import Run
 
 log = logging.getLogger("fedsplit")
 

@@ -3,8 +3,6 @@
 Nothing leaves the machine unless the user's environment asks for it.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

@@ -6,8 +6,6 @@ another rank, or as the proof of the other side. Without TLS somebody in between
 follows, so a token is used over TLS or on loopback only.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import os

@@ -1,32 +1,9 @@
-"""What server and client say to each other: JSON records inside Flower's own messages.
-
-============  ====================  ==============================================================================
-operation     travels as            meaning
-============  ====================  ==============================================================================
-``join``      ``get_properties``    only with a join token: a challenge. Answered with the rank, a challenge back and
-                                    the client's proof; the server's own proof comes with ``hello``. Before that
-                                    neither side does anything for the other (see `fedsplit.wire.join`)
-``hello``     ``get_properties``    who are you? The rank, the exchange directory's id, the state held there, and
-                                    whether the server's payload store can be seen (proved by reading back a nonce)
-``ask``       ``fit`` for           do this task. Long polling: answered within ``hold_s`` seconds, with the result or
-              ``initialize`` and    with ``working``, and asked again until it is done. So a dead link is noticed, the
-              ``train``,            server can stop or cancel at any time, and an hour of training is no hour of silence
-              ``evaluate``          With ``then``, another task of the same state is begun once the first is done, and
-                                    how far it came is part of the same answer (through ``fit``)
-``push``      ``fit``               take a piece of the state that the next ``ask`` names. Answered with how many bytes
-                                    of it are there, so a lost connection costs at most one piece
-``pull``      ``get_parameters``    send a piece of a result's payload, when the merge has come to it
-``finish``    ``get_properties``    the run is over; tell the trainer
-``refuse``    ``get_properties``    you cannot take part, and why
-``ping``      ``get_properties``    are you still there? Asked when there was nothing else to ask for a while
-============  ====================  ==============================================================================
+"""What server and client say to each other: JSON records inside Flower's own messages; docs/protocol.md lists them.
 
 Each record is a string under the key ``fedsplit`` of Flower's ``config``, ``properties`` or ``metrics``. The bytes of a
 state travel in Flower's ``Parameters``, and only when the other side does not hold them: a small safetensors blob along
 with the question, a large one in pieces, so that neither its size nor Flower's many copies of a message are a limit.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping
@@ -128,14 +105,9 @@ def unpack(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def ask_record(
-    request: Request,
-    *,
-    digest: str | None,
-    payload_bytes: int,
-    hold_s: float,
-    cancel: bool,
+    request: Request, *, digest: str | None, payload_bytes: int, hold_s: float, cancel: bool,
     then: Request | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Return the record that asks for a task, and for another one that starts from the same state once it is done."""
     asked = {"digest": digest, "bytes": payload_bytes, "hold_s": hold_s, "cancel": cancel}
     record = {"op": "ask", **asdict(request), **asked}

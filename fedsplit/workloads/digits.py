@@ -5,8 +5,6 @@ The data are the test set of the Optical Recognition of Handwritten Digits of th
 can be compared and no trainer ever sees them.
 """
 
-from __future__ import annotations
-
 import functools
 import gzip
 import importlib.util

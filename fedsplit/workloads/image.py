@@ -14,7 +14,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from fedsplit.errors import UsageError, WorkloadError
+from fedsplit.trainer.trainer import Task
 from fedsplit.workloads import EvaluateResult, OptionReader, TrainResult, WorkloadContext
 from fedsplit.workloads.partition import partition, read_alpha
-
-if TYPE_CHECKING:
-    from fedsplit.trainer.trainer import Task
 
 _EVALUATION_BATCH_SIZE = 256
 

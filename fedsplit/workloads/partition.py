@@ -4,8 +4,6 @@ Every rank computes the whole division from the same labels, seed and number of 
 that were started with different seeds or numbers of parts would overlap; nothing here can see that.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

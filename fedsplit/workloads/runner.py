@@ -1,7 +1,5 @@
 """Answers every task of a run with a workload: load the task's state, train or evaluate, reply."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import traceback

@@ -6,8 +6,6 @@ are not there; the published archives may be put there as well.
 Not promised: that MNIST's files are the official ones, as torchvision has checksums of its archives only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -51,22 +49,12 @@ CIFAR10 = Source(
 )
 
 
-def mnist(context: WorkloadContext) -> ImageWorkload:
-    """Make the workload; options are those of `TrainingSettings` and of `read_alpha`, and ``limit=N``."""
-    return _make(MNIST, context)
+def make(source: Source, context: WorkloadContext) -> ImageWorkload:
+    """Make the workload of a data set.
 
-
-def fashion_mnist(context: WorkloadContext) -> ImageWorkload:
-    """Make the workload; its options are those of `mnist`."""
-    return _make(FASHION_MNIST, context)
-
-
-def cifar10(context: WorkloadContext) -> ImageWorkload:
-    """Make the workload; its options are those of `mnist`, and ``norm=batch`` or ``norm=group``."""
-    return _make(CIFAR10, context)
-
-
-def _make(source: Source, context: WorkloadContext) -> ImageWorkload:
+    Its options are those of `TrainingSettings` and of `read_alpha`, ``limit=N``, and for CIFAR-10 ``norm=batch`` or
+    ``norm=group``.
+    """
     reader = OptionReader(context.options)
     build_model, weight_decay = functools.partial(small_conv_net, 28), 0.0
     if source is CIFAR10:
@@ -76,6 +64,11 @@ def _make(source: Source, context: WorkloadContext) -> ImageWorkload:
     load = functools.partial(load_data, source, (context.data_dir or Path("data")).expanduser(), limit)
     defaults = TrainingSettings(epochs=1, batch_size=64, lr=0.05, momentum=0.9, weight_decay=weight_decay)
     return ImageWorkload(context, reader, load, build_model, defaults)
+
+
+mnist = functools.partial(make, MNIST)
+fashion_mnist = functools.partial(make, FASHION_MNIST)
+cifar10 = functools.partial(make, CIFAR10)
 
 
 def cifar_resnet18(norm: str = "batch") -> nn.Module:

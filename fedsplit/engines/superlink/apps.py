@@ -10,8 +10,6 @@ Where Flower waits in fixed steps and its public interface lets another do the w
 looked for every half second, not every five, and replies at first every 50 ms, not every three seconds.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -6,8 +6,6 @@ and its last lines where the server does not let the SuperNode in. ``finished.js
 the run's end.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -17,15 +15,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TextIO
 
 import fedsplit
 from fedsplit.engines.embedded import parse_address, wait_for_server
-from fedsplit.engines.processes import Child, free_port
+from fedsplit.engines.processes import Child, free_port, handled_signals
 from fedsplit.engines.tls import client_context
 from fedsplit.errors import FedSplitError, RefusedError, UsageError
 from fedsplit.exchange.directory import Exchange
@@ -66,7 +62,8 @@ def connect(
             "trainer-wait": trainer_wait_s, "payload-store": payload_store, "verbose": verbose,
             "log-format": log_format, "script-pid": os.getpid(), "script-dir": str(home),
         }  # fmt: skip
-        stack.enter_context(_interruptible())
+        # Whatever asks to stop ends this block in order, so that nothing is left running.
+        stack.enter_context(handled_signals(_interrupt))
         while True:
             wait_for_server(address, max_wait_s, context, grpc=False)
             command = _command(address, config, root_certificates, node_key)
@@ -145,19 +142,8 @@ def _environment(home: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let every signal that asks to stop end the block in order, so that nothing is left running."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for each, old in previous.items():
-            signal.signal(each, old)
+def _interrupt(_: signal.Signals) -> None:
+    raise KeyboardInterrupt
 
 
 def _listens(address: str) -> bool:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from flwr.superlink.grid import HttpGrid
 
-    from fedsplit.engines.tls import TlsFiles
     from fedsplit.server.server import Server
 
 log = logging.getLogger("fedsplit")
@@ -70,11 +69,12 @@ clientapp = "fedsplit_app:client_app"
 }
 
 
-def serve(server: Server, address: str, *, tls: TlsFiles | None, node_keys: Sequence[Path] = ()) -> None:
+def serve(server: Server, address: str, *, tls: tuple[Path, Path] | None, node_keys: Sequence[Path] = ()) -> None:
     """Run a server on a SuperLink at an address until its rounds are over.
 
-    Only SuperNodes with one of the public `node_keys` may join; without any, each one may. Raises UsageError if a key
-    is none, or there are keys but no TLS, and ConnectionFailedError if nothing can listen at the address.
+    `tls` are the files of the server's certificate and key. Only SuperNodes with one of the public `node_keys` may
+    join; without any, each one may. Raises UsageError if a key is none, or there are keys but no TLS, and
+    ConnectionFailedError if nothing can listen at the address.
     """
     if node_keys and tls is None:
         raise UsageError("--supernode-public-key needs TLS: --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile")
@@ -116,7 +116,7 @@ def only(app: FastAPI, interface: Literal["fleet", "runtime"]) -> Application:
 
 
 @contextmanager
-def _listening(app: Application, host: str, port: int, tls: TlsFiles | None = None) -> Iterator[int]:
+def _listening(app: Application, host: str, port: int, tls: tuple[Path, Path] | None = None) -> Iterator[int]:
     """Serve an application in a thread for the length of a block; yields the port, which is a free one for 0."""
     import uvicorn
 
@@ -125,10 +125,11 @@ def _listening(app: Application, host: str, port: int, tls: TlsFiles | None = No
         listener = socket.create_server((host, port), family=family)
     except OSError as exc:
         raise ConnectionFailedError(f"cannot listen at {host}:{port}: {exc.strerror}") from exc
+    certificate, key = tls or (None, None)
     config = uvicorn.Config(
         app, lifespan="off", ws="none", interface="asgi3", log_config=None, log_level="critical", access_log=False,
         proxy_headers=False, server_header=False, date_header=False, timeout_graceful_shutdown=2,
-        ssl_certfile=tls.certificate if tls else None, ssl_keyfile=tls.key if tls else None,
+        ssl_certfile=certificate, ssl_keyfile=key,
     )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), name=f"port {port}", daemon=True)
