@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,12 +30,13 @@ from fedsplit.aggregation import Update
 from fedsplit.disk.checkpoints import BackgroundWriter
 from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.disk.remote_store import RemoteStore
-from fedsplit.errors import RecordError, RunFailedError, UsageError
+from fedsplit.errors import RecordError, RunFailedError
 from fedsplit.exchange.records import Request, printable
 from fedsplit.run.directory import STATE_FILE, Run
 from fedsplit.run.events import event
 from fedsplit.run.history import Line, weighted_mean
 from fedsplit.run.time_account import Stages, describe_round
+from fedsplit.server.beginning import Beginning, ask_for_initial_state
 from fedsplit.server.conversation import Conversation, RoundContext
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Reply
@@ -44,9 +45,7 @@ from fedsplit.server.settings import ServerSettings
 from fedsplit.server.state import GlobalState
 from fedsplit.server.strategy import EvaluateFailures, FitFailures, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
-from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import decode, describe_state, described_state, encode, named
-from fedsplit.states.ties import check_shared
+from fedsplit.states.state_dict import encode, named
 from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
@@ -339,86 +338,19 @@ class Rounds:
 
     def _begin(self) -> None:
         """Take up the newest checkpoint, or find a state to start from."""
-        run, strategy, resumed = self.run, self.strategy, self.run.resumed
-        if resumed:
-            self._state.set(run.payload_of(resumed))
-            log.info("run %s goes on after round %d of %d", run.run_id, resumed.server_round, self.settings.rounds)
-            if travels := self._travelling(run.local_entries()):
-                raise UsageError(
-                    f"{travels} stayed with the trainers so far, and the rules keep them there no more; resume with "
-                    "the rules that the run began with, or begin a new run"
-                )
-        else:
-            self._find_initial_state()
-        # With a state that is there already, before anybody is waited for: what is wrong with the rules shows now.
-        rows = strategy.begin_run(self._state.entries, run.local_entries())
-        run.note_split(rows)
-        self.observer.split_resolved(rows)
-        for part, entries, size, rule in rows:
-            fields = event("split", part=part, entries=entries, bytes=size, rule=rule)
-            log.info("split: %s: %d entries, %s bytes, rule %s", part, entries, f"{size:,}", rule, extra=fields)
-        if resumed:
-            if strategy.memory_file in resumed.files:
-                strategy.load_memory(resumed.path(strategy.memory_file))
-            return
-        self.roster.wait_for(self.settings.min_clients)
-        if (given := strategy.initialize_parameters(self.roster)) is not None:
-            log.info("the strategy gave the initial values")
-            self._state.put(given.tensors)
-        self._save(0, {})
-        if found := self._evaluate_centrally(0):
-            log.info("the initial state, evaluated on the server: %s", found)
-
-    def _find_initial_state(self) -> None:
-        """Take the state that the run was given, or a trainer's; note what stays with the trainers."""
-        initial = self.run.initial
-        # Only a trainer knows the types of modules: its answer names what stays at home because of them.
-        if not initial or any(spec.by_type for spec in self.settings.rules):
-            self.roster.wait_for(self.settings.min_clients)
-            self._state.put([self._ask_for_initial_state()])
-        if initial:
-            asked = self._state.payload
-            self._state.put(self._without_local(initial()))
-            self._state.drop([asked.digest] if asked.bytes else [])
-
-    def _without_local(self, chunks: Sequence[Any]) -> list[Any]:
-        """Take what stays with the trainers out of a state, and note what that was."""
-        state, at_home = decode(b"".join(chunks), "the initial state"), self.run.local_entries()
-
-        def stays(name: str) -> bool:
-            return is_local(name, self.settings.local_patterns, lambda name, _: name in at_home)
-
-        check_shared(state, stays)
-        local = {name for name in state if stays(name)}
-        self.run.note_local_entries(describe_state({name: state[name] for name in local}))
-        return encode({name: tensor for name, tensor in state.items() if name not in local})
+        beginning = Beginning(
+            run=self.run, settings=self.settings, strategy=self.strategy, roster=self.roster, observer=self.observer,
+            state=self._state, ask=self._ask_for_initial_state,
+        )  # fmt: skip
+        beginning.take_up()
+        if self.run.resumed is None:
+            self._save(0, {})
+            if found := self._evaluate_centrally(0):
+                log.info("the initial state, evaluated on the server: %s", found)
 
     def _ask_for_initial_state(self) -> Any:
-        failures = []
         request = self._request("initialize", 0, dict(self.settings.train_config))
-        for rank in self.roster.ranks():
-            conversation = Conversation(context=self._context(None), rank=rank, request=request)
-            reply = conversation.until_done()
-            try:
-                content = conversation.fetch(reply)
-                # Another rank is asked if this one's cannot be read.
-                decode(content, "the initial state")
-                described_state(reply.local_entries)
-                if travels := self._travelling(reply.local_entries):
-                    raise RecordError(f"it keeps {travels} at home, which the rules do not")
-            except RecordError as exc:
-                failures.append(f"rank {rank}: {exc}")
-                log.warning("no initial state from %s", failures[-1])
-                continue
-            self.run.note_local_entries(reply.local_entries)
-            log.info("rank %d: gave the initial state (%s bytes)", rank, f"{len(content):,}")
-            return content
-        raise RunFailedError(f"no trainer gave an initial state ({'; '.join(failures)}); see --initial-checkpoint")
-
-    def _travelling(self, local_entries: Iterable[str]) -> str:
-        """Name those of the entries that stayed at home which the rules let travel; empty if there are none."""
-        patterns = self.settings.local_patterns
-        return printable(named(name for name in local_entries if not is_local(name, patterns, lambda *_: True)))
+        return ask_for_initial_state(self._context(None), request, self.run)
 
 
 def _mean(tasks: Sequence[Task]) -> dict[str, float]:
