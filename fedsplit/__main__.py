@@ -23,6 +23,7 @@ from fedsplit.commands import (
     export,
     new,
     plot,
+    replay,
     report,
     run,
     server,
@@ -37,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "fedsplit" if Path(sys.argv[0]).name == "fedsplit" else "python -m fedsplit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for module in (
-        demo, run, study, server, client, trainer, new, status, checkpoints, export, plot, report, compare,
+        demo, run, study, server, client, trainer, new, status, checkpoints, export, plot, report, compare, replay,
     ):  # fmt: skip
         name, doc = module.__name__.rpartition(".")[2], str(module.__doc__)
         summary, style = doc.splitlines()[0].rstrip("."), cli.HelpFormatter

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsplit.disk.files import Buffer
 from fedsplit.watch.trackers import parse_tracker
 
 if TYPE_CHECKING:
+    from fedsplit.server.round import Rounds
     from fedsplit.server.server import Server
     from fedsplit.server.settings import ServerSettings
     from fedsplit.split_learning.attach import UpperHalf
@@ -27,11 +28,12 @@ def check_trackers(settings: ServerSettings) -> None:
 @contextmanager
 def open_server(
     settings: ServerSettings, engine: Engine, *, join_key: bytes | None = None, live: bool = False,
-    command: Sequence[str] = (), upper: UpperHalf | None = None,
+    command: Sequence[str] = (), upper: UpperHalf | None = None, rounds: Callable[..., Rounds] | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """Open the run, make its server, and watch it: with a `live` table, and `command`, as typed, in the report.
 
     With a `join_key` a client must prove that it knows it before it takes part. With an `upper` half the model is cut.
+    `rounds` makes what runs the rounds, instead of what the settings ask for.
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
     from fedsplit.disk.remote_store import open_remote
@@ -57,13 +59,20 @@ def open_server(
         remote = open_remote(settings.payload_store)
         server = Server(
             run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
-            rounds=upper.rounds if upper else None,
+            rounds=rounds or (upper.rounds if upper else _async_rounds if settings.is_asynchronous else None),
         )  # fmt: skip
         with (
             upper.telling(server) if upper else nullcontext(),
             watching(server, live=live, rounds=settings.rounds, trackers=settings.tracker, command=command),
         ):
             yield server
+
+
+def _async_rounds(**parts: Any) -> Rounds:
+    # Late: it imports torch, and clients would wait.
+    from fedsplit.asynchronous.rounds import AsyncRounds
+
+    return AsyncRounds(**parts)
 
 
 def _read(path: Path) -> list[Buffer]:

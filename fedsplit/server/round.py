@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,9 +43,9 @@ from fedsplit.server.peer import Reply
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
 from fedsplit.server.state import GlobalState
-from fedsplit.server.strategy import EvaluateFailures, FitFailures, StreamingStrategy, read_update, refusal
+from fedsplit.server.strategy import EvaluateFailures, FitFailures, Merge, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
-from fedsplit.states.state_dict import encode, named
+from fedsplit.states.state_dict import StateDict, encode, named
 from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
@@ -64,6 +64,11 @@ class Task(Conversation):
 
     client: ClientProxy
     state: StoredPayload
+    # The global entries that it starts from, and the round that they are the state of.
+    base: StateDict
+    base_round: int
+    # How many merges there were between that round and the one that took its update.
+    staleness: int = 0
     reply: Reply = field(init=False)
     refused: str | None = None
     update_bytes: int = 0
@@ -106,9 +111,14 @@ class Rounds:
             self._check_that_something_was_merged()
             return
         self._begin()
-        for server_round in range(max(done, 1) if unfinished else done + 1, settings.rounds + 1):
+        for server_round in range(max(done, 1) if unfinished else done + 1, self.last_round + 1):
             self.round(server_round, trained=server_round == done)
         self._check_that_something_was_merged()
+
+    @property
+    def last_round(self) -> int:
+        """The round after which the run ends."""
+        return self.settings.rounds
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -144,15 +154,40 @@ class Rounds:
         strategy = self.strategy
         chosen = strategy.configure_fit(server_round, self._state.parameters, self.roster)
         tasks = self._tasks("train", server_round, chosen)
-        merge, turns = strategy.start_fit(server_round), Turns([task.rank for task in tasks])
+        merge = strategy.start_fit(server_round)
+        tasks = self._gather(server_round, tasks, merge)
+        stages.end("train")
+
+        failures: FitFailures = [(task.client, refusal(task.refused)) for task in tasks if task.refused]
+        state, metrics = strategy.end_fit(server_round, merge, failures) if tasks else (None, {})
+        # Only now: ranks with the same result share one payload.
+        self._drop_payloads(tasks)
+        if state is not None:
+            self._state.put(encode(self._next(state)))
+        central = self._evaluate_centrally(server_round)
+        stages.end("merge")
+        good = [task for task in tasks if not task.refused]
+        return {
+            "train": _mean(good) | {**metrics}, "evaluate": {},
+            "clients": {str(task.rank): self._client(task) for task in good}, "asked": len(tasks),
+            "accepted": len(good), "merged": state is not None,
+            "refused": {str(task.rank): task.refused for task in tasks if task.refused},
+            **strategy.line_entries(), **central,
+        }  # fmt: skip
+
+    def _next(self, merged: StateDict) -> StateDict:
+        """Return the next state, of what the strategy made of the updates."""
+        return merged
+
+    def _gather(self, server_round: int, tasks: list[Task], merge: Merge) -> list[Task]:
+        """Let ranks train, give their updates to the merge, and return the tasks that count for this round."""
+        turns = Turns([task.rank for task in tasks])
 
         def train(task: Task) -> None:
             rank = task.rank
             try:
-                reply = task.reply = self._ahead.get(rank) or task.until_done()
-                task.stages.end("hand-off", waiting=task.waited_s, training=reply.seconds)
-                if not reply.failure:
-                    self.observer.answered(rank, None)
+                self._await_training(task)
+                reply = task.reply
                 # What lies in the store is read and checked beside the others. What comes in messages takes room here:
                 # it is fetched when at most one other has to be merged before it.
                 turns.wait(rank, ahead=len(tasks) if reply.payload and reply.payload.via == "store" else 1)
@@ -163,35 +198,26 @@ class Rounds:
                 if isinstance(update, str):
                     self._refuse(task, update)
                 else:
-                    merge.add(update)
-                    self._refused.pop(rank, None)
-                    task.stages.end("merging")
+                    self._add(merge, task, update)
             finally:
                 turns.done(rank)
 
         in_parallel(train, tasks)
         self._ahead.clear()
-        stages.end("train")
+        return tasks
 
-        failures: FitFailures = [(task.client, refusal(task.refused)) for task in tasks if task.refused]
-        state, metrics = strategy.end_fit(server_round, merge, failures) if tasks else (None, {})
-        # Only now: ranks with the same result share one payload.
-        self._drop_payloads(tasks)
-        if state is not None:
-            self._state.put(encode(state))
-        central = self._evaluate_centrally(server_round)
-        stages.end("merge")
-        good = [task for task in tasks if not task.refused]
-        clients = {
-            str(task.rank): {**_row(task.reply), "bytes": task.update_bytes, "stages": task.stages.seconds}
-            for task in good
-        }
-        return {
-            "train": _mean(good) | {**metrics}, "evaluate": {}, "clients": clients, "asked": len(tasks),
-            "accepted": len(good), "merged": state is not None,
-            "refused": {str(task.rank): task.refused for task in tasks if task.refused},
-            **strategy.line_entries(), **central,
-        }  # fmt: skip
+    def _await_training(self, task: Task) -> None:
+        """Ask until there is an answer, unless it came along with the evaluation of the round before."""
+        ahead = self._ahead.pop(task.rank, None)
+        task.reply = ahead or task.until_done()
+        task.stages.end("hand-off", waiting=task.waited_s, training=task.reply.seconds)
+        if not task.reply.failure:
+            self.observer.answered(task.rank, None)
+
+    def _add(self, merge: Merge, task: Task, update: Update) -> None:
+        merge.add(update)
+        self._refused.pop(task.rank, None)
+        task.stages.end("merging")
 
     def _evaluate(self, server_round: int, stages: Stages, line: Line) -> None:
         """Let the strategy's choice of ranks evaluate the state, and put their results into the line."""
@@ -217,7 +243,7 @@ class Rounds:
                 self._refused.pop(task.rank, None)
                 self.observer.answered(task.rank, None)
 
-        in_parallel(evaluate, tasks)
+        self._run(evaluate, tasks)
         self._drop_payloads(tasks)
         good = [task for task in tasks if not task.refused]
         results = [(task.client, _evaluation(task)) for task in good]
@@ -235,6 +261,14 @@ class Rounds:
                 line["clients"].setdefault(rank, {})["evaluate"] = _row(task.reply)
         ahead_s = max(task.reply.then.held_s if task.reply.then else 0.0 for task in tasks)
         stages.end("evaluate", **({"train ahead": ahead_s} if ahead_s else {}))
+
+    def _run(self, job: Callable[[Task], None], tasks: list[Task]) -> None:
+        """Do a job for every task at the same time."""
+        in_parallel(job, tasks)
+
+    def _client(self, task: Task) -> dict[str, Any]:
+        """Return what the line says of a rank whose update counts."""
+        return {**_row(task.reply), "bytes": task.update_bytes, "stages": task.stages.seconds}
 
     def _evaluate_centrally(self, server_round: int) -> dict[str, Any]:
         """Return what the strategy finds when it evaluates the state itself, as ``central``."""
@@ -274,12 +308,13 @@ class Rounds:
             self.writer.wait()
         # With a deadline of its own: one slow rank in training must not cost everybody the evaluation.
         context = self._context(self.settings.round_timeout)
-        extra_bytes = _EXTRA_BYTES + _EXTRA_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
+        extra_bytes = self._extra_bytes()
         tasks = [
             Task(
                 context=context, rank=(rank := int(client.cid)),
                 request=replace(self._request(kind, server_round, ins.config), refused=self._refused.get(rank)),
                 state=self._state.payload_of(ins.parameters), extra_bytes=extra_bytes, client=client,
+                base=self._state.entries, base_round=server_round - (kind == "train"),
             )
             for client, ins in chosen
         ]  # fmt: skip
@@ -287,6 +322,9 @@ class Rounds:
         if tasks:
             self.observer.asked(kind, server_round, self.settings.rounds, [task.rank for task in tasks])
         return tasks
+
+    def _extra_bytes(self) -> int:
+        return _EXTRA_BYTES + _EXTRA_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
 
     def _fetch(self, task: Task, *, retains: bool) -> Update | str:
         """Get an update and check it; returns why it is refused if it is."""
@@ -299,15 +337,15 @@ class Rounds:
             # What has to wait for the others waits in a file, not in memory.
             content = self.run.payloads.map(self.run.payloads.put([content]).digest, own=True)
         task.stages.end("transfer")
-        reply, reference = task.reply, self._state.entries
-        update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, reference)
+        reply = task.reply
+        update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, task.base)
         if isinstance(update, Update) and update.extra and not self.strategy.reads_extra:
             if not self._told_of_extra:
                 log.warning("rank %d sent extra tensors, which no rule reads: %s", task.rank, named(update.extra))
                 self._told_of_extra = True
             update = replace(update, extra={})
         task.stages.end("checking")
-        return update
+        return replace(update, base_round=task.base_round) if isinstance(update, Update) else update
 
     def _refuse(self, task: Task, reason: str) -> None:
         task.refused, rank, kind = reason, task.rank, task.request.kind
