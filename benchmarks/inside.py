@@ -116,7 +116,8 @@ class InsideRank:
             seconds = time.monotonic() - began
             return Reply(status="ok", num_examples=number, loss=loss, metrics=metrics, seconds=seconds)
         state, number = self.train(task)
-        seconds, extra = time.monotonic() - began, getattr(task, "sent", {})
+        # A benchmark with a clock of its own says how long it took by that.
+        seconds, extra = getattr(task, "seconds", time.monotonic() - began), getattr(task, "sent", {})
         self._chunks = [b"".join(encode(join(state, extra)))]
         stored = self.store.put(self._chunks)
         payload = ResultPayload(digest=stored.digest, bytes=stored.bytes, via="store")

@@ -17,9 +17,11 @@ from benchmarks.inside import Federation, InsideRank
 from fedsplit.aggregation.numeric import moved
 from fedsplit.aggregation.staleness import parse_staleness
 from fedsplit.asynchronous import rounds as asynchronous
+from fedsplit.engines.assembly import open_server
 from fedsplit.errors import UsageError
 from fedsplit.server.settings import ServerSettings
 from fedsplit.states.state_dict import StateDict
+from fedsplit.wire.protocol import EMBEDDED
 
 INITIAL = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64), "n": torch.tensor(0)}
 FAST_S = 0.01
@@ -108,6 +110,13 @@ def test_the_weight_of_a_stale_update_is_what_the_papers_say() -> None:
 def test_a_weight_that_cannot_be_is_refused_with_what_was_expected(text: str) -> None:
     with pytest.raises(UsageError, match="--staleness"):
         parse_staleness(text)
+
+
+def test_a_weight_that_is_not_there_is_told_of_before_the_run_is_opened(tmp_path: Path) -> None:
+    wanted = settings(tmp_path, buffer=1, staleness="math:nothing")
+    with pytest.raises(UsageError, match="the module 'math' has no function 'nothing'"), open_server(wanted, EMBEDDED):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_change_is_added_to_the_newest_state_in_the_wide_type_and_infinities_stay() -> None:

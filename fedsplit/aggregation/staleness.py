@@ -42,6 +42,12 @@ def parse_staleness(text: str) -> StalenessWeight:
     return _Own(text)
 
 
+def check_staleness(text: str) -> None:
+    """Import a function of the user's once, before the server waits for anybody; raises UsageError."""
+    if isinstance(weight := parse_staleness(text), _Own):
+        weight.load()
+
+
 class _Own:
     """A function of the user's."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedsplit.asynchronous.rounds import AsyncRounds
 from fedsplit.errors import CheckpointError, RunFailedError, UsageError
+from fedsplit.exchange.work import WORK_SHARE
 from fedsplit.run.history import Line
 from fedsplit.run.journal import Entry, read_journal
 from fedsplit.run.time_account import Stages
@@ -48,6 +49,11 @@ class Replay(AsyncRounds):
                 # Then it came to nothing, and now it is there.
                 del self._buffer.arrived[rank]
             self.roster.at_work = {rank for rank in self.roster.ranks() if rank not in wanted}
+
+    def _work(self, rank: int) -> dict[str, Any]:
+        """Ask for as much work as then; what else the configuration says is in the settings."""
+        config = self._expected(self._entry["round"])["asked"][str(rank)]["config"]
+        return {WORK_SHARE: config[WORK_SHARE]} if WORK_SHARE in config else {}
 
     def _evaluate(self, server_round: int, stages: Stages, line: Line) -> None:
         """Do nothing: an evaluation does not change the state."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +84,9 @@ class AsyncRounds(Rounds):
 
     def _gather(self, server_round: int, tasks: list[Task], merge: Merge) -> list[Task]:
         """Ask the ranks that are free, wait until a merge is due, and give it what is there, in rank order."""
-        self._entry["asked"] = {str(task.rank): {"digest": task.state.digest} for task in tasks}
+        self._entry["asked"] = {
+            str(task.rank): {"digest": task.state.digest, "config": dict(task.request.config)} for task in tasks
+        }
         # Nothing that came along with an earlier evaluation is taken for an answer of now.
         self._ahead = {task.rank: self._ahead[task.rank] for task in tasks if task.rank in self._ahead}
         for task in tasks:
@@ -245,11 +247,15 @@ class AsyncRounds(Rounds):
         if self._buffer.size < needed:
             flag = "--merge-after" if self._buffer.fresh else "--buffer"
             raise UsageError(f"the rules need at least {needed} updates a merge, {flag} is {self._buffer.size}")
-        for rank, (base_round, given) in self.run.journal.at_work().items():
-            if task := self._again(rank, base_round, given["digest"]):
+        resumed, journal = self.run.resumed, self.run.journal
+        if resumed is None or not journal.entries or journal.entries[-1]["round"] != resumed.server_round:
+            # A new run, or one that went on without a journal for a while.
+            return
+        for rank, (base_round, given) in journal.at_work().items():
+            if task := self._again(rank, base_round, given["digest"], given["config"]):
                 self._begin_training(task)
 
-    def _again(self, rank: int, base_round: int, digest: str) -> Task | None:
+    def _again(self, rank: int, base_round: int, digest: str, config: Mapping[str, Any]) -> Task | None:
         """Return what a rank was at work on when the server ended; None if the state of then is lost."""
         store = self.run.payloads
         try:
@@ -265,6 +271,6 @@ class AsyncRounds(Rounds):
         return Task(
             context=self._context(self.settings.round_timeout), rank=rank, state=state, base=base,
             base_round=base_round,
-            request=self._request("train", base_round + 1, dict(self.settings.train_config)),
+            request=self._request("train", base_round + 1, config),
             extra_bytes=self._extra_bytes(), client=RankProxy(rank),
         )  # fmt: skip

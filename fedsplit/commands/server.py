@@ -84,6 +84,9 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         help="the model is cut: its upper part trains beside this server, in a trainer started with --part upper. "
         "sfl-v1: a copy of it for each rank, merged each round; sfl-v2: one for all ranks, a batch of each in turn; "
         "sequential: one rank after the other (default: the model is whole)")  # fmt: skip
+    add("--balance", action="store_true",
+        help="tell each rank which share of its usual work to do, from its measured speed, so that all are done at the "
+        "same time")  # fmt: skip
     _add_asynchronous(parser)
     add("--train-config", action="append", type=cli.key_scalar, default=[], metavar="KEY=VALUE",
         help="reaches every trainer in task.config; repeatable")  # fmt: skip

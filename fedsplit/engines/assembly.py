@@ -36,6 +36,7 @@ def open_server(
     `rounds` makes what runs the rounds, instead of what the settings ask for.
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
+    from fedsplit.aggregation.staleness import check_staleness
     from fedsplit.disk.remote_store import open_remote
     from fedsplit.run.directory import Run
     from fedsplit.server.server import Server, make_strategy
@@ -48,6 +49,7 @@ def open_server(
         (spec.inner or spec).name in BUILTIN_RULES for spec in settings.rules
     )
     strategy = None if is_built_in else make_strategy(settings)
+    check_staleness(settings.staleness)
     shown = {**settings.to_run_config(), "engine": engine.name}
     shown |= {"split-learning": upper.mode} if upper else {}
     run = Run(

@@ -32,10 +32,12 @@ from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import RecordError, RunFailedError
 from fedsplit.exchange.records import Request, printable
+from fedsplit.exchange.work import WORK_SHARE
 from fedsplit.run.directory import STATE_FILE, Run
 from fedsplit.run.events import event
 from fedsplit.run.history import Line, weighted_mean
 from fedsplit.run.time_account import Stages, describe_round
+from fedsplit.server.balance import Balance
 from fedsplit.server.beginning import Beginning, ask_for_initial_state
 from fedsplit.server.conversation import Conversation, RoundContext
 from fedsplit.server.observer import Observer
@@ -95,6 +97,7 @@ class Rounds:
         # What came along with the evaluation of the round before.
         self._ahead: dict[int, Reply] = {}
         self._told_of_extra = False
+        self._balance = Balance(self.run.history.lines) if self.settings.balance else None
         # Why a rank's last answer did not count: it is told with its next task.
         last = self.run.history.lines[-1] if self.run.history.lines else {}
         self._refused = {int(rank): str(why) for rank, why in last.get("refused", {}).items() if rank.isdecimal()}
@@ -268,7 +271,11 @@ class Rounds:
 
     def _client(self, task: Task) -> dict[str, Any]:
         """Return what the line says of a rank whose update counts."""
-        return {**_row(task.reply), "bytes": task.update_bytes, "stages": task.stages.seconds}
+        row = {**_row(task.reply), "bytes": task.update_bytes, "stages": task.stages.seconds}
+        if self._balance:
+            row[WORK_SHARE] = task.request.config[WORK_SHARE]
+            self._balance.note(task.rank, row)
+        return row
 
     def _evaluate_centrally(self, server_round: int) -> dict[str, Any]:
         """Return what the strategy finds when it evaluates the state itself, as ``central``."""
@@ -312,7 +319,9 @@ class Rounds:
         tasks = [
             Task(
                 context=context, rank=(rank := int(client.cid)),
-                request=replace(self._request(kind, server_round, ins.config), refused=self._refused.get(rank)),
+                request=replace(
+                    self._request(kind, server_round, ins.config | self._work(rank)), refused=self._refused.get(rank)
+                ),
                 state=self._state.payload_of(ins.parameters), extra_bytes=extra_bytes, client=client,
                 base=self._state.entries, base_round=server_round - (kind == "train"),
             )
@@ -322,6 +331,10 @@ class Rounds:
         if tasks:
             self.observer.asked(kind, server_round, self.settings.rounds, [task.rank for task in tasks])
         return tasks
+
+    def _work(self, rank: int) -> dict[str, float]:
+        """Return what a task's configuration says of how much a rank is to do."""
+        return {WORK_SHARE: self._balance.share(rank)} if self._balance else {}
 
     def _extra_bytes(self) -> int:
         return _EXTRA_BYTES + _EXTRA_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0

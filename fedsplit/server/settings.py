@@ -54,6 +54,7 @@ class ServerSettings:
     payload_store: str = "auto"
     seed: int = 0
     tracker: tuple[str, ...] = ()
+    balance: bool = False
     # Asynchronous rounds: a merge after so many updates, or a round that ends with the first so many.
     buffer: int | None = None
     merge_after: int | None = None

@@ -63,6 +63,8 @@ def _check(settings: ServerSettings, mode: str, engine: str) -> None:
             f"--split-learning works with --engine embedded only: on a {engine} each message takes seconds, and every "
             "batch needs several"
         )
+    if settings.balance:
+        raise UsageError("--split-learning cannot go with --balance: all ranks train the upper part batch by batch")
     if settings.is_asynchronous:
         raise UsageError(
             "--split-learning cannot go with --buffer or --merge-after: the upper part is trained step by step with "
