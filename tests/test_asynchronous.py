@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.inside import Federation, InsideRank
+from fedsplit.aggregation import AggregationContext, Update
 from fedsplit.aggregation.numeric import moved
 from fedsplit.aggregation.staleness import parse_staleness
 from fedsplit.asynchronous import rounds as asynchronous
@@ -341,3 +342,99 @@ def test_a_rule_that_needs_more_updates_than_a_merge_has_is_refused_before_anybo
     with pytest.raises(UsageError, match="the rules need at least 5 updates a merge, --buffer is 2"):
         Federation(tmp_path, wanted, INITIAL, ranks).run()
     assert all(each.begun == [] for each in ranks)
+
+
+# -- what goes with it -------------------------------------------------------------------------------------------------
+
+NOTED: list[tuple[int, int, int | None, float, list[float]]] = []
+
+
+def noting(updates: Sequence[Update], context: AggregationContext) -> StateDict:
+    """Add the changes up, and note what a rule sees."""
+    for update in updates:
+        sent = float(update.extra["sent"]) if "sent" in update.extra else -1.0
+        NOTED.append((update.rank, update.staleness, update.base_round, sent, context.previous["w"].tolist()))
+    changes = [update.state_dict["w"] - context.previous["w"] for update in updates]
+    return {"w": context.previous["w"] + sum(changes), "n": context.previous["n"]}
+
+
+def test_a_rule_sees_staleness_and_base_and_extra_tensors_and_the_update_carried_over(tmp_path: Path) -> None:
+    def add(rank: int) -> Callable[[Any], tuple[StateDict, int]]:
+        def train(task: Any) -> tuple[StateDict, int]:
+            task.sent = {"sent": torch.tensor(float(task.server_round))}
+            return {"w": task.state_dict["w"] + rank, "n": task.state_dict["n"]}, 1
+
+        return train
+
+    NOTED.clear()
+    gates = Gates(2, add)
+    wanted = settings(
+        tmp_path, rounds=2, min_clients=2, buffer=1, staleness="constant", aggregate=("tests.test_asynchronous:noting",)
+    )
+    thread = started(Federation(tmp_path, wanted, INITIAL, gates.ranks))
+    gates.let(1)
+    wait_for(lambda: len(lines(tmp_path)) == 1)
+    gates.let(2)
+    thread.join(20)
+    assert NOTED == [(1, 0, 0, 1.0, [1.0, -2.0]), (2, 1, 0, 1.0, [2.0, -1.0])]
+    assert final(tmp_path)["w"].tolist() == [4.0, 1.0]
+
+
+def test_in_synchronous_rounds_a_rule_sees_the_round_before_as_base(tmp_path: Path) -> None:
+    NOTED.clear()
+    wanted = settings(tmp_path, rounds=2, aggregate=("tests.test_asynchronous:noting",))
+    Federation(tmp_path, wanted, INITIAL, [sleeping(1, 0.0)]).run()
+    assert [each[1:3] for each in NOTED] == [(0, 0), (0, 1)]
+
+
+def test_every_nth_merge_is_evaluated_by_the_ranks_that_are_free(tmp_path: Path) -> None:
+    gates = Gates(2)
+    for each in gates.ranks:
+        each.evaluate = lambda task: (float(task.server_round), 5, {"accuracy": 0.5})
+    wanted = settings(tmp_path, min_clients=2, buffer=1, evaluate_every=2)
+    thread = started(Federation(tmp_path, wanted, INITIAL, gates.ranks))
+    gates.let(1, 4)
+    thread.join(20)
+    assert [line["evaluate"] for line in lines(tmp_path)] == [
+        {}, {"loss": 2.0, "accuracy": 0.5}, {}, {"loss": 4.0, "accuracy": 0.5},
+    ]  # fmt: skip
+    assert [sorted(line["clients"]) for line in lines(tmp_path)] == [["1"]] * 4, "rank 2 is at work"
+
+
+def test_a_private_merge_moves_the_state_by_the_clip_at_most_and_each_is_accounted_for(tmp_path: Path) -> None:
+    def far(task: Any) -> tuple[StateDict, int]:
+        return {"w": task.state_dict["w"] + 100, "n": task.state_dict["n"]}, 1
+
+    ranks = [InsideRank(rank, far) for rank in (1, 2)]
+    wanted = settings(tmp_path, rounds=3, min_clients=2, buffer=1, aggregate=("dp(fedavg, clip=1.0, noise=0.0)",))
+    Federation(tmp_path, wanted, INITIAL, ranks).run()
+    moved_by = final(tmp_path)["w"] - INITIAL["w"]
+    assert float(moved_by.norm()) == pytest.approx(3.0)
+    assert lines(tmp_path)[-1]["privacy"] == {"epsilon": None, "delta": 1e-05, "steps": 3}
+
+
+def test_a_part_that_stays_at_home_is_neither_carried_over_nor_merged(tmp_path: Path) -> None:
+    def train(task: Any) -> tuple[StateDict, int]:
+        assert list(task.state_dict) == ["w"]
+        time.sleep(FAST_S)
+        return {"w": task.state_dict["w"] + 1}, 1
+
+    wanted = settings(tmp_path, min_clients=2, buffer=1, aggregate=("n=local", "fedavg"))
+    Federation(tmp_path, wanted, INITIAL, [InsideRank(1, train), InsideRank(2, train)]).run()
+    assert list(final(tmp_path)) == ["w"]
+
+
+def test_a_training_that_takes_longer_than_the_timeout_is_given_up_and_begun_anew_from_the_newest(
+    tmp_path: Path,
+) -> None:
+    gates = Gates(2)
+    wanted = settings(tmp_path, rounds=3, min_clients=2, buffer=1, round_timeout=0.5)
+    thread = started(Federation(tmp_path, wanted, INITIAL, gates.ranks))
+    gates.let(1)
+    wait_for(lambda: len(lines(tmp_path)) == 1)
+    time.sleep(1.0)
+    gates.let(1, 5)
+    thread.join(20)
+    refused = [line["refused"].get("2") for line in lines(tmp_path)]
+    assert "not completed within 0.5 s" in refused
+    assert len({asked[1] for asked in gates.ranks[1].begun}) > 1
