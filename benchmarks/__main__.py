@@ -3,6 +3,7 @@
     make bench                                        all of it, half an hour on two cores
     python -m benchmarks --quick                      fewer repeats
     python -m benchmarks round merge                  only these topics
+    python -m benchmarks stragglers                   slow ranks by a simulated clock; only if named
     python -m benchmarks algorithms                   examples/algorithms; 72 runs of 20 s and more, only if named
 
 Exit code 0 also where a target is missed: the table says so, and a busy machine is no fault of the code's.
@@ -22,20 +23,36 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import algorithms, handoff, large, limits, memory, merge, noticing, rounds, scaling, startup, superlink
+from benchmarks import (
+    algorithms,
+    handoff,
+    large,
+    limits,
+    memory,
+    merge,
+    noticing,
+    rounds,
+    scaling,
+    startup,
+    stragglers,
+    superlink,
+)  # fmt: skip
 from benchmarks.common import RESULTS, Figure, Options, machine, spread
 
 MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, superlink, large)
 USUAL = {module.TOPIC: module for module in MODULES}
 # Accuracies are no figures of this project's speed.
-TOPICS = {**USUAL, algorithms.TOPIC: algorithms}
+TOPICS = {**USUAL, algorithms.TOPIC: algorithms, stragglers.TOPIC: stragglers}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "topics", nargs="*", metavar="TOPIC", help=f"any of {', '.join(TOPICS)} (default: all but algorithms)"
+        "topics",
+        nargs="*",
+        metavar="TOPIC",
+        help=f"any of {', '.join(TOPICS)} (default: all but algorithms and stragglers)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs; the figures mean nothing")

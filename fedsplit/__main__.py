@@ -18,7 +18,7 @@ from fedsplit import cli
 # Each is a module of `fedsplit.commands`.
 COMMANDS = (
     "demo", "run", "study", "server", "client", "trainer", "new", "status", "checkpoints", "export", "plot", "report",
-    "compare",
+    "compare", "replay",
 )  # fmt: skip
 
 

@@ -106,6 +106,11 @@ def seconds(text: str) -> float:
     return _number(text, float, lambda value: value > 0, "a number of seconds above 0")
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
 def _number(text: str, kind: Callable[[str], N], is_allowed: Callable[[N], bool], expected: str) -> N:
     with contextlib.suppress(ValueError):
         if is_allowed(value := kind(text)):

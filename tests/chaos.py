@@ -1,13 +1,15 @@
 """Kills and stops the five programs at moments drawn by a seed, starts each again as a user would, and compares.
 
     python -m tests.chaos --faults 100 --seed 1
+    python -m tests.chaos --faults 60 --buffer 1
 
 A fault is a SIGKILL of one program, of two to five at the same instant, or a SIGSTOP with a SIGCONT some seconds later;
 every other of these catches the program while it holds the lock of the hand-off.
 
 The final global state must be, bit for bit, that of plain loops that nobody disturbed, and the history must have every
 round once. The workload is the digits: an optimizer with momentum and a generator that draws the order of the data,
-both of which must come back as they were.
+both of which must come back as they were. With ``--buffer`` rounds are asynchronous, and every update and every
+state must be that of plain loops which follow the journal of merges.
 """
 
 from __future__ import annotations
@@ -23,14 +25,19 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
 
-from fedsplit.states.state_dict import map_file
+from fedsplit.aggregation.numeric import moved
+from fedsplit.disk.digest import bytes_digest
+from fedsplit.run.journal import read_journal
+from fedsplit.states.state_dict import StateDict, encode, map_file
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.programs import Programs, programs
-from tests.reference import federated_averaging
+from tests.reference import federated_averaging, mean
 
 # How long a program is left alone after one was killed; starting one takes seconds, a round a fraction of one.
 SHORTEST_PAUSE_S = 0.05
@@ -175,12 +182,51 @@ def check(federation: Programs, *, rounds: int, seed: int = 0) -> None:
     assert not different, f"these entries are not what an undisturbed run gives: {different}"
 
 
+def check_journal(federation: Programs, *, rounds: int, seed: int = 0) -> None:
+    """Compare with plain loops in the order of the journal; raises AssertionError."""
+    entries = read_journal(federation.checkpoints / "server" / "journal.jsonl")
+    assert [entry["round"] for entry in entries] == list(range(rounds + 1))
+    torch.set_num_threads(1)
+    workloads: dict[str, Any] = {
+        str(rank): create_workload("digits", WorkloadContext(rank=rank, num_partitions=federation.ranks, seed=seed))
+        for rank in range(1, federation.ranks + 1)
+    }
+    states: list[StateDict] = [{name: t.clone() for name, t in workloads["1"].model.state_dict().items()}]
+    made: dict[tuple[str, int], tuple[int, StateDict]] = {}
+    for entry in entries[1:]:
+        now, updates = states[-1], []
+        for rank in entry["asked"]:
+            workload = workloads[rank]
+            workload.model.load_state_dict(now)
+            task = SimpleNamespace(kind="train", config={}, should_stop=lambda: False)
+            number = workload.train(task).num_examples
+            made[rank, entry["round"] - 1] = number, {n: t.clone() for n, t in workload.model.state_dict().items()}
+        for rank, update in sorted(entry["updates"].items(), key=lambda item: int(item[0])):
+            # Taken out: nothing is merged twice.
+            number, state = made.pop((rank, update["base_round"]))
+            assert update["digest"] == digest(state), (
+                f"round {entry['round']}: the update of rank {rank} has other bits"
+            )
+            weight, base = float((entry["round"] - update["base_round"]) ** -0.5), states[update["base_round"]]
+            if weight != 1:
+                state = {name: moved(now[name], base[name], tensor, weight) for name, tensor in state.items()}
+            updates.append((number, state))
+        states.append({name: mean([(n, state[name]) for n, state in updates]) for name in now} if updates else now)
+        assert entry["state"] == digest(states[-1]), f"round {entry['round']}: the state has other bits"
+
+
+def digest(state: StateDict) -> str:
+    """Return the name that the server gives a state."""
+    return bytes_digest(b"".join(encode(state)))
+
+
 def run_chaos(directory: Path, *, faults: int, seed: int, rounds: int, exchange_dir: Path | None = None,
-              timeout_s: float = 3000.0) -> Outcome:  # fmt: skip
+              timeout_s: float = 3000.0, buffer: int | None = None) -> Outcome:  # fmt: skip
     """Disturb a federation in a directory and check what it came to."""
-    with programs(directory, server_flags=("--rounds", str(rounds)), exchange_dir=exchange_dir) as federation:
+    flags = ("--rounds", str(rounds), *(("--buffer", str(buffer)) if buffer else ()))
+    with programs(directory, server_flags=flags, exchange_dir=exchange_dir) as federation:
         outcome = disturb(federation, faults=faults, seed=seed, timeout_s=timeout_s)
-        check(federation, rounds=rounds)
+        (check_journal if buffer else check)(federation, rounds=rounds)
     return outcome
 
 
@@ -191,19 +237,24 @@ def main() -> int:
         "--faults", type=int, default=100, help="faults in all, half of them with each place of the exchange"
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--buffer", type=int, help="asynchronous rounds that merge so many updates (default: none)")
     parser.add_argument("--rounds", type=int, help="rounds (default: enough for the faults)")
     arguments = parser.parse_args()
     faults = -(-arguments.faults // 2)
-    rounds = arguments.rounds or 10 * faults
+    # A merge of one update is half a round of two ranks.
+    rounds = arguments.rounds or (25 if arguments.buffer else 10) * faults
     for seed, place in enumerate(("/dev/shm", None), start=arguments.seed):
         directory = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-"))
         exchange = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-", dir=place)) if place else None
-        outcome = run_chaos(directory, faults=faults, seed=seed, rounds=rounds, exchange_dir=exchange)
+        outcome = run_chaos(directory, faults=faults, seed=seed, rounds=rounds, exchange_dir=exchange,
+                            buffer=arguments.buffer)  # fmt: skip
         made = (
             f"{outcome.kills.total()} kills ({dict(outcome.at_once)} by how many at once), "
             f"{outcome.stops.total()} stops ({outcome.stops_with_lock} with the lock) over {rounds} rounds"
         )
-        result = "every round once, final state bit for bit as undisturbed"
+        result = "every merge as the journal says, bit for bit" if arguments.buffer else (
+            "every round once, final state bit for bit as undisturbed"
+        )  # fmt: skip
         print(f"exchange on {place or 'disk'}: {made} in {outcome.seconds:.0f} s: {result}", flush=True)
         for path in (directory, exchange):
             if path:

@@ -144,7 +144,7 @@ def test_the_completion_knows_commands_and_flags(tmp_path: Path) -> None:
     (tmp_path / "fedsplit.bash").write_text(shtab.complete(parser, shell="bash"))
     script = """
         source fedsplit.bash
-        COMP_WORDS=(fedsplit re); COMP_CWORD=1; _shtab_fedsplit fedsplit re fedsplit; echo ${COMPREPLY[@]}
+        COMP_WORDS=(fedsplit repo); COMP_CWORD=1; _shtab_fedsplit fedsplit repo fedsplit; echo ${COMPREPLY[@]}
         COMP_WORDS=(fedsplit export --o); COMP_CWORD=2; _shtab_fedsplit fedsplit --o export; echo ${COMPREPLY[@]}
     """
     said = subprocess.run(

@@ -38,6 +38,8 @@ OF_THE_SERVER = [
     "--ssl-ca-certfile=ca.pem", "--ssl-certfile=server.pem", "--ssl-keyfile=key.pem", "--insecure",
     "--join-token-file=token", "--supernode-public-key=1.pub", "--supernode-public-key=2.pub", "--verbose",
     "--log-format=json", "--split-learning=sfl-v1", "--exchange-dir=shared",
+    "--buffer=2", "--merge-after=3", "--max-staleness=4", "--staleness=constant", "--mix-states", "--server-lr=0.5",
+    "--balance",
 ]  # fmt: skip
 SCRIPT = """
 import os, signal, sys, time

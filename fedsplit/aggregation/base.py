@@ -26,7 +26,9 @@ class Update:
 
     `state_dict` has the entries of the part that the rule merges, and `extra` the tensors that the trainer sent beside
     the model; neither is to be changed. `num_examples` is how many examples the client says it trained on, at least 1;
-    `metrics` is what the trainer reported, as it is.
+    `metrics` is what the trainer reported, as it is. `base_round` is the round whose state it started from, None where
+    that is not known, and `staleness` how many merges there were since then: above 0 only in asynchronous rounds, where
+    `state_dict` is what was trained, carried over to the newest state.
     """
 
     rank: int
@@ -34,6 +36,8 @@ class Update:
     num_examples: int
     metrics: Mapping[str, float | int | str | bool] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    base_round: int | None = None
+    staleness: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,15 @@ def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     return mean.result()
 
 
+def moved(onto: Tensor, start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Return ``onto + share * (end - start)``, in the type of ``onto``; where start and end are equal, ``onto``."""
+    result = widened(onto) + share * (widened(end) - widened(start))
+    if not surely_finite(result):
+        # The difference of two equal infinities is NaN.
+        result = torch.where(end == start, widened(onto), result)
+    return result.to(onto.dtype)
+
+
 def maximum(left: Tensor, right: Tensor) -> Tensor:
     """Return the elementwise maximum in the entries' own type: exact for every integer, NaN if either is NaN."""
     dtype = left.dtype

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,9 @@ from fedsplit.split_learning.order import MODES
 from fedsplit.watch.rounds import value
 
 if TYPE_CHECKING:
+    from fedsplit.server.round import Rounds
     from fedsplit.server.settings import ServerSettings
     from fedsplit.split_learning.attach import UpperHalf
-    from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
 
@@ -44,7 +44,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def add_own_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that no other program has."""
     add = parser.add_argument
-    add("--address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen")
     _add_rounds(parser)
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR", help="the run is kept in DIR/server")
     add("--keep-checkpoints", type=cli.positive_int, default=3, metavar="N",
@@ -56,11 +55,10 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
         help="how states travel. auto: as files, with clients that see this machine's disk, else in messages; none: "
         "always in messages; URL: as files at a place that fsspec knows, such as s3://bucket/prefix, with clients that "
         "were given the same URL")  # fmt: skip
-    add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
     add("--tracker", action="append", default=[], metavar="NAME[:PLACE]",
         help="also write metrics to tensorboard or mlflow; PLACE is a directory or a tracking URI (default: inside "
         "--checkpoint-dir); repeatable")  # fmt: skip
-    _add_security(parser)
+    add_connection(parser)
     cli.make_program(parser, "server", run, flower=True)
 
 
@@ -86,6 +84,10 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         help="the model is cut: its upper part trains beside this server, in a trainer started with --part upper. "
         "sfl-v1: a copy of it for each rank, merged each round; sfl-v2: one for all ranks, a batch of each in turn; "
         "sequential: one rank after the other (default: the model is whole)")  # fmt: skip
+    add("--balance", action="store_true",
+        help="tell each rank which share of its usual work to do, from its measured speed, so that all are done at the "
+        "same time")  # fmt: skip
+    _add_asynchronous(parser)
     add("--train-config", action="append", type=cli.key_scalar, default=[], metavar="KEY=VALUE",
         help="reaches every trainer in task.config; repeatable")  # fmt: skip
     add("--round-timeout", type=cli.seconds, metavar="S",
@@ -97,8 +99,31 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         help="seed for choosing clients, and for rules that draw random numbers")  # fmt: skip
 
 
-def _add_security(parser: argparse.ArgumentParser) -> None:
+def _add_asynchronous(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--buffer", type=cli.positive_int, metavar="B",
+        help="merge after every B updates, whoever sent them; nobody waits for the slowest (default: rounds wait for "
+        "all that were asked)")  # fmt: skip
+    add("--merge-after", type=cli.positive_int, metavar="K",
+        help="a round ends with the first K of its updates; later ones count in the round in which they come "
+        "(default: rounds wait for all that were asked)")  # fmt: skip
+    add("--max-staleness", type=cli.natural, metavar="N",
+        help="refuse updates of a state that more than N merges followed (default: none is too old)")  # fmt: skip
+    add("--staleness", default="polynomial:0.5", metavar="WEIGHT",
+        help="how much an update counts that started from an older state: constant, polynomial:A for "
+        "(1 + staleness)^-A, or package.module:function")  # fmt: skip
+    add("--mix-states", action="store_true",
+        help="with --buffer: mix what was trained into the state, as FedAsync does, instead of adding what training "
+        "changed")  # fmt: skip
+    add("--server-lr", type=cli.positive, default="1.0", metavar="LR",
+        help="with --buffer or --merge-after: how far each merge moves the state")  # fmt: skip
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how clients connect."""
+    add = parser.add_argument
+    add("--address", "-addr", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen")
+    add("--engine", choices=("embedded", "superlink"), default="embedded", help="which of Flower's engines to run on")
     add("--ssl-ca-certfile", type=Path, metavar="FILE",
         help="CA certificate, PEM; TLS needs this and the two below (default: no TLS)")  # fmt: skip
     add("--ssl-certfile", type=Path, metavar="FILE", help="this server's certificate, PEM")
@@ -114,13 +139,25 @@ def _add_security(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the server; returns when the run is over."""
+    settings = read_settings(arguments)
+    serve(arguments, settings, _upper_half(arguments, settings))
+    return 0
+
+
+def serve(
+    arguments: argparse.Namespace, settings: ServerSettings, upper: UpperHalf | None = None,
+    rounds: Callable[..., Rounds] | None = None,
+) -> None:  # fmt: skip
+    """Run a server with these settings, where `add_connection` says; returns when the run is over, raises its failure.
+
+    ``rounds`` makes what runs the rounds, instead of what the settings ask for.
+    """
     from fedsplit.engines import embedded, tls
     from fedsplit.engines.assembly import open_server
     from fedsplit.wire.join import read_token
     from fedsplit.wire.protocol import EMBEDDED, SUPERLINK
 
     embedded.quiet_flower(arguments.verbose and arguments.log_format == "text")
-    settings = read_settings(arguments)
     host, _ = embedded.parse_address(arguments.address)
     certificates = _read_certificates(arguments)
     join_key = read_token(arguments.join_token_file)
@@ -134,23 +171,23 @@ def run(arguments: argparse.Namespace) -> int:
         engine.name, join_token_file=arguments.join_token_file, keys=arguments.supernode_public_key,
         keys_flag="--supernode-public-key",
     )  # fmt: skip
-    upper = _upper_half(arguments, settings, engine)
     live = arguments.log_format == "text" and not arguments.verbose
     with (
         embedded.claim_port(arguments.address),
-        open_server(settings, engine, join_key=join_key, live=live, command=cli.typed_command(), upper=upper) as server,
+        open_server(
+            settings, engine, join_key=join_key, live=live, command=cli.typed_command(), upper=upper, rounds=rounds
+        ) as server,
     ):
         if engine is SUPERLINK:
-            from fedsplit.engines.superlink.serve import serve
+            from fedsplit.engines.superlink.serve import serve as serve_superlink
 
             files = (arguments.ssl_certfile, arguments.ssl_keyfile) if certificates else None
-            serve(server, arguments.address, tls=files, node_keys=arguments.supernode_public_key)
+            serve_superlink(server, arguments.address, tls=files, node_keys=arguments.supernode_public_key)
         else:
             embedded.serve(server, arguments.address, certificates=certificates)
     if server.failure:
         raise server.failure
     conclude(server.run.history.lines, arguments.checkpoint_dir, arguments.log_format)
-    return 0
 
 
 def read_settings(arguments: argparse.Namespace) -> ServerSettings:
@@ -162,11 +199,12 @@ def read_settings(arguments: argparse.Namespace) -> ServerSettings:
     return ServerSettings(**values)
 
 
-def _upper_half(arguments: argparse.Namespace, settings: ServerSettings, engine: Engine) -> UpperHalf | None:
+def _upper_half(arguments: argparse.Namespace, settings: ServerSettings) -> UpperHalf | None:
+    from fedsplit.engines import embedded
     from fedsplit.split_learning.attach import UpperHalf
 
     mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
-    return UpperHalf(settings, mode, exchange_dir, engine.name) if mode else None
+    return UpperHalf(settings, mode, exchange_dir, embedded.choose_engine(arguments.engine)) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

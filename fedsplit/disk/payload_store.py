@@ -9,7 +9,7 @@ import hashlib
 import mmap
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +80,15 @@ class PayloadStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        # Digests that `drop` leaves alone: of states that somebody still trains from.
+        self.kept: Container[str] = ()
 
-    def open(self) -> None:
-        """Make the directory, or clear what an earlier server left in it."""
+    def open(self, keep: Container[str] = ()) -> None:
+        """Make the directory, or clear what an earlier server left in it, but for the digests to ``keep``."""
         files.make_private_directory(self.root, CheckpointError)
         for path in self.root.iterdir():
-            files.remove(path)
+            if path.name not in keep:
+                files.remove(path)
 
     def path(self, digest: str) -> Path:
         """Return the path of a payload; raises RecordError unless the name is a digest: no other is ever opened."""
@@ -133,13 +136,14 @@ class PayloadStore:
         return Incoming(self.root / f"writing-{secrets.token_hex(8)}", digest, size)
 
     def drop(self, digest: str) -> None:
-        """Delete a payload; a process that mapped or linked it can still read it."""
-        files.remove(self.path(digest))
+        """Delete a payload, unless it is kept; a process that mapped or linked it can still read it."""
+        if digest not in self.kept:
+            files.remove(self.path(digest))
 
     def clear(self) -> None:
-        """Delete every payload. Temporary names are left alone: a client may be linking one just now."""
+        """Delete every payload but those that are kept. Temporary names are left alone: a client may be linking one."""
         for path in self.root.glob("*"):
-            if is_digest(path.name):
+            if is_digest(path.name) and path.name not in self.kept:
                 files.remove(path)
 
     def put_nonce(self) -> tuple[str, str]:

@@ -6,11 +6,11 @@ import importlib.metadata
 import logging
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsplit.disk.files import Buffer
 from fedsplit.errors import MissingPackageError
@@ -18,6 +18,7 @@ from fedsplit.watch.plot import write_plot
 from fedsplit.watch.trackers import TrackerThread, parse_tracker
 
 if TYPE_CHECKING:
+    from fedsplit.server.round import Rounds
     from fedsplit.server.server import Server
     from fedsplit.server.settings import ServerSettings
     from fedsplit.split_learning.attach import UpperHalf
@@ -31,13 +32,15 @@ _PACKAGES = ("fedsplit", "flwr", "torch", "numpy", "safetensors", "grpcio", "fil
 @contextmanager
 def open_server(
     settings: ServerSettings, engine: Engine, *, join_key: bytes | None = None, live: bool = False,
-    command: Sequence[str] = (), upper: UpperHalf | None = None,
+    command: Sequence[str] = (), upper: UpperHalf | None = None, rounds: Callable[..., Rounds] | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """Open the run, make its server, and watch it, with a `live` table; `command`, as typed, is noted for the report.
 
     With a `join_key` a client must prove that it knows it before it takes part. With an `upper` half the model is cut.
+    `rounds` makes what runs the rounds, instead of what the settings ask for.
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
+    from fedsplit.aggregation.staleness import check_staleness
     from fedsplit.disk.remote_store import open_remote
     from fedsplit.run.directory import Run
     from fedsplit.server.server import Server, make_strategy
@@ -50,6 +53,7 @@ def open_server(
         (spec.inner or spec).name in BUILTIN_RULES for spec in settings.rules
     )
     strategy = None if is_built_in else make_strategy(settings)
+    check_staleness(settings.staleness)
     shown = {**settings.to_run_config(), "engine": engine.name}
     shown |= {"split-learning": upper.mode} if upper else {}
     run = Run(
@@ -61,7 +65,7 @@ def open_server(
         remote = open_remote(settings.payload_store)
         server = Server(
             run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
-            rounds=upper.rounds if upper else None,
+            rounds=rounds or (upper.rounds if upper else _async_rounds if settings.is_asynchronous else None),
         )  # fmt: skip
         run.note_session(command=shlex.join(command), software=_software())
         with upper.telling(server) if upper else nullcontext(), watching(server, settings, live=live):
@@ -105,6 +109,13 @@ def _software() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+def _async_rounds(**parts: Any) -> Rounds:
+    # Late: it imports torch, and clients would wait.
+    from fedsplit.asynchronous.rounds import AsyncRounds
+
+    return AsyncRounds(**parts)
 
 
 def _read(path: Path) -> list[Buffer]:

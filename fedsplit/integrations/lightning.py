@@ -18,10 +18,12 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from fedsplit.errors import TrainingError, UsageError
+from fedsplit.exchange.work import steps_to_do, work_share
 from fedsplit.trainer.trainer import Task, Trainer
 
 
@@ -32,11 +34,12 @@ def federate(
 ) -> None:  # fmt: skip
     """Answer every task of a run with ``fit()`` and ``validate()``.
 
-    The data are given as to ``fit()``. Its ``max_epochs`` is set here; ``max_steps`` is for the whole run. `trainer` is
-    entered already; `loss` is the name under which ``validation_step`` logs the loss. Raises TrainingError if it logs
-    none, or a round trained not a single step.
+    The data are given as to ``fit()``. Its ``max_epochs`` is set here; ``max_steps`` is for the whole run. With
+    ``--balance`` each epoch has the share of its batches that the server asks for. `trainer` is entered already; `loss`
+    is the name under which ``validation_step`` logs the loss. Raises TrainingError if it logs none, or a round trained
+    not a single step.
     """
-    rounds = _Rounds()
+    rounds, limit = _Rounds(), lightning_trainer.limit_train_batches
     lightning_trainer.callbacks.append(rounds)  # type: ignore[attr-defined]
     for task in trainer:
         task.load_into(module)
@@ -51,7 +54,17 @@ def federate(
         before = lightning_trainer.global_step
         # fit() counts the epochs of earlier rounds, and would train nothing.
         lightning_trainer.fit_loop.max_epochs = lightning_trainer.current_epoch + epochs_per_round
-        lightning_trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=datamodule)
+        # Each epoch is shortened: fit() would go on in the middle of one that is left there.
+        share: Any = steps_to_do(task.config, limit) if isinstance(limit, int) else limit * work_share(task.config)
+        for least in (share, 1):
+            lightning_trainer.limit_train_batches = least
+            try:
+                lightning_trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=datamodule)
+                break
+            except MisconfigurationException as exc:
+                # The share of an epoch is less than one batch.
+                if share == limit or least == 1 or "< 1" not in str(exc):
+                    raise
         if lightning_trainer.global_step == before and not task.should_stop():
             raise TrainingError(
                 f"round {task.server_round} trained not a single step (epoch {lightning_trainer.current_epoch}, step "

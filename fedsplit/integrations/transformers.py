@@ -20,6 +20,7 @@ from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fedsplit.errors import StateMismatchError, TrainingError
+from fedsplit.exchange.work import steps_to_do, work_share
 from fedsplit.states.state_dict import StateDict, describe_difference
 from fedsplit.trainer.trainer import Task, Trainer
 
@@ -33,12 +34,13 @@ def federate(
     """Answer every task with ``hf_trainer.train()`` or ``evaluate()``; raises TrainingError if a round trains no step.
 
     `trainer` is entered already. `hf_trainer` has a data set to train on, of a known length or a stream, and one of a
-    known length to evaluate on. Its ``num_train_epochs`` is set here; ``max_steps``, if given, is for one round. A
+    known length to evaluate on. Its ``num_train_epochs`` is set here; ``max_steps``, if given, is for one round. With
+    ``--balance`` a round is the share of these that the server asks for. A
     metric of ``compute_metrics`` reaches the server without its ``eval_``. With `adapter_only` just the adapters of a
     PEFT model are loaded and sent, with `adapter_state` as the trainer's model. Its base is then no part of the
     federation, and must be the same everywhere.
     """
-    hf_trainer.args.num_train_epochs = epochs_per_round
+    hf_trainer.args.num_train_epochs, max_steps = epochs_per_round, hf_trainer.args.max_steps
     rounds = _Rounds(hf_trainer)
     # In front of the loggers, so that they see what it adds to the logs.
     hf_trainer.callback_handler.callbacks.insert(0, rounds)
@@ -53,6 +55,9 @@ def federate(
             found = _numbers(hf_trainer.evaluate())
             task.reply(loss=found.pop("loss"), num_examples=_length(hf_trainer.eval_dataset, 0), metrics=found)
             continue
+        # After `begin`, whose schedule is over all of the work.
+        hf_trainer.args.num_train_epochs = epochs_per_round * work_share(task.config)
+        hf_trainer.args.max_steps = steps_to_do(task.config, max_steps) if max_steps > 0 else max_steps
         outcome = hf_trainer.train()
         if outcome.global_step == 0:
             raise TrainingError(

@@ -23,6 +23,7 @@ from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.disk.remote_store import without_password
 from fedsplit.errors import CheckpointError, ExchangeError, FedSplitError
 from fedsplit.run.history import History, PartRow
+from fedsplit.run.journal import Journal
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Places:
         self.lock = self.server / "server.lock"
         self.run = self.server / "run.json"
         self.history = self.server / HISTORY_FILE
+        self.journal = self.server / "journal.jsonl"
         self.payloads = self.server / "payloads"
         self.final_plot = self.server / "plot.png"
         self.old_runs = self.server / "old-runs"
@@ -104,7 +106,10 @@ class Run:
         if self.resumed is None and (not self._record or self._has_results()):
             # Also where there is something and no checkpoint of it can be read.
             self._begin(previous)
-        self.payloads.open()
+        self.journal = Journal(self.places.journal)
+        if self.journal.entries:
+            self.journal.keep_up_to(self.resumed.server_round if self.resumed else -1)
+        self.payloads.open(keep={given["digest"] for _, given in self.journal.at_work().values()})
         self.history = History(self.places.history)
         self.history.keep_up_to(self.resumed.server_round if self.resumed else 0)
         return self
@@ -197,7 +202,7 @@ class Run:
         places = self.places
         if previous or places.history.exists():
             old = previous["run_id"] if previous else "unknown"
-            self.checkpoints.put_aside(old, places.run, places.history, places.final_plot)
+            self.checkpoints.put_aside(old, places.run, places.history, places.journal, places.final_plot)
             log.info("the run that was here is now in %s", places.old_runs / old)
         self._record = {"run_id": uuid.uuid4().hex[:16], "began": _now(), "settings": self._settings}
         self.checkpoints.begin_run(self.run_id)

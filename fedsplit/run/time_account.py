@@ -89,6 +89,8 @@ def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
     parts += [spent] if (spent := describe_privacy(line)) else []
     if split := line.get("split"):
         parts.append(f"{split['steps']} steps, {split['steps_per_second']:.1f} a second")
+    if stale := [f"{rank} by {row['staleness']}" for rank, row in line["clients"].items() if row.get("staleness")]:
+        parts.append("stale: rank " + ", ".join(stale))
     if line["refused"]:
         parts.append("not counted: rank " + ", ".join(line["refused"]))
     return " | ".join([*parts, f"{line['seconds']:.2f} s", f"updates {format_bytes(update_bytes(line))}"])

@@ -95,6 +95,13 @@ class Conversation:
     waited_s: float = 0.0
     _waiting_for: str | None = None
     _heard_at: float = 0.0
+    # When it was last known that its trainer is at work.
+    _seen_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def away_s(self) -> float:
+        """For how many seconds nothing has been heard of a trainer at work."""
+        return time.monotonic() - self._seen_at
 
     @property
     def most_bytes(self) -> float:
@@ -179,6 +186,8 @@ class Conversation:
                 raise RecordError("its client gave up a task that nobody had cancelled")
             took_s = self._heard_at - asked
             self._note(reply.waiting_for, took_s)
+            if not reply.waiting_for:
+                self._seen_at = self._heard_at
             # A client holds the question itself; one that does not must not make the server ask without a pause.
             context.stop.wait(hold_s - took_s)
 

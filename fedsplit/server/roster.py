@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from flwr.server.client_manager import ClientManager
@@ -56,6 +56,9 @@ class Roster(ClientManager):
         self._peers: dict[int, Peer] = {}
         self._rank_proxies: dict[int, RankProxy] = {}
         self._changed = threading.Condition()
+        # In asynchronous rounds the ranks that no strategy is offered, as they are at work on an older state. Nobody
+        # waits for more than one rank then.
+        self.at_work: Collection[int] | None = None
 
     def ranks(self) -> list[int]:
         """Return the connected ranks in order."""
@@ -137,16 +140,17 @@ class Roster(ClientManager):
             return self._peers.get(peer.rank) is not peer and time.monotonic() > peer.again_at
 
     def num_available(self) -> int:
-        """Return how many ranks are connected."""
-        return len(self.ranks())
+        """Return how many ranks are connected and free."""
+        return len(self.all())
 
     def all(self) -> dict[str, ClientProxy]:
-        """Return the connected ranks under their ids."""
-        return {str(rank): self._rank_proxies[rank] for rank in self.ranks()}
+        """Return the connected ranks that are free, under their ids."""
+        return {str(rank): self._rank_proxies[rank] for rank in self.ranks() if rank not in (self.at_work or ())}
 
     def wait_for(self, num_clients: int, timeout: float = 86400) -> bool:
         """Wait until so many ranks are connected, and say so meanwhile."""
         deadline, reminded = time.monotonic() + timeout, -_REMIND_S
+        num_clients = num_clients if self.at_work is None else 1
         while True:
             with self._changed:
                 left = max(0.0, min(1.0, deadline - time.monotonic()))

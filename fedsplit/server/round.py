@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,23 +30,24 @@ from fedsplit.aggregation import Update
 from fedsplit.disk.checkpoints import BackgroundWriter
 from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.disk.remote_store import RemoteStore
-from fedsplit.errors import RecordError, RunFailedError, UsageError
+from fedsplit.errors import RecordError, RunFailedError
 from fedsplit.exchange.records import Request, printable
+from fedsplit.exchange.work import WORK_SHARE
 from fedsplit.run.directory import STATE_FILE, Run
 from fedsplit.run.events import event
 from fedsplit.run.history import Line, weighted_mean
 from fedsplit.run.time_account import Stages, describe_round
+from fedsplit.server.balance import Balance
+from fedsplit.server.beginning import Beginning, ask_for_initial_state
 from fedsplit.server.conversation import Conversation, RoundContext
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Reply
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
 from fedsplit.server.state import GlobalState
-from fedsplit.server.strategy import EvaluateFailures, FitFailures, StreamingStrategy, read_update, refusal
+from fedsplit.server.strategy import EvaluateFailures, FitFailures, Merge, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
-from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import decode, describe_state, described_state, encode, named
-from fedsplit.states.ties import check_shared
+from fedsplit.states.state_dict import StateDict, encode, named
 from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
@@ -65,6 +66,11 @@ class Task(Conversation):
 
     client: ClientProxy
     state: StoredPayload
+    # The global entries that it starts from, and the round that they are the state of.
+    base: StateDict
+    base_round: int
+    # How many merges there were between that round and the one that took its update.
+    staleness: int = 0
     reply: Reply = field(init=False)
     refused: str | None = None
     update_bytes: int = 0
@@ -91,6 +97,7 @@ class Rounds:
         # What came along with the evaluation of the round before.
         self._ahead: dict[int, Reply] = {}
         self._told_of_extra = False
+        self._balance = Balance(self.run.history.lines) if self.settings.balance else None
         # Why a rank's last answer did not count: it is told with its next task.
         last = self.run.history.lines[-1] if self.run.history.lines else {}
         self._refused = {int(rank): str(why) for rank, why in last.get("refused", {}).items() if rank.isdecimal()}
@@ -107,9 +114,14 @@ class Rounds:
             self._check_that_something_was_merged()
             return
         self._begin()
-        for server_round in range(max(done, 1) if unfinished else done + 1, settings.rounds + 1):
+        for server_round in range(max(done, 1) if unfinished else done + 1, self.last_round + 1):
             self.round(server_round, trained=server_round == done)
         self._check_that_something_was_merged()
+
+    @property
+    def last_round(self) -> int:
+        """The round after which the run ends."""
+        return self.settings.rounds
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -145,15 +157,40 @@ class Rounds:
         strategy = self.strategy
         chosen = strategy.configure_fit(server_round, self._state.parameters, self.roster)
         tasks = self._tasks("train", server_round, chosen)
-        merge, turns = strategy.start_fit(server_round), Turns([task.rank for task in tasks])
+        merge = strategy.start_fit(server_round)
+        tasks = self._gather(server_round, tasks, merge)
+        stages.end("train")
+
+        failures: FitFailures = [(task.client, refusal(task.refused)) for task in tasks if task.refused]
+        state, metrics = strategy.end_fit(server_round, merge, failures) if tasks else (None, {})
+        # Only now: ranks with the same result share one payload.
+        self._drop_payloads(tasks)
+        if state is not None:
+            self._state.put(encode(self._next(state)))
+        central = self._evaluate_centrally(server_round)
+        stages.end("merge")
+        good = [task for task in tasks if not task.refused]
+        return {
+            "train": _mean(good) | {**metrics}, "evaluate": {},
+            "clients": {str(task.rank): self._client(task) for task in good}, "asked": len(tasks),
+            "accepted": len(good), "merged": state is not None,
+            "refused": {str(task.rank): task.refused for task in tasks if task.refused},
+            **strategy.line_entries(), **central,
+        }  # fmt: skip
+
+    def _next(self, merged: StateDict) -> StateDict:
+        """Return the next state, of what the strategy made of the updates."""
+        return merged
+
+    def _gather(self, server_round: int, tasks: list[Task], merge: Merge) -> list[Task]:
+        """Let ranks train, give their updates to the merge, and return the tasks that count for this round."""
+        turns = Turns([task.rank for task in tasks])
 
         def train(task: Task) -> None:
             rank = task.rank
             try:
-                reply = task.reply = self._ahead.get(rank) or task.until_done()
-                task.stages.end("hand-off", waiting=task.waited_s, training=reply.seconds)
-                if not reply.failure:
-                    self.observer.answered(rank, None)
+                self._await_training(task)
+                reply = task.reply
                 # What lies in the store is read and checked beside the others. What comes in messages takes room here:
                 # it is fetched when at most one other has to be merged before it.
                 turns.wait(rank, ahead=len(tasks) if reply.payload and reply.payload.via == "store" else 1)
@@ -164,35 +201,26 @@ class Rounds:
                 if isinstance(update, str):
                     self._refuse(task, update)
                 else:
-                    merge.add(update)
-                    self._refused.pop(rank, None)
-                    task.stages.end("merging")
+                    self._add(merge, task, update)
             finally:
                 turns.done(rank)
 
         in_parallel(train, tasks)
         self._ahead.clear()
-        stages.end("train")
+        return tasks
 
-        failures: FitFailures = [(task.client, refusal(task.refused)) for task in tasks if task.refused]
-        state, metrics = strategy.end_fit(server_round, merge, failures) if tasks else (None, {})
-        # Only now: ranks with the same result share one payload.
-        self._drop_payloads(tasks)
-        if state is not None:
-            self._state.put(encode(state))
-        central = self._evaluate_centrally(server_round)
-        stages.end("merge")
-        good = [task for task in tasks if not task.refused]
-        clients = {
-            str(task.rank): {**_row(task.reply), "bytes": task.update_bytes, "stages": task.stages.seconds}
-            for task in good
-        }
-        return {
-            "train": _mean(good) | {**metrics}, "evaluate": {}, "clients": clients, "asked": len(tasks),
-            "accepted": len(good), "merged": state is not None,
-            "refused": {str(task.rank): task.refused for task in tasks if task.refused},
-            **strategy.line_entries(), **central,
-        }  # fmt: skip
+    def _await_training(self, task: Task) -> None:
+        """Ask until there is an answer, unless it came along with the evaluation of the round before."""
+        ahead = self._ahead.pop(task.rank, None)
+        task.reply = ahead or task.until_done()
+        task.stages.end("hand-off", waiting=task.waited_s, training=task.reply.seconds)
+        if not task.reply.failure:
+            self.observer.answered(task.rank, None)
+
+    def _add(self, merge: Merge, task: Task, update: Update) -> None:
+        merge.add(update)
+        self._refused.pop(task.rank, None)
+        task.stages.end("merging")
 
     def _evaluate(self, server_round: int, stages: Stages, line: Line) -> None:
         """Let the strategy's choice of ranks evaluate the state, and put their results into the line."""
@@ -218,7 +246,7 @@ class Rounds:
                 self._refused.pop(task.rank, None)
                 self.observer.answered(task.rank, None)
 
-        in_parallel(evaluate, tasks)
+        self._run(evaluate, tasks)
         self._drop_payloads(tasks)
         good = [task for task in tasks if not task.refused]
         results = [(task.client, _evaluation(task)) for task in good]
@@ -236,6 +264,18 @@ class Rounds:
                 line["clients"].setdefault(rank, {})["evaluate"] = _row(task.reply)
         ahead_s = max(task.reply.then.held_s if task.reply.then else 0.0 for task in tasks)
         stages.end("evaluate", **({"train ahead": ahead_s} if ahead_s else {}))
+
+    def _run(self, job: Callable[[Task], None], tasks: list[Task]) -> None:
+        """Do a job for every task at the same time."""
+        in_parallel(job, tasks)
+
+    def _client(self, task: Task) -> dict[str, Any]:
+        """Return what the line says of a rank whose update counts."""
+        row = {**_row(task.reply), "bytes": task.update_bytes, "stages": task.stages.seconds}
+        if self._balance:
+            row[WORK_SHARE] = task.request.config[WORK_SHARE]
+            self._balance.note(task.rank, row)
+        return row
 
     def _evaluate_centrally(self, server_round: int) -> dict[str, Any]:
         """Return what the strategy finds when it evaluates the state itself, as ``central``."""
@@ -275,12 +315,15 @@ class Rounds:
             self.writer.wait()
         # With a deadline of its own: one slow rank in training must not cost everybody the evaluation.
         context = self._context(self.settings.round_timeout)
-        extra_bytes = _EXTRA_BYTES + _EXTRA_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
+        extra_bytes = self._extra_bytes()
         tasks = [
             Task(
                 context=context, rank=(rank := int(client.cid)),
-                request=replace(self._request(kind, server_round, ins.config), refused=self._refused.get(rank)),
+                request=replace(
+                    self._request(kind, server_round, ins.config | self._work(rank)), refused=self._refused.get(rank)
+                ),
                 state=self._state.payload_of(ins.parameters), extra_bytes=extra_bytes, client=client,
+                base=self._state.entries, base_round=server_round - (kind == "train"),
             )
             for client, ins in chosen
         ]  # fmt: skip
@@ -288,6 +331,13 @@ class Rounds:
         if tasks:
             self.observer.asked(kind, server_round, self.settings.rounds, [task.rank for task in tasks])
         return tasks
+
+    def _work(self, rank: int) -> dict[str, float]:
+        """Return what a task's configuration says of how much a rank is to do."""
+        return {WORK_SHARE: self._balance.share(rank)} if self._balance else {}
+
+    def _extra_bytes(self) -> int:
+        return _EXTRA_BYTES + _EXTRA_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
 
     def _fetch(self, task: Task, *, retains: bool) -> Update | str:
         """Get an update and check it; returns why it is refused if it is."""
@@ -300,15 +350,15 @@ class Rounds:
             # What has to wait for the others waits in a file, not in memory.
             content = self.run.payloads.map(self.run.payloads.put([content]).digest, own=True)
         task.stages.end("transfer")
-        reply, reference = task.reply, self._state.entries
-        update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, reference)
+        reply = task.reply
+        update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, task.base)
         if isinstance(update, Update) and update.extra and not self.strategy.reads_extra:
             if not self._told_of_extra:
                 log.warning("rank %d sent extra tensors, which no rule reads: %s", task.rank, named(update.extra))
                 self._told_of_extra = True
             update = replace(update, extra={})
         task.stages.end("checking")
-        return update
+        return replace(update, base_round=task.base_round) if isinstance(update, Update) else update
 
     def _refuse(self, task: Task, reason: str) -> None:
         task.refused, rank, kind = reason, task.rank, task.request.kind
@@ -339,86 +389,19 @@ class Rounds:
 
     def _begin(self) -> None:
         """Take up the newest checkpoint, or find a state to start from."""
-        run, strategy, resumed = self.run, self.strategy, self.run.resumed
-        if resumed:
-            self._state.set(run.payload_of(resumed))
-            log.info("run %s goes on after round %d of %d", run.run_id, resumed.server_round, self.settings.rounds)
-            if travels := self._travelling(run.local_entries()):
-                raise UsageError(
-                    f"{travels} stayed with the trainers so far, and the rules keep them there no more; resume with "
-                    "the rules that the run began with, or begin a new run"
-                )
-        else:
-            self._find_initial_state()
-        # With a state that is there already, before anybody is waited for: what is wrong with the rules shows now.
-        rows = strategy.begin_run(self._state.entries, run.local_entries())
-        run.note_split(rows)
-        self.observer.split_resolved(rows)
-        for part, entries, size, rule in rows:
-            fields = event("split", part=part, entries=entries, bytes=size, rule=rule)
-            log.info("split: %s: %d entries, %s bytes, rule %s", part, entries, f"{size:,}", rule, extra=fields)
-        if resumed:
-            if strategy.memory_file in resumed.files:
-                strategy.load_memory(resumed.path(strategy.memory_file))
-            return
-        self.roster.wait_for(self.settings.min_clients)
-        if (given := strategy.initialize_parameters(self.roster)) is not None:
-            log.info("the strategy gave the initial values")
-            self._state.put(given.tensors)
-        self._save(0, {})
-        if found := self._evaluate_centrally(0):
-            log.info("the initial state, evaluated on the server: %s", found)
-
-    def _find_initial_state(self) -> None:
-        """Take the state that the run was given, or a trainer's; note what stays with the trainers."""
-        initial = self.run.initial
-        # Only a trainer knows the types of modules: its answer names what stays at home because of them.
-        if not initial or any(spec.by_type for spec in self.settings.rules):
-            self.roster.wait_for(self.settings.min_clients)
-            self._state.put([self._ask_for_initial_state()])
-        if initial:
-            asked = self._state.payload
-            self._state.put(self._without_local(initial()))
-            self._state.drop([asked.digest] if asked.bytes else [])
-
-    def _without_local(self, chunks: Sequence[Any]) -> list[Any]:
-        """Take what stays with the trainers out of a state, and note what that was."""
-        state, at_home = decode(b"".join(chunks), "the initial state"), self.run.local_entries()
-
-        def stays(name: str) -> bool:
-            return is_local(name, self.settings.local_patterns, lambda name, _: name in at_home)
-
-        check_shared(state, stays)
-        local = {name for name in state if stays(name)}
-        self.run.note_local_entries(describe_state({name: state[name] for name in local}))
-        return encode({name: tensor for name, tensor in state.items() if name not in local})
+        beginning = Beginning(
+            run=self.run, settings=self.settings, strategy=self.strategy, roster=self.roster, observer=self.observer,
+            state=self._state, ask=self._ask_for_initial_state,
+        )  # fmt: skip
+        beginning.take_up()
+        if self.run.resumed is None:
+            self._save(0, {})
+            if found := self._evaluate_centrally(0):
+                log.info("the initial state, evaluated on the server: %s", found)
 
     def _ask_for_initial_state(self) -> Any:
-        failures = []
         request = self._request("initialize", 0, dict(self.settings.train_config))
-        for rank in self.roster.ranks():
-            conversation = Conversation(context=self._context(None), rank=rank, request=request)
-            reply = conversation.until_done()
-            try:
-                content = conversation.fetch(reply)
-                # Another rank is asked if this one's cannot be read.
-                decode(content, "the initial state")
-                described_state(reply.local_entries)
-                if travels := self._travelling(reply.local_entries):
-                    raise RecordError(f"it keeps {travels} at home, which the rules do not")
-            except RecordError as exc:
-                failures.append(f"rank {rank}: {exc}")
-                log.warning("no initial state from %s", failures[-1])
-                continue
-            self.run.note_local_entries(reply.local_entries)
-            log.info("rank %d: gave the initial state (%s bytes)", rank, f"{len(content):,}")
-            return content
-        raise RunFailedError(f"no trainer gave an initial state ({'; '.join(failures)}); see --initial-checkpoint")
-
-    def _travelling(self, local_entries: Iterable[str]) -> str:
-        """Name those of the entries that stayed at home which the rules let travel; empty if there are none."""
-        patterns = self.settings.local_patterns
-        return printable(named(name for name in local_entries if not is_local(name, patterns, lambda *_: True)))
+        return ask_for_initial_state(self._context(None), request, self.run)
 
 
 def _mean(tasks: Sequence[Task]) -> dict[str, float]:

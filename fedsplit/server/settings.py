@@ -8,6 +8,7 @@ This module imports neither torch nor Flower, so that a wrong flag is told of at
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,12 +20,15 @@ from msgspec import ValidationError, convert
 
 from fedsplit.aggregation.grammar import parse_call
 from fedsplit.aggregation.spec import RuleSpec, parse_rules
+from fedsplit.aggregation.staleness import parse_staleness
 from fedsplit.cli import key_scalar
 from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 
 _REPEATABLE = ("aggregate", "tracker", "train_config")
-_ABSENT: dict[str, Scalar] = {"initial_checkpoint": "", "round_timeout": 0, "strategy": ""}
+_ABSENT: dict[str, Scalar] = {
+    "initial_checkpoint": "", "round_timeout": 0, "strategy": "", "buffer": 0, "merge_after": 0, "max_staleness": -1,
+}  # fmt: skip
 # What a Flower strategy decides itself, so that a flag beside --strategy would say nothing.
 _OF_THE_RULES = ("aggregate", "fraction_train", "min_results")
 
@@ -50,6 +54,14 @@ class ServerSettings:
     payload_store: str = "auto"
     seed: int = 0
     tracker: tuple[str, ...] = ()
+    balance: bool = False
+    # Asynchronous rounds: a merge after so many updates, or a round that ends with the first so many.
+    buffer: int | None = None
+    merge_after: int | None = None
+    max_staleness: int | None = None
+    staleness: str = "polynomial:0.5"
+    mix_states: bool = False
+    server_lr: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "min_clients", "min_results"):
@@ -71,6 +83,38 @@ class ServerSettings:
                     "updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
                 )
         _ = self.rules
+        self._check_asynchronous()
+
+    def _check_asynchronous(self) -> None:
+        parse_staleness(self.staleness)
+        if not self.is_asynchronous:
+            names = ("max_staleness", "staleness", "mix_states", "server_lr")
+            if alone := [name for name in names if getattr(self, name) != getattr(ServerSettings, name)]:
+                raise UsageError(f"--{_key(alone[0])} is for asynchronous rounds: give --buffer or --merge-after too")
+            return
+        if self.buffer is not None and self.merge_after is not None:
+            raise UsageError("--buffer and --merge-after exclude each other: each says when updates are merged")
+        flag, size = ("buffer", self.buffer) if self.buffer is not None else ("merge-after", self.merge_after or 0)
+        if size < 1:
+            raise UsageError(f"--{flag} must be at least 1, not {size}")
+        if size < self.min_results:
+            raise UsageError(f"--{flag} {size} merges fewer updates than --min-results {self.min_results} asks for")
+        if self.max_staleness is not None and self.max_staleness < 0:
+            raise UsageError(f"--max-staleness must be 0 or more, not {self.max_staleness}")
+        if not 0 < self.server_lr < math.inf:
+            raise UsageError(f"--server-lr must be above 0, not {self.server_lr}")
+        if self.mix_states and self.buffer is None:
+            raise UsageError("--mix-states goes with --buffer only")
+        if self.strategy is not None:
+            raise UsageError(
+                f"--strategy cannot go with --{flag}: a Flower strategy chooses its clients for a round and merges "
+                "what they sent at its end; take a rule, as --aggregate 'flower.FedAdam(eta=0.01)'"
+            )
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether updates are merged that started from an older state."""
+        return self.buffer is not None or self.merge_after is not None
 
     @cached_property
     def rules(self) -> tuple[RuleSpec, ...]:
@@ -115,7 +159,7 @@ def _read(name: str, kind: Any, value: Any) -> Any:
         if name in _REPEATABLE:
             texts = [text.strip() for text in convert(value, str).split(";") if text.strip()]
             return tuple(map(key_scalar, texts) if name == "train_config" else texts)
-        return None if name in _ABSENT and not value else convert(value, kind, dec_hook=_path)
+        return None if name in _ABSENT and value == _ABSENT[name] else convert(value, kind, dec_hook=_path)
     except (ValidationError, ArgumentTypeError) as exc:
         raise UsageError(f"run config: {_key(name)}: {exc}; found {value!r}") from exc
 

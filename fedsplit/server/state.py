@@ -33,7 +33,7 @@ class GlobalState:
         before, self.payload = self.payload.digest, payload
         if self._remote and before != payload.digest:
             self._remote.give(payload.path, payload.digest)
-            if before:
+            if before and before not in self._store.kept:
                 self._remote.drop(before)
         content: Any = self._store.map(payload.digest, own=True)
         self.entries, _ = separate(decode(content, "the global state"))
@@ -55,6 +55,8 @@ class GlobalState:
     def drop(self, digests: Iterable[str]) -> None:
         """Remove payloads that nobody needs any more; never the state itself."""
         for digest in set(digests) - {self.payload.digest}:
+            if digest in self._store.kept:
+                continue
             self._store.drop(digest)
             if self._remote:
                 self._remote.drop(digest)

@@ -82,6 +82,11 @@ class StreamingStrategy(FlowerStrategy):
         """Whether the extra tensors of an update are of use."""
         return False
 
+    @property
+    def min_updates(self) -> int:
+        """With fewer updates in a merge than this, the state stays as it was."""
+        return 1
+
     @abstractmethod
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
         """Get to know the state, and the entries that stay with the clients (without data); returns the resolved split.
@@ -205,6 +210,10 @@ class Strategy(StreamingStrategy):
     def reads_extra(self) -> bool:
         return self.split.reads_extra
 
+    @property
+    def min_updates(self) -> int:
+        return max(self.settings.min_results, self.split.min_updates)
+
     def start_fit(self, server_round: int) -> RoundMerger:
         return self.split.start_round(
             server_round=server_round, total_rounds=self.settings.rounds, previous=self._reference,
@@ -214,7 +223,7 @@ class Strategy(StreamingStrategy):
         )  # fmt: skip
 
     def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:
-        needed = max(self.settings.min_results, self.split.min_updates)
+        needed = self.min_updates
         if merge.count >= needed:
             merged = merge.finish()
             self._rank_extra = {str(rank): own for rank, own in merge.rank_extra.items() if own}

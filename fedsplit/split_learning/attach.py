@@ -63,5 +63,12 @@ def _check(settings: ServerSettings, mode: str, engine: str) -> None:
             f"--split-learning works with --engine embedded only: on a {engine} each message takes seconds, and every "
             "batch needs several"
         )
+    if settings.balance:
+        raise UsageError("--split-learning cannot go with --balance: all ranks train the upper part batch by batch")
+    if settings.is_asynchronous:
+        raise UsageError(
+            "--split-learning cannot go with --buffer or --merge-after: the upper part is trained step by step with "
+            "the ranks, so there is no update of a single rank that could be late"
+        )
     if settings.payload_store not in ("auto", "none"):
         raise UsageError("--split-learning works with --payload-store auto or none; a URL is not supported yet")

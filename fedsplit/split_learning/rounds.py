@@ -200,7 +200,8 @@ class SplitRounds(Rounds):
         return [
             SplitTask(
                 context=task.context, rank=task.rank, request=replace(task.request, step=0), state=lower,
-                client=task.client, steps=self._steps, decode_result=self._by_owner,
+                client=task.client, base=task.base, base_round=task.base_round, steps=self._steps,
+                decode_result=self._by_owner,
             )
             for task in tasks
         ]  # fmt: skip

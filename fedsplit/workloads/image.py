@@ -14,6 +14,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from fedsplit.errors import UsageError, WorkloadError
+from fedsplit.exchange.work import steps_to_do
 from fedsplit.trainer.trainer import Task
 from fedsplit.workloads import EvaluateResult, OptionReader, TrainResult, WorkloadContext
 from fedsplit.workloads.partition import partition, read_alpha
@@ -111,7 +113,7 @@ class ImageWorkload:
         self._generator = torch.Generator().manual_seed(int(rank_seed >> 1))
 
     def train(self, task: Task) -> TrainResult:
-        """Train for the settings' epochs, fewer if the task should stop.
+        """Train for the settings' epochs, or the share of them that ``--balance`` asks for; less if the task stops.
 
         `task.config` may change epochs, batch-size, lr and proximal for this round. `num_examples` counts the different
         examples that were trained on, the metrics are means over every example seen: the cross entropy before each
@@ -123,8 +125,9 @@ class ImageWorkload:
             group.update(lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
         self.model.train()
         batches = torch.split(self._train_indices, settings.batch_size)
-        tally = _Tally(len(batches) * settings.epochs, settings.epochs, self.on_batch)
-        for batch in self._epochs(settings):
+        steps = steps_to_do(task.config, len(batches) * settings.epochs)
+        tally = _Tally(steps, settings.epochs, self.on_batch)
+        for batch in islice(self._epochs(settings), steps):
             if task.should_stop():
                 break
             self._step(batch, settings.proximal, anchor, tally)
