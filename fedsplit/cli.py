@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -101,6 +102,11 @@ def positive_int(text: str) -> int:
 def natural(text: str) -> int:
     """A whole number of at least 0."""
     return _number(text, int, lambda value: value >= 0, "0 or a positive integer")
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def seconds(text: str) -> float:

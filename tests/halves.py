@@ -142,7 +142,7 @@ class Halves:
         places: list[int | str] = [*range(1, self.ranks + 1), "upper"]
         threads = [threading.Thread(target=self._train, args=(place,), daemon=True) for place in places]
         with ExitStack() as stack:
-            upper = UpperHalf(settings, self.mode, self.directory / "exchange", EMBEDDED.name)
+            upper = UpperHalf(settings, self.mode, self.directory / "exchange")
             server = stack.enter_context(open_server(settings, EMBEDDED, upper=upper))
             for rank in range(1, self.ranks + 1):
                 exchange = Exchange(self.directory / "exchange", rank)

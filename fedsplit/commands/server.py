@@ -29,7 +29,6 @@ from fedsplit.watch.rounds import value
 if TYPE_CHECKING:
     from fedsplit.server.settings import ServerSettings
     from fedsplit.split_learning.attach import UpperHalf
-    from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
 
@@ -135,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         engine.name, join_token_file=arguments.join_token_file, keys=arguments.supernode_public_key,
         keys_flag="--supernode-public-key",
     )  # fmt: skip
-    upper = _upper_half(arguments, settings, engine)
+    upper = _upper_half(arguments, settings)
     live = arguments.log_format == "text" and not arguments.verbose
     with (
         embedded.claim_port(arguments.address),
@@ -164,11 +163,11 @@ def read_settings(arguments: argparse.Namespace) -> ServerSettings:
     return ServerSettings(**values)
 
 
-def _upper_half(arguments: argparse.Namespace, settings: ServerSettings, engine: Engine) -> UpperHalf | None:
+def _upper_half(arguments: argparse.Namespace, settings: ServerSettings) -> UpperHalf | None:
     from fedsplit.split_learning.attach import UpperHalf
 
     mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
-    return UpperHalf(settings, mode, exchange_dir, engine.name) if mode else None
+    return UpperHalf(settings, mode, exchange_dir) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

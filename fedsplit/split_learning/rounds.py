@@ -14,11 +14,12 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,10 +36,13 @@ from fedsplit.server.strategy import read_update
 from fedsplit.split_learning.beyond import Beyond, Clock, differs
 from fedsplit.split_learning.order import Order
 from fedsplit.split_learning.upper import END, ERROR, WANTED
-from fedsplit.states.extra import separate
+from fedsplit.states.extra import join, separate
 from fedsplit.states.header import read_header
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import StateDict, decode, encode, named
+from fedsplit.wire.protocol import EMBEDDED
+
+log = logging.getLogger("fedsplit")
 
 _RANKS, _UPPER = ("lower.", "tail."), "upper."
 # A client that says so for ever must not keep a round from its end, nor one that does steps for ever.
@@ -111,9 +115,7 @@ class SplitTask(Task):
     """What one rank is asked for in steps. Killed in between, its trainer does them again, the upper part does not."""
 
     steps: Steps
-    decode_result: Any
-    # Tells why the lower part that a rank came to cannot be the next rank's start.
-    check_lower: Callable[[SplitTask, Reply, StoredPayload], str | None]
+    rounds: SplitRounds
     # The digest of what the rank gave in each step, and the step that came of it.
     _given: list[tuple[str, StoredPayload | None, dict[str, Any]]] = field(default_factory=list)
     _given_bytes: int = 0
@@ -138,14 +140,14 @@ class SplitTask(Task):
             reply = self._walk(first, state)
             if passes_on and not reply.failure:
                 lower = self._stored(reply)
-                if reason := self.check_lower(self, reply, lower):
+                if reason := self.rounds.check_lower(self.rank, reply, lower):
                     raise RecordError(reason)
-                steps.lower = lower
+                steps.lower = self._shared(lower)
         except RecordError as exc:
             reply = Reply(status="error", error={"message": str(exc)})
         finally:
             steps.clock.add("all", time.monotonic() - began)
-            steps.leave(self.rank, self.decode_result, self.context.ends_at, has_failed=reply.failure is not None)
+            steps.leave(self.rank, self.rounds.by_owner, self.context.ends_at, has_failed=reply.failure is not None)
         return reply
 
     def _walk(self, first: Request, state: StoredPayload) -> Reply:
@@ -155,7 +157,10 @@ class SplitTask(Task):
             payload, config = (state, first.config) if at == 0 else self._given[at - 1][1:]
             self.request = replace(first, step=at, config=config)
             self.state = payload  # type: ignore[assignment]
+            asked = time.monotonic()
             reply = self._until_answered()
+            if at and reply.status == "step":
+                self.rounds.note_exchange(time.monotonic() - asked - reply.seconds)
             if reply.status == "again":
                 at, again = 0, again + 1
                 if again > _MOST_AGAIN:
@@ -194,9 +199,7 @@ class SplitTask(Task):
         steps.note(payload, answered.payload)
         if error := answered.numbers.get(ERROR):
             raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
-        if self.context.remote and answered.payload:
-            self.context.remote.give(answered.payload.path, answered.payload.digest)
-        return answered.payload, dict(answered.numbers)
+        return answered.payload and self._shared(answered.payload), dict(answered.numbers)
 
     def _wanted(self, reply: Reply) -> str:
         """Return what the rank wants of the upper part; raises RecordError if that cannot be."""
@@ -222,6 +225,12 @@ class SplitTask(Task):
         read_header(found.path, found.bytes)
         return found
 
+    def _shared(self, payload: StoredPayload) -> StoredPayload:
+        """Bring what a rank will be given to the store at ``--payload-store URL``, if there is one."""
+        if self.context.remote:
+            self.context.remote.give(payload.path, payload.digest)
+        return payload
+
     def _check(self) -> None:
         self.context.check_stop()
         self.context.check_time()
@@ -233,14 +242,17 @@ class SplitRounds(Rounds):
 
     beyond: Beyond
     mode: str
+    _has_noted: bool = False
 
     def _tasks(self, kind: str, server_round: int, chosen: Sequence[Any]) -> list[Task]:
         """Turn a strategy's instructions into tasks that are done in steps."""
         tasks = super()._tasks(kind, server_round, chosen)
         if any(task.state.digest != self._state.payload.digest for task in tasks):
-            raise AggregationError("the strategy gives ranks states of their own, which split learning cannot do yet")
-        lower = self._put(lambda name: name.startswith(_RANKS))
-        upper = self._put(lambda name: name.startswith(_UPPER))
+            raise AggregationError(
+                "the strategy gives ranks states of their own (rank_extra), which split learning cannot do yet"
+            )
+        lower = self._put(join(self._entries(_RANKS), self._state.extra))
+        upper = self._put(self._entries(_UPPER))
         training = kind == "train"
         config = tasks[0].request.config if tasks else {}
         request = replace(self._request(kind, server_round, config), step=0, split=())
@@ -257,7 +269,7 @@ class SplitRounds(Rounds):
         return [
             SplitTask(
                 context=task.context, rank=task.rank, request=replace(task.request, step=0), state=lower,
-                client=task.client, steps=self._steps, decode_result=self._by_owner, check_lower=self._check_lower,
+                client=task.client, steps=self._steps, rounds=self,
             )
             for task in tasks
         ]  # fmt: skip
@@ -292,23 +304,33 @@ class SplitRounds(Rounds):
                 content = self.run.payloads.map(steps.lower.digest, own=True)
             if (upper := uppers.get(steps.owner(task.rank))) is None:
                 raise RecordError("it did no step with the upper part")
-            state = separate(decode(content, f"the update of rank {task.rank}"))[0] | upper
+            state, extra = separate(decode(content, f"the update of rank {task.rank}"))
         except RecordError as exc:
             return str(exc)
         task.update_bytes = len(content)
-        update = Update(rank=task.rank, state_dict=state, num_examples=reply.num_examples, metrics=reply.shown_metrics)
+        update = Update(rank=task.rank, state_dict=state | upper, num_examples=reply.num_examples,
+                        metrics=reply.shown_metrics, extra=extra)  # fmt: skip
         refused = check_update(update, self._state.entries)
         task.stages.end("checking")
-        return refused or update
+        return refused or self._with_extra_that_is_read(update)
 
-    def _check_lower(self, task: SplitTask, reply: Reply, lower: StoredPayload) -> str | None:
+    def note_exchange(self, seconds: float) -> None:
+        """Say once what a batch costs besides its computation, where the engine makes that much."""
+        if self.engine.name != EMBEDDED.name and not self._has_noted:
+            self._has_noted = True
+            log.warning(
+                "on a %s each batch takes %.1f s for its messages, which --engine embedded does in milliseconds",
+                self.engine.name, seconds,
+            )  # fmt: skip
+
+    def check_lower(self, rank: int, reply: Reply, lower: StoredPayload) -> str | None:
         """Return why a lower part cannot go on to the next rank, or None: it could not load it, or make sense of it."""
-        entries = self._state.entries
-        reference = {name: entries[name] for name in entries if name.startswith(_RANKS)}
-        found = read_update(
-            task.rank, self.run.payloads.map(lower.digest), reply.num_examples, reply.shown_metrics, reference
-        )
-        return found if isinstance(found, str) else None
+        content, reference = self.run.payloads.map(lower.digest), self._entries(_RANKS)
+        found = read_update(rank, content, reply.num_examples, reply.shown_metrics, reference)
+        if isinstance(found, str):
+            return found
+        # They would become what the next rank is given of the server's rules.
+        return f"extra tensors {named(found.extra)}, which sequential has no place for" if found.extra else None
 
     def _drop_payloads(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
@@ -348,11 +370,16 @@ class SplitRounds(Rounds):
         self._state.drop([payload.digest])
         return content
 
-    def _put(self, wanted: Any) -> StoredPayload:
-        entries = self._state.entries
-        return self.run.payloads.put(encode({name: entries[name] for name in entries if wanted(name)}))
+    def _entries(self, prefix: str | tuple[str, ...]) -> StateDict:
+        return {name: tensor for name, tensor in self._state.entries.items() if name.startswith(prefix)}
 
-    def _by_owner(self, payload: StoredPayload | None) -> dict[int, StateDict]:
+    def _put(self, state: StateDict) -> StoredPayload:
+        payload = self.run.payloads.put(encode(state))
+        if self.remote:
+            self.remote.give(payload.path, payload.digest)
+        return payload
+
+    def by_owner(self, payload: StoredPayload | None) -> dict[int, StateDict]:
         """Read what the trainer of the upper part came to: each owner's entries, under ``<owner>/<name>``."""
         if payload is None:
             raise RecordError("the trainer of the upper part gave no state")
