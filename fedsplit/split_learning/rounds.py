@@ -190,6 +190,7 @@ class SplitTask(Task):
             )
         with steps.clock.measure("turn"):
             steps.order.wait(rank, self._check)
+        self._check()
         with steps.clock.measure("upper and its hand-off"):
             answered = steps.beyond.step(payload, {"what": what, "owner": steps.owner(rank)}, self.context.ends_at)
         steps.clock.add("upper", answered.seconds)
