@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ class SixPrograms(Programs):
 
     mode: str = "sfl-v1"
     tail: str | None = None
+    options: dict[str, str] = field(default_factory=lambda: {"epochs": "1"})
 
     @property
     def names(self) -> list[str]:
@@ -35,18 +36,22 @@ class SixPrograms(Programs):
         """Return what all of it must come to: plain loops over the whole model."""
         end = ENDS[self.tail] if self.tail else None
         found = unsplit(self.mode, ranks=self.ranks, rounds=rounds, cut=ENDS[CUT], tail=end, make=self._workload)
-        return dict(zip(_digits(1).model.state_dict(), found.values(), strict=True))
+        return dict(zip(self._digits(1).model.state_dict(), found.values(), strict=True))
+
+    def _digits(self, rank: int) -> Any:
+        context = WorkloadContext(rank=rank, num_partitions=self.ranks, options=self.options)
+        return create_workload("digits", context)
 
     def _workload(self, rank: int) -> Any:
         """Make the workload of a rank, its model as one chain."""
-        workload = _digits(rank, self.ranks)
+        workload = self._digits(rank)
         parts = parts_of(workload, CUT, None)
         workload.model = nn.Sequential(*parts.lower._links, *parts.upper._links)  # type: ignore[arg-type]
         return workload
 
     def command(self, name: str) -> list[str]:
-        cut = ["--cut", CUT, "--workload-option", "epochs=1"]
-        cut += ["--tail", self.tail] if self.tail else []
+        cut = ["--cut", CUT, *(["--tail", self.tail] if self.tail else [])]
+        cut += [text for option in self.options.items() for text in ("--workload-option", "=".join(option))]
         if name == "upper":
             return [
                 sys.executable, str(ROOT / "model_main.py"), "--part", "upper", "--exchange-dir", str(self.exchange),
@@ -56,7 +61,3 @@ class SixPrograms(Programs):
         if name == "server":
             return [*command, "--split-learning", self.mode, "--exchange-dir", str(self.exchange)]
         return [*command, *cut] if name.startswith("model") else command
-
-
-def _digits(rank: int, ranks: int = 1) -> Any:
-    return create_workload("digits", WorkloadContext(rank=rank, num_partitions=ranks, options={"epochs": "1"}))

@@ -159,7 +159,7 @@ class SplitTask(Task):
             self.state = payload  # type: ignore[assignment]
             asked = time.monotonic()
             reply = self._until_answered()
-            if at and reply.status == "step":
+            if at and not reply.failure:
                 self.rounds.note_exchange(time.monotonic() - asked - reply.seconds)
             if reply.status == "again":
                 at, again = 0, again + 1
