@@ -159,8 +159,8 @@ class SplitTask(Task):
             self.state = payload  # type: ignore[assignment]
             asked = time.monotonic()
             reply = self._until_answered()
-            if at and not reply.failure:
-                self.rounds.note_exchange(time.monotonic() - asked - reply.seconds)
+            if at == 0 and reply.status == "step":
+                self.rounds.note_exchange(time.monotonic() - asked - reply.seconds - self.waited_s)
             if reply.status == "again":
                 at, again = 0, again + 1
                 if again > _MOST_AGAIN:
