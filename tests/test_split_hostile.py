@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import TaskOverError
 from fedsplit.split_learning import rounds as split_rounds
 from fedsplit.trainer.trainer import Trainer
@@ -134,13 +135,17 @@ LIES: list[tuple[Callable[..., list[bytes]], bool, str]] = [
     each if each[0] in (garbage, longer) else pytest.param(*each, marks=pytest.mark.slow) for each in LIES
 ])  # fmt: skip
 def test_a_client_that_lies_about_a_step_costs_its_rank_the_round(
-    lie: Callable[..., list[bytes]], by_reference: bool, says: str, tmp_path: Path
+    lie: Callable[..., list[bytes]], by_reference: bool, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    left: set[str] = set()
+    monkeypatch.setattr(PayloadStore, "clear", lambda self: left.update(path.name for path in self.root.iterdir()))
     liar = type("Liar", (Hostile,), {"make": staticmethod(lie)})
     halves = Halves(tmp_path, "sfl-v2", rounds=1, by_reference=by_reference, clients={2: liar})
     found = halves.run()
     assert list(halves.history[0]["refused"]) == ["2"] and says in halves.history[0]["refused"]["2"]
     same(found, unsplit("sfl-v2", ranks=1, rounds=1))
+    # The state, and nothing of what was refused; but who sees the store can put there what he then does not name.
+    assert len(left) == 1 + (lie is nowhere)
 
 
 def test_steps_are_bounded_in_number_and_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

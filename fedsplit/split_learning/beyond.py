@@ -93,6 +93,10 @@ class Beyond:
             self._request, self._steps, self._failure = request, [], None
             self._state = state
 
+    def answers(self) -> set[str]:
+        """Return the digests of what the task's steps gave, whether or not anybody waited for it."""
+        return {step.digest for step in self._steps if step.digest}
+
     def step(
         self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf
     ) -> Answered:  # fmt: skip

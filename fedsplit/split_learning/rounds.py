@@ -85,7 +85,6 @@ class Steps:
             self.count += 1
             self.bytes_up += given.bytes
             self.bytes_down += taken.bytes if taken else 0
-            self.payloads |= {each.digest for each in (given, taken) if each}
 
     def leave(self, rank: int, decode_result: Any, until: float, *, has_failed: bool) -> None:
         """Note that a rank is done; after the last one the upper part is asked for what it came to, if any rank was."""
@@ -222,6 +221,8 @@ class SplitTask(Task):
             found = StoredPayload(digest=payload.digest, bytes=payload.bytes, path=store.path(payload.digest))
         else:
             found = store.put([self.fetch(reply)])
+        # Also what is refused now has to go in the end.
+        self.steps.payloads.add(found.digest)
         # What the upper part's exchange would not take must not end the round for everybody.
         read_header(found.path, found.bytes)
         return found
@@ -337,7 +338,7 @@ class SplitRounds(Rounds):
         for task in tasks:
             task.state = self._steps.lower
         super()._drop_payloads(tasks)
-        self._state.drop(self._steps.payloads)
+        self._state.drop(self._steps.payloads | self.beyond.answers())
 
     # -- the beginning -------------------------------------------------------------------------------------------------
 
@@ -384,7 +385,6 @@ class SplitRounds(Rounds):
         """Read what the trainer of the upper part came to: each owner's entries, under ``<owner>/<name>``."""
         if payload is None:
             raise RecordError("the trainer of the upper part gave no state")
-        self._steps.payloads.add(payload.digest)
         found: dict[int, StateDict] = {}
         for name, tensor in decode(self.run.payloads.map(payload.digest), "the upper part").items():
             owner, _, own_name = name.partition("/")
