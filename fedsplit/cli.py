@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -101,14 +102,14 @@ def natural(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "0 or a positive integer")
 
 
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
 def seconds(text: str) -> float:
     """Seconds, more than 0."""
     return _number(text, float, lambda value: value > 0, "a number of seconds above 0")
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
 def _number(text: str, kind: Callable[[str], N], is_allowed: Callable[[N], bool], expected: str) -> N:

@@ -1,7 +1,10 @@
-"""Kills and stops the five programs at moments drawn by a seed, starts each again as a user would, and compares.
+"""Kills and stops the programs at moments drawn by a seed, starts each again as a user would, and compares.
 
     python -m tests.chaos --faults 100 --seed 1
     python -m tests.chaos --faults 60 --buffer 1
+    python -m tests.chaos --faults 60 --split-learning sfl-v2 --tail classifier.2
+
+With ``--split-learning`` there is a sixth: the trainer of the upper part.
 
 A fault is a SIGKILL of one program, of two to five at the same instant, or a SIGSTOP with a SIGCONT some seconds later;
 every other of these catches the program while it holds the lock of the hand-off.
@@ -34,10 +37,13 @@ import torch
 from fedsplit.aggregation.numeric import moved
 from fedsplit.disk.digest import bytes_digest
 from fedsplit.run.journal import read_journal
+from fedsplit.split_learning.order import MODES
 from fedsplit.states.state_dict import StateDict, encode, map_file
 from fedsplit.workloads import WorkloadContext, create_workload
+from tests.halves import whole
 from tests.programs import Programs, programs
 from tests.reference import federated_averaging, mean
+from tests.six_programs import SixPrograms
 
 # How long a program is left alone after one was killed; starting one takes seconds, a round a fraction of one.
 SHORTEST_PAUSE_S = 0.05
@@ -126,8 +132,9 @@ def disturb(federation: Programs, *, faults: int, seed: int, timeout_s: float) -
 def _stop(federation: Programs, name: str, *, with_lock: bool) -> bool:
     """Stop a program, while it holds the lock of a hand-off if that is wanted; tells whether it does."""
     process = federation.processes[name]
-    tries_end = time.monotonic() + (CATCH_S if with_lock and name != "server" else 0.0)
-    lock = federation.exchange / f"rank-{name.partition('-')[2]}" / "handoff.lock"
+    place = federation.place(name)
+    tries_end = time.monotonic() + (CATCH_S if with_lock and place else 0.0)
+    lock = federation.exchange / place / "handoff.lock"
     while True:
         process.send_signal(signal.SIGSTOP)
         # A signal to a busy process takes effect a little later: until then it may still let go of the lock.
@@ -171,12 +178,17 @@ def check(federation: Programs, *, rounds: int, seed: int = 0) -> None:
     """Compare with plain loops; raises AssertionError."""
     assert [line["round"] for line in federation.history()] == list(range(1, rounds + 1))
     torch.set_num_threads(1)
-
-    def make_workload(rank: int) -> object:
-        return create_workload("digits", WorkloadContext(rank=rank, num_partitions=federation.ranks, seed=seed))
-
-    expected = federated_averaging(make_workload, ranks=federation.ranks, rounds=rounds)
     found = map_file(federation.final_state())
+    if isinstance(federation, SixPrograms):
+        expected, found = federation.unsplit(rounds), whole(found)
+    else:
+        expected = federated_averaging(
+            lambda rank: create_workload(
+                "digits", WorkloadContext(rank=rank, num_partitions=federation.ranks, seed=seed)
+            ),
+            ranks=federation.ranks, rounds=rounds,
+        )  # fmt: skip
+    assert set(found) == set(expected)
     assert json.loads((federation.final_state().parent / "manifest.json").read_bytes())["round"] == rounds
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
     assert not different, f"these entries are not what an undisturbed run gives: {different}"
@@ -220,11 +232,11 @@ def digest(state: StateDict) -> str:
     return bytes_digest(b"".join(encode(state)))
 
 
-def run_chaos(directory: Path, *, faults: int, seed: int, rounds: int, exchange_dir: Path | None = None,
-              timeout_s: float = 3000.0, buffer: int | None = None) -> Outcome:  # fmt: skip
+def run_chaos(directory: Path, kind: type[Programs] = Programs, *, faults: int, seed: int, rounds: int,
+              timeout_s: float = 3000.0, buffer: int | None = None, **settings: object) -> Outcome:  # fmt: skip
     """Disturb a federation in a directory and check what it came to."""
     flags = ("--rounds", str(rounds), *(("--buffer", str(buffer)) if buffer else ()))
-    with programs(directory, server_flags=flags, exchange_dir=exchange_dir) as federation:
+    with programs(directory, kind, server_flags=flags, **settings) as federation:
         outcome = disturb(federation, faults=faults, seed=seed, timeout_s=timeout_s)
         (check_journal if buffer else check)(federation, rounds=rounds)
     return outcome
@@ -239,18 +251,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--buffer", type=int, help="asynchronous rounds that merge so many updates (default: none)")
     parser.add_argument("--rounds", type=int, help="rounds (default: enough for the faults)")
+    parser.add_argument("--split-learning", choices=MODES, help="cut the model (default: it is whole)")
+    parser.add_argument("--tail", help="cut it a second time after this module: U-shaped")
     arguments = parser.parse_args()
     faults = -(-arguments.faults // 2)
     # A merge of one update is half a round of two ranks.
     rounds = arguments.rounds or (25 if arguments.buffer else 10) * faults
+    kind: type[Programs] = SixPrograms if arguments.split_learning else Programs
+    settings = {"mode": arguments.split_learning, "tail": arguments.tail} if arguments.split_learning else {}
     for seed, place in enumerate(("/dev/shm", None), start=arguments.seed):
         directory = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-"))
         exchange = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-", dir=place)) if place else None
-        outcome = run_chaos(directory, faults=faults, seed=seed, rounds=rounds, exchange_dir=exchange,
-                            buffer=arguments.buffer)  # fmt: skip
+        outcome = run_chaos(directory, kind, faults=faults, seed=seed, rounds=rounds, exchange_dir=exchange,
+                            buffer=arguments.buffer, **settings)  # fmt: skip
         made = (
-            f"{outcome.kills.total()} kills ({dict(outcome.at_once)} by how many at once), "
-            f"{outcome.stops.total()} stops ({outcome.stops_with_lock} with the lock) over {rounds} rounds"
+            f"{outcome.kills.total()} kills ({dict(outcome.kills)}, {dict(outcome.at_once)} by how many at once), "
+            f"{outcome.stops.total()} stops ({dict(outcome.stops)}, {outcome.stops_with_lock} with the lock) "
+            f"over {rounds} rounds"
         )
         result = "every merge as the journal says, bit for bit" if arguments.buffer else (
             "every round once, final state bit for bit as undisturbed"

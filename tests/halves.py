@@ -22,12 +22,14 @@ from flwr.server.client_proxy import ClientProxy
 from torch import nn
 
 from fedsplit.client.relay import Relay
+from fedsplit.disk.remote_store import open_remote
 from fedsplit.engines.assembly import open_server
 from fedsplit.exchange.directory import Exchange
 from fedsplit.server.settings import ServerSettings
 from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.split_learning.cut import Parts, parts_of
 from fedsplit.split_learning.lower import LowerPart
+from fedsplit.split_learning.noise import CutNoise
 from fedsplit.split_learning.upper import run_upper
 from fedsplit.states.state_dict import map_file
 from fedsplit.trainer.progress import Progress
@@ -89,21 +91,24 @@ class Local(ClientProxy):
         self._relay, self._said = relay, said
 
     def get_properties(self, ins: Any, *_: object) -> Any:
-        return self._relay.get_properties(ins)
+        return self._say(self._relay.get_properties(ins))
 
     def get_parameters(self, ins: Any, *_: object) -> Any:
-        return self._relay.get_parameters(ins)
+        return self._say(self._relay.get_parameters(ins))
 
     def fit(self, ins: Any, *_: object) -> Any:
-        answer = self._relay.fit(ins)
-        self._said += [*answer.parameters.tensors, str(answer.metrics).encode()]
-        return answer
+        return self._say(self._relay.fit(ins))
 
     def evaluate(self, ins: Any, *_: object) -> Any:
-        return self._relay.evaluate(ins)
+        return self._say(self._relay.evaluate(ins))
 
     def reconnect(self, *_: object) -> Any:
         return None
+
+    def _say(self, answer: Any) -> Any:
+        fields = {name: value for name, value in vars(answer).items() if name != "parameters"}
+        self._said += [*(answer.parameters.tensors if hasattr(answer, "parameters") else []), repr(fields).encode()]
+        return answer
 
 
 class KilledError(BaseException):
@@ -125,6 +130,9 @@ class Halves:
     kills: set[tuple[int | str, int]] = field(default_factory=set)
     errors: list[BaseException] = field(default_factory=list)
     by_reference: bool = True
+    # The client of a rank, where it is not an honest one.
+    clients: dict[int, type[Local]] = field(default_factory=dict)
+    noise: float | None = None
     whole_model: bool = False
     dtype: torch.dtype | None = None
     # What runs at a rank instead of `LowerPart`: a script of one's own.
@@ -142,13 +150,16 @@ class Halves:
         places: list[int | str] = [*range(1, self.ranks + 1), "upper"]
         threads = [threading.Thread(target=self._train, args=(place,), daemon=True) for place in places]
         with ExitStack() as stack:
-            upper = UpperHalf(settings, self.mode, self.directory / "exchange", EMBEDDED.name)
+            upper = UpperHalf(settings, self.mode, self.directory / "exchange")
             server = stack.enter_context(open_server(settings, EMBEDDED, upper=upper))
             for rank in range(1, self.ranks + 1):
                 exchange = Exchange(self.directory / "exchange", rank)
                 stack.enter_context(exchange.hold("client"))
-                relay = Relay(exchange, trainer_wait_s=BOUND_S, use_store=self.by_reference)
-                server.client_manager().register(Local(relay, rank, self.said))
+                relay = Relay(
+                    exchange, trainer_wait_s=BOUND_S, use_store=self.by_reference,
+                    remote=open_remote(settings.payload_store),
+                )  # fmt: skip
+                server.client_manager().register(self.clients.get(rank, Local)(relay, rank, self.said))
             for thread in threads:
                 thread.start()
             serving = threading.Thread(target=server.fit, args=(self.rounds, None), daemon=True)
@@ -193,7 +204,9 @@ class Halves:
             elif self.whole_model:
                 model, run = workload.model, partial(run_workload, workload=workload)
             else:
-                lower = LowerPart(workload, parts, WorkloadContext(rank=rank, num_partitions=self.ranks), self.dtype)
+                noise = CutNoise(self.noise, b"secret") if self.noise else None
+                context = WorkloadContext(rank=rank, num_partitions=self.ranks)
+                lower = LowerPart(workload, parts, context, self.dtype, noise)
                 model, run = lower.model, partial(run_workload, workload=lower)
         trainer = Trainer(
             place, model, exchange_dir=self.directory / "exchange", checkpoint_dir=self.directory / "checkpoints"

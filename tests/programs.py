@@ -51,6 +51,11 @@ class Programs:
     def exchange(self) -> Path:
         return self.exchange_dir or self.directory / "exchange"
 
+    def place(self, name: str) -> str:
+        """Return in which place of the exchange a program takes part; none for the server."""
+        rank = name.partition("-")[2]
+        return f"rank-{rank}" if rank else ""
+
     @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from torch import nn
+
+from fedsplit.split_learning.cut import parts_of
+from fedsplit.workloads import WorkloadContext, create_workload
+from tests.halves import State, unsplit
 from tests.programs import ROOT, Programs
+
+# After which modules it is cut, and how many are in front of that.
+CUT, TAIL, ENDS = "features.2", "classifier.2", {"features.2": 3, "classifier.2": 9}
 
 
 @dataclass
@@ -13,13 +22,36 @@ class SixPrograms(Programs):
     """A federation on the digits, cut after ``features.2``."""
 
     mode: str = "sfl-v1"
+    tail: str | None = None
+    options: dict[str, str] = field(default_factory=lambda: {"epochs": "1"})
 
     @property
     def names(self) -> list[str]:
         return [*super().names, "upper"]
 
+    def place(self, name: str) -> str:
+        return super().place(name) or "upper"
+
+    def unsplit(self, rounds: int) -> State:
+        """Return what all of it must come to: plain loops over the whole model."""
+        end = ENDS[self.tail] if self.tail else None
+        found = unsplit(self.mode, ranks=self.ranks, rounds=rounds, cut=ENDS[CUT], tail=end, make=self._workload)
+        return dict(zip(self._digits(1).model.state_dict(), found.values(), strict=True))
+
+    def _digits(self, rank: int) -> Any:
+        context = WorkloadContext(rank=rank, num_partitions=self.ranks, options=self.options)
+        return create_workload("digits", context)
+
+    def _workload(self, rank: int) -> Any:
+        """Make the workload of a rank, its model as one chain."""
+        workload = self._digits(rank)
+        parts = parts_of(workload, CUT, None)
+        workload.model = nn.Sequential(*parts.lower._links, *parts.upper._links)  # type: ignore[arg-type]
+        return workload
+
     def command(self, name: str) -> list[str]:
-        cut = ["--cut", "features.2", "--workload-option", "epochs=1"]
+        cut = ["--cut", CUT, *(["--tail", self.tail] if self.tail else [])]
+        cut += [text for option in self.options.items() for text in ("--workload-option", "=".join(option))]
         if name == "upper":
             return [
                 sys.executable, str(ROOT / "model_main.py"), "--part", "upper", "--exchange-dir", str(self.exchange),

@@ -46,6 +46,12 @@ TESTS = {
         "test_hostile_client.py::test_nothing_passes_the_gate_but_what_has_the_form_of_an_answer",
         "test_hostile_nodes.py::test_the_honest_nodes_of_a_server_app_finish_every_round_with_the_same_bits",
     ],
+    "where the model is cut, hand over activations that are no payload": [
+        "test_split_hostile.py::test_wrong_numbers_leave_no_trace_in_the_part_that_all_share",
+        "test_split_hostile.py::test_a_client_that_lies_about_a_step_costs_its_rank_the_round",
+        "test_split_hostile.py::test_steps_are_bounded_in_number_and_all_together",
+    ],
+    "where the model is cut, hand over finite activations": [],
     "say for ever that it is working": [
         "test_hostile_client.py::test_what_is_late_is_over_whatever_the_client_says",
     ],

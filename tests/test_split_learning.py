@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import struct
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,19 @@ import pytest
 import torch
 from torch import nn
 
+from fedsplit import AggregationContext, Update
 from fedsplit.commands.status import find_ranks, read_status
+from fedsplit.disk import files
+from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import RunFailedError, TaskOverError, UsageError, WorkloadError
+from fedsplit.exchange.directory import Exchange
 from fedsplit.server.settings import ServerSettings
 from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.split_learning.cut import parts_of
+from fedsplit.split_learning.noise import CutNoise, read_secret
 from fedsplit.split_learning.order import Order
 from fedsplit.split_learning.workload import create_split_workload
+from fedsplit.states.state_dict import StateDict
 from fedsplit.trainer.trainer import Trainer
 from fedsplit.workloads import WorkloadContext
 from tests.halves import Halves, Small, State, unsplit
@@ -193,6 +200,8 @@ def test_what_cannot_be_cut_says_why() -> None:
 
 @pytest.mark.parametrize(("flags", "says"), [
     ("--part upper --cut features.2 --cut-dtype int8", "--cut-dtype is for the ranks"),
+    ("--part upper --cut features.2 --cut-noise 0.1", "--cut-noise is for the ranks"),
+    ("--cut features.2 --cut-noise nan", "--cut-noise: expected a number above 0, not 'nan'"),
     ("--cut-dtype int8", "--cut NAME says after which module the model is cut"),
     ("--tail classifier.1", "--cut NAME says after which module the model is cut"),
     ("--cut features.7", "--cut features.7: the model cannot be cut there"),
@@ -206,17 +215,10 @@ def nothing(context: WorkloadContext) -> object:
     return SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
 
-@pytest.mark.parametrize(("mode", "engine", "store", "says"), [
-    ("sfl-v1", "superlink", "auto", "--engine embedded only"),
-    ("sfl-v1", "embedded", "memory://x", "--payload-store auto or none"),
-    ("v3", "embedded", "auto", "--split-learning v3: expected one of sfl-v1, sfl-v2, sequential"),
-])  # fmt: skip
-def test_what_split_learning_cannot_go_with_is_refused_before_anything_starts(
-    mode: str, engine: str, store: str, says: str, tmp_path: Path
-) -> None:
-    settings = ServerSettings(checkpoint_dir=tmp_path, payload_store=store)
+def test_a_mode_that_there_is_not_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    says = "--split-learning v3: expected one of sfl-v1, sfl-v2, sequential"
     with pytest.raises(UsageError, match=re.escape(says)):
-        UpperHalf(settings, mode, tmp_path, engine)
+        UpperHalf(ServerSettings(checkpoint_dir=tmp_path), "v3", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -339,16 +341,30 @@ def test_a_rank_that_does_no_step_is_refused_and_costs_nobody_else_anything(tmp_
     assert halves.history[0]["refused"] == {"2": "it did no step with the upper part"} and halves.history[0]["merged"]
 
 
-@pytest.mark.parametrize("tail", ["3", None])
-def test_u_shaped_no_label_leaves_the_rank(tail: str | None, tmp_path: Path) -> None:
-    mark = struct.pack("<f", 0.12345679)
+@pytest.mark.parametrize(("tail", "by_reference"), [("3", False), ("3", True), (None, False), (None, True)])
+def test_u_shaped_no_label_leaves_the_rank(
+    tail: str | None, by_reference: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in a message, nor in any file that there ever was outside the ranks' own directories."""
+    number = 0.12345679
+    marks = [struct.pack("<f", number), struct.pack("<d", number), b"0.12345"]
+    remove, write, records = files.remove, Exchange.write, list[bytes]()
+
+    def keep(path: Path) -> None:
+        if path.name.startswith(".") or any(each.name.startswith("rank-") for each in path.parents):
+            remove(path)
+
+    def note(self: Exchange, path: Path, record: Any) -> None:
+        if self.directory.name == "upper":
+            records.append(repr(record).encode())
+        write(self, path, record)
 
     class Marked(Small):
         """Its targets are one number that is easily found."""
 
         def batches(self, task: Any) -> Any:
             for inputs, targets in super().batches(task):
-                yield inputs, torch.full(targets.shape, struct.unpack("<f", mark)[0])
+                yield inputs, torch.full(targets.shape, number)
 
         def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return nn.functional.mse_loss(output.mean(dim=1), target)
@@ -356,10 +372,85 @@ def test_u_shaped_no_label_leaves_the_rank(tail: str | None, tmp_path: Path) -> 
         def metrics(self, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
             return {}
 
-    halves = Halves(tmp_path, "sfl-v1", rounds=1, cut="0", tail=tail, make=Marked, by_reference=False)
+    monkeypatch.setattr(files, "remove", keep)
+    monkeypatch.setattr(Exchange, "write", note)
+    halves = Halves(tmp_path, "sfl-v1", rounds=2, cut="0", tail=tail, make=Marked, by_reference=by_reference)
     halves.run()
-    assert len(halves.said) > 20
-    assert any(mark in each for each in halves.said) == (tail is None), "without a tail the labels do go out"
+    paths = [path for path in tmp_path.rglob("*") if path.is_file() and "rank-" not in str(path)]
+    payloads = [path for path in paths if path.suffix == ".safetensors" or path.parent.name == "payloads"]
+    assert len(payloads) > 30 and len(records) > 30 and len(halves.said) > 20
+    left = [*halves.said, *records, *(path.read_bytes() for path in paths)]
+    found = any(mark in each for each in left for mark in marks)
+    assert found == (tail is None), "without a tail the labels do go out"
+
+
+@pytest.mark.parametrize("mode", ["sequential", pytest.param("sfl-v1", marks=SLOW)])
+def test_payloads_may_travel_by_a_store_at_a_url(mode: str, tmp_path: Path) -> None:
+    url = f"memory://{mode}"
+    halves = Halves(tmp_path, mode, settings={"payload_store": url})
+    same(halves.run(), unsplit(mode))
+    assert not [each for each in halves.said if not each.startswith(b"{")], "no payload in a message"
+    fs = RemoteStore(url)._fs
+    left = [name for name in fs.ls(f"/{mode}", detail=False) if len(name.rpartition("/")[2]) == 64]
+    assert len(left) == 1, "the last state, and no activations"
+
+
+def tallying(updates: list[Update], context: AggregationContext) -> StateDict:
+    """Send down the sum of the numbers that came up so far."""
+    count = context.extra.get("count", torch.zeros(()))
+    context.extra["count"] = count + sum(each.extra["number"] for each in updates)
+    return updates[0].state_dict
+
+
+def with_extra(seen: list[float]) -> Callable[..., None]:
+    def run(trainer: Trainer, workload: Any, parts: Any) -> None:
+        for task in trainer:
+            seen.append(float(task.extra.get("count", torch.zeros(()))))
+            task.load_into(parts.at_rank())
+            task.remote(parts.lower(torch.ones(4, 6)), torch.zeros(4, dtype=torch.int64))
+            task.reply(parts.at_rank(), num_examples=4, extra={"number": torch.tensor(float(trainer.exchange.rank))})  # type: ignore[arg-type]
+
+    return run
+
+
+def test_extra_tensors_go_with_the_lower_part(tmp_path: Path) -> None:
+    seen: list[float] = []
+    rules = (f"lower.*={__name__}:tallying", "fedavg")
+    halves = Halves(tmp_path, "sfl-v2", rounds=3, script=with_extra(seen),
+                    settings={"aggregate": rules, "evaluate_every": 0})  # fmt: skip
+    halves.run()
+    assert sorted(seen) == [0, 0, 3, 3, 6, 6]
+
+
+def test_in_sequence_extra_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    halves = Halves(tmp_path, "sequential", rounds=1, script=with_extra([]), settings={"evaluate_every": 0})
+    with pytest.raises(RunFailedError, match="rank 1: extra tensors 'number', which sequential has no place for"):
+        halves.run()
+
+
+def test_noise_at_the_cut_is_drawn_again_as_it_was(tmp_path: Path) -> None:
+    """A step that is done again must give the same bytes, or its rank is refused."""
+    halves = Halves(tmp_path, "sfl-v2", noise=0.5, kills={(1, 3), (2, 8), ("upper", 5)})
+    found = halves.run()
+    assert not [line["refused"] for line in halves.history if line["refused"]]
+    expected = unsplit("sfl-v2")
+    assert not all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_noise_has_its_deviation_and_is_another_in_every_task_and_for_every_secret(tmp_path: Path) -> None:
+    def draw(secret: bytes, **task: Any) -> torch.Tensor:
+        noise = CutNoise(0.5, secret)
+        noise.begin(SimpleNamespace(**{"run_id": "r", "kind": "train", "server_round": 1, **task}))  # type: ignore[arg-type]
+        return noise(torch.ones(10_000))
+
+    first = draw(b"a")
+    assert torch.equal(first, draw(b"a"))
+    assert first.mean().item() == pytest.approx(1.0, abs=0.03) and first.std().item() == pytest.approx(0.5, rel=0.03)
+    others = [draw(b"b"), draw(b"a", server_round=2), draw(b"a", kind="evaluate"), draw(b"a", run_id="s")]
+    assert not any(torch.equal(first, each) for each in others)
+    secret = read_secret(tmp_path / "rank-1")
+    assert len(secret) == 32 and secret == read_secret(tmp_path / "rank-1") != read_secret(tmp_path / "rank-2")
+    assert (tmp_path / "rank-1" / "cut-noise.key").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_server_that_is_stopped_goes_on_with_resume(tmp_path: Path) -> None:

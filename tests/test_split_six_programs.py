@@ -1,64 +1,75 @@
-"""A model that is cut, in six processes: the whole model's result, whoever is killed."""
+"""A model that is cut, in six processes: the whole model's result, whoever is killed; `tests.chaos` does more of it."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from fedsplit.states.state_dict import map_file
-from fedsplit.workloads import WorkloadContext, create_workload
-from tests.bounds import BOUND_S
-from tests.chaos import disturb
-from tests.halves import whole
+from examples.make_certificates import make_certificates
+from tests.chaos import check
 from tests.programs import Programs, programs
-from tests.reference import federated_averaging
-from tests.six_programs import SixPrograms
+from tests.six_programs import TAIL, SixPrograms
 
 pytestmark = pytest.mark.slow
 
 
-def workload(rank: int) -> object:
-    return create_workload("digits", WorkloadContext(rank=rank, num_partitions=2, options={"epochs": "1"}))
+def secured(directory: Path) -> tuple[list[str], list[str]]:
+    """Return the flags of server and clients with TLS and a join token."""
+    make_certificates(directory / "c", ["127.0.0.1"])
+    (directory / "token").write_text("0123456789abcdef" * 4)
+    (directory / "token").chmod(0o600)
+    token = ["--join-token-file", "token"]
+    files = ["--ssl-ca-certfile", "c/ca.pem", "--ssl-certfile", "c/server.pem", "--ssl-keyfile", "c/server-key.pem"]
+    return [*files, *token], ["--root-certificates", "c/ca.pem", *token]
 
 
-def test_sfl_v1_is_the_ordinary_federated_average_whoever_is_killed(tmp_path: Path) -> None:
-    """The server, both clients, both trainers of the ranks and that of the upper part, each in a round."""
-    rounds, victims = 8, ["upper", "model-1", "client-2", "server", "model-2", "client-1"]
-    with programs(tmp_path, SixPrograms, server_flags=("--rounds", str(rounds))) as federation:
+@pytest.mark.parametrize(("mode", "tail", "is_secured"), [
+    ("sfl-v2", None, True), ("sequential", None, False), ("sfl-v1", TAIL, False),
+])  # fmt: skip
+def test_killed_in_the_middle_of_a_round_it_comes_to_what_the_whole_model_does(
+    mode: str, tail: str | None, is_secured: bool, tmp_path: Path
+) -> None:
+    """The trainer of the upper part, the server, which is resumed, and a rank's trainer and client at once."""
+    rounds = 4
+    server_flags, client_flags = secured(tmp_path) if is_secured else ([], [])
+    with programs(
+        tmp_path, SixPrograms, mode=mode, tail=tail, server_flags=("--rounds", str(rounds), *server_flags),
+        client_flags=client_flags,
+    ) as federation:  # fmt: skip
         federation.start_all(["upper", "model-2", "client-1", "server", "client-2", "model-1"])
-        for done, victim in enumerate(victims, start=1):
-            federation.wait_until(lambda done=done: len(federation.history()) >= done)  # type: ignore[misc]
-            federation.kill(victim)
-            federation.start(victim, *(["--resume"] if victim == "server" else []))
+        for number, victims in enumerate((["upper"], ["server"], ["model-1", "client-2"]), start=1):
+            federation.wait_until(lambda number=number: is_in_the_middle(federation, number))  # type: ignore[misc]
+            for victim in victims:
+                federation.kill(victim)
+                federation.start(victim, *(["--resume"] if victim == "server" else []))
         codes = federation.wait()
         assert codes == dict.fromkeys(codes, 0), f"{codes}\n{federation.tails()}"
+        assert "the trainer of the upper part is new: it is given" in federation.log("server")
         assert federation.history()[-1]["evaluate"]["accuracy"] > 0.9  # type: ignore[index]
-        check(federation, rounds)
+        check(federation, rounds=rounds)
 
 
-def test_killed_and_stopped_at_random_it_is_that_too(tmp_path: Path) -> None:
-    rounds = 20
-    with programs(tmp_path, SixPrograms, server_flags=("--rounds", str(rounds))) as federation:
-        disturb(federation, faults=8, seed=3, timeout_s=BOUND_S)
-        check(federation, rounds)
+def is_in_the_middle(federation: Programs, number: int) -> bool:
+    """Tell whether the upper part is some steps into the training of a round."""
+    try:
+        task = json.loads((federation.exchange / "upper" / "task.json").read_bytes())
+    except FileNotFoundError:
+        return False
+    return (task["kind"], task["server_round"]) == ("train", number) and (task["step"] or 0) > 5
 
 
-def check(federation: Programs, rounds: int) -> None:
-    """Compare with plain loops over the whole model."""
-    assert [line["round"] for line in federation.history()] == list(range(1, rounds + 1))
-    found = whole(map_file(federation.final_state()))
-    torch.set_num_threads(1)
-    expected = federated_averaging(workload, ranks=2, rounds=rounds)
-    different = [name for name in expected if not torch.equal(found[name], expected[name])]
-    assert set(found) == set(expected) and not different, different
-
-
-@pytest.mark.parametrize("mode", ["sfl-v2", "sequential"])
-def test_the_other_modes_learn_the_digits(mode: str, tmp_path: Path) -> None:
-    with programs(tmp_path, SixPrograms, mode=mode, server_flags=("--rounds", "4")) as federation:
+def test_on_a_superlink_it_says_what_a_batch_costs_there(tmp_path: Path) -> None:
+    server_flags = ["--rounds", "1", "--min-clients", "1", "--evaluate-every", "0", "--engine", "superlink"]
+    with programs(
+        tmp_path, SixPrograms, ranks=1, options={"epochs": "1", "batch-size": "2000"}, server_flags=server_flags,
+        client_flags=["--engine", "superlink"],
+    ) as federation:  # fmt: skip
         federation.start_all()
         codes = federation.wait()
         assert codes == dict.fromkeys(codes, 0), f"{codes}\n{federation.tails()}"
-        assert federation.history()[-1]["evaluate"]["accuracy"] > 0.9  # type: ignore[index]
+        assert re.search(r"on a superlink each batch takes \d+\.\d s for its messages", federation.log("server"))
+        assert federation.history()[0]["split"]["steps"] == 1  # type: ignore[index]
+        check(federation, rounds=1)

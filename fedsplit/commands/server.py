@@ -200,11 +200,10 @@ def read_settings(arguments: argparse.Namespace) -> ServerSettings:
 
 
 def _upper_half(arguments: argparse.Namespace, settings: ServerSettings) -> UpperHalf | None:
-    from fedsplit.engines import embedded
     from fedsplit.split_learning.attach import UpperHalf
 
     mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
-    return UpperHalf(settings, mode, exchange_dir, embedded.choose_engine(arguments.engine)) if mode else None
+    return UpperHalf(settings, mode, exchange_dir) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

@@ -29,6 +29,7 @@ from fedsplit import cli
 
 if TYPE_CHECKING:
     from fedsplit.exchange.directory import Place
+    from fedsplit.split_learning.noise import CutNoise
 
 log = logging.getLogger("fedsplit")
 
@@ -67,6 +68,8 @@ def add_cut(parser: argparse.ArgumentParser) -> None:
         "(default: the upper part is the last)")  # fmt: skip
     add("--cut-dtype", choices=("float16", "bfloat16", "int8"),
         help="at a rank: round activations and gradients to this at the cut (default: as they are)")  # fmt: skip
+    add("--cut-noise", type=cli.positive, metavar="SIGMA",
+        help="at a rank: add Gaussian noise of this standard deviation to activations (default: none)")  # fmt: skip
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
@@ -110,12 +113,13 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
         rank=arguments.rank, num_partitions=arguments.num_partitions, seed=arguments.seed, device=device,
         data_dir=arguments.data_dir, options=dict(arguments.workload_option),
     )  # fmt: skip
-    if any((arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype)):
+    if any((arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype, arguments.cut_noise)):
         from fedsplit.split_learning.start import make_part
 
         model, answer_all = make_part(
-            arguments.workload, context, arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype
-        )
+            arguments.workload, context, arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype,
+            _noise(arguments),
+        )  # fmt: skip
     else:
         from fedsplit.workloads.runner import run_workload
 
@@ -132,6 +136,15 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
     )  # fmt: skip
     with trainer:
         answer_all(trainer, progress=Progress(arguments.rank, shown=trainer.process == 0))
+
+
+def _noise(arguments: argparse.Namespace) -> CutNoise | None:
+    from fedsplit.exchange.directory import place_name
+    from fedsplit.split_learning.noise import CutNoise, read_secret
+
+    if arguments.cut_noise is None:
+        return None
+    return CutNoise(arguments.cut_noise, read_secret(arguments.checkpoint_dir / place_name(_place(arguments))))
 
 
 def _place(arguments: argparse.Namespace) -> Place:

@@ -37,7 +37,7 @@ _LATE_S = 5.0
 # What a transfer may take beyond the time that its bytes need on the slowest link.
 _TRANSFER_S = 30.0
 # An update has the entries of the state that it started from; its header may be longer.
-_HEADER_BYTES = 4_000_000
+HEADER_BYTES = 4_000_000
 _WAITED_FOR = {"trainer": "a trainer", "space": "space on its disk"}
 
 
@@ -64,9 +64,14 @@ class RoundContext:
     sending: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_SENDERS))
 
     @property
+    def ends_at(self) -> float:
+        """When the deadline is, by `time.monotonic`."""
+        return self.began + self.timeout_s
+
+    @property
     def left_s(self) -> float:
         """How many seconds are left until the deadline."""
-        return max(0.0, self.began + self.timeout_s - time.monotonic())
+        return max(0.0, self.ends_at - time.monotonic())
 
     def check_time(self) -> None:
         """Raise RecordError when the deadline is over."""
@@ -103,10 +108,10 @@ class Conversation:
         """For how many seconds nothing has been heard of a trainer at work."""
         return time.monotonic() - self._seen_at
 
-    @property
-    def most_bytes(self) -> float:
-        """How many bytes an answer may have: an update has the entries of the state that it started from."""
-        return self.state.bytes + self.extra_bytes + _HEADER_BYTES if self.state else math.inf
+    def check_size(self, found: int) -> None:
+        """Raise RecordError if an answer is too large: an update has the entries of the state that it started from."""
+        if self.state and found > self.state.bytes + self.extra_bytes + HEADER_BYTES:
+            raise RecordError(f"its update has {found:,} bytes, the state {self.state.bytes:,}")
 
     def until_done(self) -> Reply:
         """Ask until there is a result or a failure."""
@@ -135,8 +140,7 @@ class Conversation:
             payload = reply.payload
             if reply.failure or not payload:
                 raise RecordError(reply.failure or "it came without a state_dict")
-            if self.state and payload.bytes > self.most_bytes:
-                raise RecordError(f"its update has {payload.bytes:,} bytes, the state {self.state.bytes:,}")
+            self.check_size(payload.bytes)
             if payload.via == "store":
                 if remote:
                     # Checked on the way; large states wait for their merge in a file, not in memory.

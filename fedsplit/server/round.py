@@ -352,13 +352,19 @@ class Rounds:
         task.stages.end("transfer")
         reply = task.reply
         update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, task.base)
-        if isinstance(update, Update) and update.extra and not self.strategy.reads_extra:
-            if not self._told_of_extra:
-                log.warning("rank %d sent extra tensors, which no rule reads: %s", task.rank, named(update.extra))
-                self._told_of_extra = True
-            update = replace(update, extra={})
         task.stages.end("checking")
-        return replace(update, base_round=task.base_round) if isinstance(update, Update) else update
+        if not isinstance(update, Update):
+            return update
+        return replace(self._with_extra_that_is_read(update), base_round=task.base_round)
+
+    def _with_extra_that_is_read(self, update: Update) -> Update:
+        """Take the extra tensors out of an update if no rule reads them."""
+        if not update.extra or self.strategy.reads_extra:
+            return update
+        if not self._told_of_extra:
+            log.warning("rank %d sent extra tensors, which no rule reads: %s", update.rank, named(update.extra))
+            self._told_of_extra = True
+        return replace(update, extra={})
 
     def _refuse(self, task: Task, reason: str) -> None:
         task.refused, rank, kind = reason, task.rank, task.request.kind

@@ -23,9 +23,10 @@ class GlobalState:
         self._remote = remote
         # Of no file, before the first state is taken.
         self.payload = StoredPayload(digest="", bytes=0, path=store.root)
-        # The state's tensors over that file. And all of it, with extra tensors, as one safetensors payload, mapped and
+        # The state's tensors over that file, and the extra ones. And all of it as one safetensors payload, mapped and
         # not copied: what strategies are given.
         self.entries: StateDict = {}
+        self.extra: StateDict = {}
         self.parameters = Parameters([], TENSOR_TYPE)
 
     def set(self, payload: StoredPayload) -> None:
@@ -36,7 +37,7 @@ class GlobalState:
             if before and before not in self._store.kept:
                 self._remote.drop(before)
         content: Any = self._store.map(payload.digest, own=True)
-        self.entries, _ = separate(decode(content, "the global state"))
+        self.entries, self.extra = separate(decode(content, "the global state"))
         self.parameters = Parameters([content], TENSOR_TYPE)
 
     def put(self, chunks: Iterable[Buffer]) -> None:

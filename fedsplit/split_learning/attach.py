@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,20 @@ log = logging.getLogger("fedsplit")
 class UpperHalf:
     """Makes a server's rounds those of a model that is cut, and tells the upper part's trainer how the run ended.
 
-    `mode` is one of `fedsplit.split_learning.order.MODES`. Raises UsageError for what it cannot go with yet.
+    `mode` is one of `fedsplit.split_learning.order.MODES`; raises UsageError for another one, and for what
+    it cannot go with.
     """
 
-    def __init__(self, settings: ServerSettings, mode: str, exchange_dir: Path, engine: str) -> None:
-        _check(settings, mode, engine)
+    def __init__(self, settings: ServerSettings, mode: str, exchange_dir: Path) -> None:
+        if mode not in MODES:
+            raise UsageError(f"--split-learning {mode}: expected one of {', '.join(MODES)}")
+        if settings.balance:
+            raise UsageError("--split-learning cannot go with --balance: all ranks train the upper part batch by batch")
+        if settings.is_asynchronous:
+            raise UsageError(
+                "--split-learning cannot go with --buffer or --merge-after: the upper part is trained step by step "
+                "with the ranks, so there is no update of a single rank that could be late"
+            )
         self._settings, self.mode = settings, mode
         self._beyond = Beyond(exchange_dir, settings.client_wait)
         self.taking_part = self._beyond.taking_part
@@ -52,23 +62,6 @@ class UpperHalf:
         from fedsplit.split_learning.rounds import SplitRounds
 
         self._beyond.open(parts["run"].payloads, parts["stop"])
+        # The next training starts from another payload than the evaluation, and cannot come along with it.
+        parts["engine"] = replace(parts["engine"], asks_ahead=False)
         return SplitRounds(**parts, beyond=self._beyond, mode=self.mode)
-
-
-def _check(settings: ServerSettings, mode: str, engine: str) -> None:
-    if mode not in MODES:
-        raise UsageError(f"--split-learning {mode}: expected one of {', '.join(MODES)}")
-    if engine != "embedded":
-        raise UsageError(
-            f"--split-learning works with --engine embedded only: on a {engine} each message takes seconds, and every "
-            "batch needs several"
-        )
-    if settings.balance:
-        raise UsageError("--split-learning cannot go with --balance: all ranks train the upper part batch by batch")
-    if settings.is_asynchronous:
-        raise UsageError(
-            "--split-learning cannot go with --buffer or --merge-after: the upper part is trained step by step with "
-            "the ranks, so there is no update of a single rank that could be late"
-        )
-    if settings.payload_store not in ("auto", "none"):
-        raise UsageError("--split-learning works with --payload-store auto or none; a URL is not supported yet")

@@ -11,6 +11,7 @@ Importing this module imports no torch.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ log = logging.getLogger("fedsplit")
 
 # How long the trainer is waited for before it is looked whether the run is being stopped.
 _HOLD_S = 0.5
+# A step that the trainer does not survive must not be given to it for ever.
+_MOST_AGAIN = 20
 
 
 @dataclass(kw_only=True)
@@ -90,33 +93,54 @@ class Beyond:
             self._request, self._steps, self._failure = request, [], None
             self._state = state
 
-    def step(self, payload: StoredPayload | None, numbers: Mapping[str, Scalar]) -> Answered:
-        """Have the next step done; raises RecordError if it cannot be."""
+    def answers(self) -> set[str]:
+        """Return the digests of what the task's steps gave, whether or not anybody waited for it."""
+        return {step.digest for step in self._steps if step.digest}
+
+    def step(
+        self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf
+    ) -> Answered:  # fmt: skip
+        """Have the next step done; raises RecordError if it cannot be.
+
+        It is waited for until ``until`` by `time.monotonic`, and then raises RecordError. The task can go on all the
+        same: a further step waits for this one's answer first.
+        """
         with self._lock:
             if not self._steps:
-                self._next(self._state, {})
-            return self._next(payload, numbers)
+                self._next(self._state, {}, until)
+            return self._next(payload, numbers, until)
 
-    def _next(self, payload: StoredPayload | None, numbers: Mapping[str, Scalar]) -> Answered:
+    def _next(
+        self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf
+    ) -> Answered:  # fmt: skip
         if self._failure:
             raise RecordError(self._failure)
+        _check_time(until)
         self._steps.append(Step(payload=payload, numbers=numbers))
-        at = len(self._steps) - 1
+        at, again = len(self._steps) - 1, 0
+        # What nobody waited for any longer.
+        while at and not self._steps[at - 1].is_answered:
+            at -= 1
         try:
             while True:
-                result = self._ask(at)
+                result = self._ask(at, until)
                 if result.status == "again":
+                    again += 1
+                    if again > _MOST_AGAIN:
+                        raise RecordError(f"the trainer of the upper part began anew {again} times in one step")
                     log.info("the trainer of the upper part is new: it is given %d steps once more", len(self._steps))
                     at = 0
                     continue
                 answered = self._take(at, result)
                 if (at := at + 1) == len(self._steps):
                     return answered
+        except _LateError:
+            raise
         except FedSplitError as exc:
             self._failure = str(exc)
             raise RecordError(self._failure) from exc
 
-    def _ask(self, at: int) -> ResultRecord:
+    def _ask(self, at: int, until: float) -> ResultRecord:
         """Put a step before the trainer and wait for its answer."""
         step = self._steps[at]
         request = self._request
@@ -124,12 +148,13 @@ class Beyond:
             request = replace(request, step=at, config=step.numbers if at else request.config)
         digest = step.payload.digest if step.payload else None
         while not self._stop.is_set():
+            _check_time(until)
             version = self._side.offer(request, digest, lambda _: self._source(step))
             if version is None:
                 raise RecordError(
                     f"step {at} of {request.kind}, round {request.server_round}, is no longer in the store"
                 )
-            if (result := self._poll.wait(version, _HOLD_S)) is None:
+            if (result := self._poll.wait(version, min(_HOLD_S, max(0.0, until - time.monotonic())))) is None:
                 continue
             if result.status == "error":
                 error = result.error or {}
@@ -156,6 +181,15 @@ class Beyond:
     def _source(self, step: Step) -> Source | None:
         path = self._store.take(step.payload.digest) if step.payload else None
         return Source(bytes=step.payload.bytes, content=path) if step.payload and path else None
+
+
+class _LateError(RecordError):
+    """A step was not waited for any longer."""
+
+
+def _check_time(until: float) -> None:
+    if time.monotonic() >= until:
+        raise _LateError("the trainer of the upper part had not answered when the time was over")
 
 
 def differs(who: str, request: Request, step: int) -> str:

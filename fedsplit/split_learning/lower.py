@@ -14,6 +14,7 @@ import torch
 
 from fedsplit.run.history import weighted_mean
 from fedsplit.split_learning.cut import Parts
+from fedsplit.split_learning.noise import CutNoise
 from fedsplit.split_learning.workload import SplitWorkload, draws, measured
 from fedsplit.trainer.trainer import Task
 from fedsplit.workloads import EvaluateResult, StatefulWorkload, TrainResult, WorkloadContext
@@ -23,11 +24,12 @@ class LowerPart:
     """Trains and evaluates a rank's part, batch by batch, with the trainer of the upper part."""
 
     def __init__(
-        self, workload: SplitWorkload, parts: Parts, context: WorkloadContext, dtype: torch.dtype | None = None
-    ) -> None:
+        self, workload: SplitWorkload, parts: Parts, context: WorkloadContext, dtype: torch.dtype | None = None,
+        noise: CutNoise | None = None,
+    ) -> None:  # fmt: skip
         self.model = parts.at_rank()
-        # In which activations and gradients travel, if not in their own.
-        self._dtype = dtype
+        # In which activations and gradients travel, if not in their own, and what is added to activations.
+        self._dtype, self._noise = dtype, noise
         self._workload, self._parts = workload, parts
         self._stateful = workload if isinstance(workload, StatefulWorkload) else None
         self._optimizer = workload.optimizer(self.model)
@@ -39,6 +41,7 @@ class LowerPart:
     def train(self, task: Task) -> TrainResult:
         """Train on this rank's batches, as the whole model would be trained."""
         self.model.train()
+        self._begin(task)
         measurements: list[tuple[int, dict[str, float]]] = []
         for inputs, targets in self._workload.batches(task):
             if task.should_stop():
@@ -56,6 +59,7 @@ class LowerPart:
     def evaluate(self, task: Task) -> EvaluateResult:
         """Evaluate on this rank's batches."""
         self.model.eval()
+        self._begin(task)
         measurements: list[tuple[int, dict[str, float]]] = []
         for inputs, targets in self._workload.batches(task):
             if task.should_stop():
@@ -82,11 +86,17 @@ class LowerPart:
         if self._draws:
             torch.set_rng_state(state["generator"])
 
+    def _begin(self, task: Task) -> None:
+        if self._noise:
+            self._noise.begin(task)
+
     def _forward(
         self, task: Task, inputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss of a batch, and what is to be noted of it."""
         activations, tail = self._parts.lower(inputs), self._parts.tail
+        if self._noise:
+            activations = self._noise(activations)
         generator = self._draws and torch.is_grad_enabled()
         if tail is None:
             loss = task.remote(activations, targets, generator=generator, dtype=self._dtype)

@@ -6,12 +6,17 @@ to the upper part's trainer, and the name of what that gives goes back. The serv
 are done, a rank's update is its own entries and those of the upper part that it trained with, and the rules merge them
 as those of any other model.
 
+A rank may be wrong or hostile. What it hands over has to be a whole payload of a bounded size before the upper part's
+trainer sees it, the number of its steps is bounded too, and whatever is wrong costs that rank its part in the round.
+
 Importing this module imports torch.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -24,18 +29,28 @@ from fedsplit.errors import AggregationError, RecordError, RunFailedError, Usage
 from fedsplit.exchange.records import Request, printable
 from fedsplit.run.history import Line
 from fedsplit.run.time_account import Stages
+from fedsplit.server.conversation import HEADER_BYTES
 from fedsplit.server.peer import Reply
 from fedsplit.server.round import Rounds, Task
+from fedsplit.server.strategy import read_update
 from fedsplit.split_learning.beyond import Beyond, Clock, differs
 from fedsplit.split_learning.order import Order
 from fedsplit.split_learning.upper import END, ERROR, WANTED
-from fedsplit.states.extra import separate
+from fedsplit.states.extra import join, separate
+from fedsplit.states.header import read_header
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.state_dict import StateDict, decode, encode, named
+from fedsplit.wire.protocol import EMBEDDED
+
+log = logging.getLogger("fedsplit")
 
 _RANKS, _UPPER = ("lower.", "tail."), "upper."
-# A client that says so for ever must not keep a round from its end.
-_MOST_AGAIN = 1_000
+# A client that says so for ever must not keep a round from its end, nor one that does steps for ever.
+_MOST_AGAIN, _MOST_STEPS = 1_000, 100_000
+# What a rank may hand over with one step: the upper part's trainer has all of it in memory.
+_STEP_BYTES = 1 << 30
+# How long the upper part's state may take to come beyond the round's deadline.
+_LATE_S = 5.0
 
 
 @dataclass(kw_only=True)
@@ -48,6 +63,8 @@ class Steps:
     training: bool
     # Under ``sequential``: what the next rank starts from.
     lower: StoredPayload
+    # What all steps of a rank may have together, so that one rank cannot fill the disk for all.
+    most_bytes: float = math.inf
     clock: Clock = field(default_factory=Clock)
     count: int = 0
     bytes_up: int = 0
@@ -55,6 +72,7 @@ class Steps:
     payloads: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _ended: threading.Event = field(default_factory=threading.Event)
+    _is_wanted: bool = False
     _uppers: dict[int, StateDict] | str = "no rank did a step"
 
     def owner(self, rank: int) -> int:
@@ -67,15 +85,16 @@ class Steps:
             self.count += 1
             self.bytes_up += given.bytes
             self.bytes_down += taken.bytes if taken else 0
-            self.payloads |= {each.digest for each in (given, taken) if each}
 
-    def leave(self, rank: int, decode_result: Any) -> None:
-        """Note that a rank is done; after the last one the upper part is asked for what it came to."""
+    def leave(self, rank: int, decode_result: Any, until: float, *, has_failed: bool) -> None:
+        """Note that a rank is done; after the last one the upper part is asked for what it came to, if any rank was."""
+        with self._lock:
+            self._is_wanted |= not has_failed
         if not self.order.leave(rank):
             return
         try:
-            if self.count:
-                last = self.beyond.step(None, {"what": END})
+            if self.count and self._is_wanted:
+                last = self.beyond.step(None, {"what": END}, until + _LATE_S)
                 self._uppers = decode_result(last.payload) if self.training else {}
         except RecordError as exc:
             self._uppers = str(exc)
@@ -95,31 +114,39 @@ class SplitTask(Task):
     """What one rank is asked for in steps. Killed in between, its trainer does them again, the upper part does not."""
 
     steps: Steps
-    decode_result: Any
+    rounds: SplitRounds
     # The digest of what the rank gave in each step, and the step that came of it.
     _given: list[tuple[str, StoredPayload | None, dict[str, Any]]] = field(default_factory=list)
+    _given_bytes: int = 0
+    # Whether the upper part waits for the gradient of what it gave this rank.
+    _owes_gradient: bool = False
 
-    @property
-    def most_bytes(self) -> float:
-        # Activations have any size; what a state may have is checked when it is merged.
-        return math.inf
+    def check_size(self, found: int) -> None:
+        most = max(_STEP_BYTES, self.steps.lower.bytes + HEADER_BYTES)
+        if found > most:
+            raise RecordError(f"it gave {found:,} bytes at once, at most {most:,} are taken; use smaller batches")
 
     def until_done(self) -> Reply:
         """Ask step by step until there is a result or a failure."""
         first, state, steps, began = self.request, self.state, self.steps, time.monotonic()
+        reply = Reply(status="error")
         try:
-            if steps.mode == "sequential" and steps.training:
+            passes_on = steps.mode == "sequential" and steps.training
+            if passes_on:
                 with steps.clock.measure("turn"):
                     steps.order.wait(self.rank, self._check)
                 state = steps.lower
             reply = self._walk(first, state)
-            if steps.mode == "sequential" and steps.training and not reply.failure:
-                steps.lower = self._stored(reply)
+            if passes_on and not reply.failure:
+                lower = self._stored(reply)
+                if reason := self.rounds.check_lower(self.rank, reply, lower):
+                    raise RecordError(reason)
+                steps.lower = self._shared(lower)
         except RecordError as exc:
             reply = Reply(status="error", error={"message": str(exc)})
         finally:
             steps.clock.add("all", time.monotonic() - began)
-            steps.leave(self.rank, self.decode_result)
+            steps.leave(self.rank, self.rounds.by_owner, self.context.ends_at, has_failed=reply.failure is not None)
         return reply
 
     def _walk(self, first: Request, state: StoredPayload) -> Reply:
@@ -129,7 +156,10 @@ class SplitTask(Task):
             payload, config = (state, first.config) if at == 0 else self._given[at - 1][1:]
             self.request = replace(first, step=at, config=config)
             self.state = payload  # type: ignore[assignment]
+            asked = time.monotonic()
             reply = self._until_answered()
+            if at == 0 and reply.status == "step":
+                self.rounds.note_exchange(time.monotonic() - asked - reply.seconds - self.waited_s)
             if reply.status == "again":
                 at, again = 0, again + 1
                 if again > _MOST_AGAIN:
@@ -143,32 +173,65 @@ class SplitTask(Task):
             elif digest != self._given[at][0]:
                 raise RecordError(differs(f"the trainer of rank {self.rank}", first, at))
             at += 1
+            if at > _MOST_STEPS:
+                raise RecordError(f"its trainer wants more than {_MOST_STEPS:,} steps in one task")
 
     def _do_step(self, reply: Reply) -> tuple[StoredPayload | None, dict[str, Any]]:
         """Let the upper part's trainer do a step with what the rank gave."""
         steps, rank = self.steps, self.rank
         steps.clock.add("lower", reply.seconds)
-        payload = self._stored(reply)
+        what, payload = self._wanted(reply), self._stored(reply)
+        self._given_bytes += payload.bytes
+        if self._given_bytes > steps.most_bytes:
+            raise RecordError(
+                f"its steps of this task have {self._given_bytes:,} bytes so far, and its share of what is free in "
+                f"{self.context.store.root} is {steps.most_bytes:,.0f}; free some space, or let it do fewer batches"
+            )
         with steps.clock.measure("turn"):
             steps.order.wait(rank, self._check)
-        if (what := reply.metrics.get("what")) not in WANTED:
-            raise RecordError(f"its trainer wants {what!r} of the upper part, expected one of {', '.join(WANTED)}")
+        self._check()
         with steps.clock.measure("upper and its hand-off"):
-            answered = steps.beyond.step(payload, {"what": what, "owner": steps.owner(rank)})
+            answered = steps.beyond.step(payload, {"what": what, "owner": steps.owner(rank)}, self.context.ends_at)
         steps.clock.add("upper", answered.seconds)
-        if what != "forward" or not steps.training:
+        self._owes_gradient = what == "forward" and steps.training
+        if not self._owes_gradient:
             steps.order.done(rank)
         steps.note(payload, answered.payload)
         if error := answered.numbers.get(ERROR):
             raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
-        return answered.payload, dict(answered.numbers)
+        return answered.payload and self._shared(answered.payload), dict(answered.numbers)
+
+    def _wanted(self, reply: Reply) -> str:
+        """Return what the rank wants of the upper part; raises RecordError if that cannot be."""
+        what = reply.metrics.get("what")
+        if what not in WANTED:
+            found = printable(repr(what), 100)
+            raise RecordError(f"its trainer wants {found} of the upper part, expected one of {', '.join(WANTED)}")
+        if what == "backward" and not self._owes_gradient:
+            raise RecordError("its trainer gave a gradient for no output of the upper part")
+        return str(what)
 
     def _stored(self, reply: Reply) -> StoredPayload:
-        """Bring what the rank gave into the store, if it is not there. Nobody but its reader looks at all the bytes."""
+        """Bring what the rank gave into the store, if it is not there; raises RecordError if it is no whole payload."""
         store, payload = self.context.store, reply.payload
-        if payload and payload.via == "store" and (path := store.take(payload.digest)):
-            return StoredPayload(digest=payload.digest, bytes=payload.bytes, path=path)
-        return store.put([self.fetch(reply)])
+        if payload and payload.via == "store":
+            self.check_size(payload.bytes)
+            if not store.take(payload.digest):
+                self.fetch(reply)
+            found = StoredPayload(digest=payload.digest, bytes=payload.bytes, path=store.path(payload.digest))
+        else:
+            found = store.put([self.fetch(reply)])
+        # Also what is refused now has to go in the end.
+        self.steps.payloads.add(found.digest)
+        # What the upper part's exchange would not take must not end the round for everybody.
+        read_header(found.path, found.bytes)
+        return found
+
+    def _shared(self, payload: StoredPayload) -> StoredPayload:
+        """Bring what a rank will be given to the store at ``--payload-store URL``, if there is one."""
+        if self.context.remote:
+            self.context.remote.give(payload.path, payload.digest)
+        return payload
 
     def _check(self) -> None:
         self.context.check_stop()
@@ -181,27 +244,34 @@ class SplitRounds(Rounds):
 
     beyond: Beyond
     mode: str
+    _has_noted: bool = False
 
     def _tasks(self, kind: str, server_round: int, chosen: Sequence[Any]) -> list[Task]:
         """Turn a strategy's instructions into tasks that are done in steps."""
         tasks = super()._tasks(kind, server_round, chosen)
         if any(task.state.digest != self._state.payload.digest for task in tasks):
-            raise AggregationError("the strategy gives ranks states of their own, which split learning cannot do yet")
-        lower = self._put(lambda name: name.startswith(_RANKS))
-        upper = self._put(lambda name: name.startswith(_UPPER))
+            raise AggregationError(
+                "the strategy gives ranks states of their own (rank_extra), which split learning cannot do yet"
+            )
+        lower = self._put(join(self._entries(_RANKS), self._state.extra))
+        upper = self._put(self._entries(_UPPER))
         training = kind == "train"
         config = tasks[0].request.config if tasks else {}
         request = replace(self._request(kind, server_round, config), step=0, split=())
         self.beyond.begin(request, upper)
         ranks = [task.rank for task in tasks]
         order = Order(self.mode if training else "free", ranks, f"{self.settings.seed}/{server_round}")
-        self._steps = Steps(beyond=self.beyond, order=order, mode=self.mode, training=training, lower=lower)
+        free = shutil.disk_usage(self.run.payloads.root).free
+        self._steps = Steps(
+            beyond=self.beyond, order=order, mode=self.mode, training=training, lower=lower,
+            # As much comes back as is given.
+            most_bytes=free / (2 * max(1, len(ranks))),
+        )  # fmt: skip
         self._steps.payloads |= {lower.digest, upper.digest}
         return [
             SplitTask(
                 context=task.context, rank=task.rank, request=replace(task.request, step=0), state=lower,
-                client=task.client, base=task.base, base_round=task.base_round, steps=self._steps,
-                decode_result=self._by_owner,
+                client=task.client, base=task.base, base_round=task.base_round, steps=self._steps, rounds=self,
             )
             for task in tasks
         ]  # fmt: skip
@@ -236,20 +306,39 @@ class SplitRounds(Rounds):
                 content = self.run.payloads.map(steps.lower.digest, own=True)
             if (upper := uppers.get(steps.owner(task.rank))) is None:
                 raise RecordError("it did no step with the upper part")
-            state = separate(decode(content, f"the update of rank {task.rank}"))[0] | upper
+            state, extra = separate(decode(content, f"the update of rank {task.rank}"))
         except RecordError as exc:
             return str(exc)
         task.update_bytes = len(content)
-        update = Update(rank=task.rank, state_dict=state, num_examples=reply.num_examples, metrics=reply.shown_metrics)
+        update = Update(rank=task.rank, state_dict=state | upper, num_examples=reply.num_examples,
+                        metrics=reply.shown_metrics, extra=extra)  # fmt: skip
         refused = check_update(update, self._state.entries)
         task.stages.end("checking")
-        return refused or update
+        return refused or self._with_extra_that_is_read(update)
+
+    def note_exchange(self, seconds: float) -> None:
+        """Say once what a batch costs besides its computation, where the engine makes that much."""
+        if self.engine.name != EMBEDDED.name and not self._has_noted:
+            self._has_noted = True
+            log.warning(
+                "on a %s each batch takes %.1f s for its messages, which --engine embedded does in milliseconds",
+                self.engine.name, seconds,
+            )  # fmt: skip
+
+    def check_lower(self, rank: int, reply: Reply, lower: StoredPayload) -> str | None:
+        """Return why a lower part cannot go on to the next rank, or None: it could not load it, or make sense of it."""
+        content, reference = self.run.payloads.map(lower.digest), self._entries(_RANKS)
+        found = read_update(rank, content, reply.num_examples, reply.shown_metrics, reference)
+        if isinstance(found, str):
+            return found
+        # They would become what the next rank is given of the server's rules.
+        return f"extra tensors {named(found.extra)}, which sequential has no place for" if found.extra else None
 
     def _drop_payloads(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
             task.state = self._steps.lower
         super()._drop_payloads(tasks)
-        self._state.drop(self._steps.payloads)
+        self._state.drop(self._steps.payloads | self.beyond.answers())
 
     # -- the beginning -------------------------------------------------------------------------------------------------
 
@@ -283,15 +372,19 @@ class SplitRounds(Rounds):
         self._state.drop([payload.digest])
         return content
 
-    def _put(self, wanted: Any) -> StoredPayload:
-        entries = self._state.entries
-        return self.run.payloads.put(encode({name: entries[name] for name in entries if wanted(name)}))
+    def _entries(self, prefix: str | tuple[str, ...]) -> StateDict:
+        return {name: tensor for name, tensor in self._state.entries.items() if name.startswith(prefix)}
 
-    def _by_owner(self, payload: StoredPayload | None) -> dict[int, StateDict]:
+    def _put(self, state: StateDict) -> StoredPayload:
+        payload = self.run.payloads.put(encode(state))
+        if self.remote:
+            self.remote.give(payload.path, payload.digest)
+        return payload
+
+    def by_owner(self, payload: StoredPayload | None) -> dict[int, StateDict]:
         """Read what the trainer of the upper part came to: each owner's entries, under ``<owner>/<name>``."""
         if payload is None:
             raise RecordError("the trainer of the upper part gave no state")
-        self._steps.payloads.add(payload.digest)
         found: dict[int, StateDict] = {}
         for name, tensor in decode(self.run.payloads.map(payload.digest), "the upper part").items():
             owner, _, own_name = name.partition("/")

@@ -10,6 +10,7 @@ import torch
 
 from fedsplit.errors import UsageError
 from fedsplit.split_learning.lower import LowerPart
+from fedsplit.split_learning.noise import CutNoise
 from fedsplit.split_learning.upper import run_upper
 from fedsplit.split_learning.workload import create_split_workload
 from fedsplit.workloads import WorkloadContext
@@ -23,12 +24,15 @@ def make_part(
     cut: str | None,
     tail: str | None,
     dtype: str | None,
+    noise: CutNoise | None,
 ) -> tuple[torch.nn.Module, Callable[..., None]]:
     """Return the model of a part, and what answers the tasks of a run with it, given the trainer and its progress."""
     if part == "upper" and dtype is not None:
         raise UsageError("--cut-dtype is for the ranks: the upper part answers in what it is given")
+    if part == "upper" and noise is not None:
+        raise UsageError("--cut-noise is for the ranks: it is added to activations before they leave")
     workload, parts = create_split_workload(name, context, cut=cut, tail=tail)
     if part == "upper":
         return parts.beyond(), partial(run_upper, workload=workload, parts=parts)
-    lower = LowerPart(workload, parts, context, None if dtype is None else getattr(torch, dtype))
+    lower = LowerPart(workload, parts, context, None if dtype is None else getattr(torch, dtype), noise)
     return lower.model, partial(run_workload, workload=lower)

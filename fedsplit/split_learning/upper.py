@@ -10,14 +10,16 @@ from __future__ import annotations
 import copy
 import logging
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedsplit.exchange.records import Scalar
 from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.workload import SplitWorkload, measured
-from fedsplit.states.state_dict import StateDict, own_state
+from fedsplit.states.state_dict import StateDict, named, own_state
 from fedsplit.trainer.progress import Progress
 from fedsplit.trainer.remote import Given, narrow, widen
 from fedsplit.trainer.trainer import Task, Trainer
@@ -91,19 +93,27 @@ class UpperPart:
     def _evaluate(self, given: Given) -> Answer:
         self._model.eval()
         like = next(self._model.parameters())
-        output = self._model["upper"](widen("activations", given.tensors, like))  # type: ignore[index]
+        output = self._model["upper"](_received("activations", given, like))  # type: ignore[index]
         if given.numbers["what"] == "forward":
             return narrow("output", output, _narrow_dtype(given, like)), {}
-        targets = given.tensors["targets"].to(like.device)
+        targets = _needed("targets", given).to(like.device)
         return {}, {"loss": self._workload.loss(output, targets).item(), **measured(self._workload, output, targets)}
 
 
 class _Owner:
-    """An upper part in training: a copy of it, and its optimizer."""
+    """An upper part in training: a copy of it, and its optimizer.
+
+    A step with numbers that are not finite is not done, and what a failed step did to running means is undone: others
+    may go on from here.
+    """
 
     def __init__(self, workload: SplitWorkload, model: torch.nn.Module) -> None:
         self._workload, self._model = workload, model
         self.optimizer = workload.optimizer(model)
+        self._running = [
+            buffer for module in model.modules() if isinstance(module, _NormBase)
+            for buffer in module.buffers(recurse=False)
+        ]  # fmt: skip
         # Between the two halves of a step of a U-shaped model.
         self._waiting: tuple[torch.Tensor, torch.Tensor, torch.dtype | None] | None = None
 
@@ -111,6 +121,7 @@ class _Owner:
         """Start a round from a state."""
         self._model.load_state_dict(model.state_dict())
         self._model.train()
+        self._waiting = None
 
     def state(self) -> StateDict:
         """Return the state that it has come to."""
@@ -118,33 +129,71 @@ class _Owner:
 
     def step(self, given: Given) -> Answer:
         """Do a step, or half a step of a U-shaped model: returns tensors and numbers for the rank."""
+        before = [buffer.clone() for buffer in self._running]
+        try:
+            return self._backward(given) if given.numbers["what"] == "backward" else self._forward(given)
+        except Exception:
+            for buffer, kept in zip(self._running, before, strict=True):
+                buffer.copy_(kept)
+            raise
+
+    def _forward(self, given: Given) -> Answer:
         tensors, like = given.tensors, next(self._model.parameters())
-        if given.numbers["what"] == "backward":
-            if self._waiting is None:
-                raise ValueError("a gradient came back for no activations")
-            (activations, output, dtype), self._waiting = self._waiting, None
-            return narrow("gradient", self._train(activations, output, widen("gradient", tensors, output)), dtype), {}
+        activations = _received("activations", given, like).requires_grad_()
+        dtype = _narrow_dtype(given, like)
         # The generator is the rank's: what is drawn here is what the whole model would draw.
         if (state := tensors.get("generator")) is not None:
             torch.set_rng_state(state.clone())
-        activations, dtype = widen("activations", tensors, like).requires_grad_(), _narrow_dtype(given, like)
         # A copy: a module that works in place may not change the tensor whose gradient is wanted.
         output = self._model["upper"](activations.clone())  # type: ignore[index]
         generator = {} if state is None else {"generator": torch.get_rng_state()}
         if given.numbers["what"] == "forward":
+            _check_finite("the output", [output.detach(), *self._running])
             self._waiting = (activations, output, dtype)
             return {**narrow("output", output, dtype), **generator}, {}
-        targets = tensors["targets"].to(like.device)
+        targets = _needed("targets", given).to(like.device)
         loss = self._workload.loss(output, targets)
         numbers: dict[str, Scalar] = {"loss": loss.item(), **measured(self._workload, output.detach(), targets)}
         return {**narrow("gradient", self._train(activations, loss, None), dtype), **generator}, numbers
 
+    def _backward(self, given: Given) -> Answer:
+        if self._waiting is None:
+            raise ValueError("a gradient came back for no activations")
+        (activations, output, dtype), self._waiting = self._waiting, None
+        return narrow("gradient", self._train(activations, output, _received("gradient", given, output)), dtype), {}
+
     def _train(self, activations: torch.Tensor, end: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
         self.optimizer.zero_grad()
         end.backward(gradient)  # type: ignore[no-untyped-call]
-        self.optimizer.step()
         assert activations.grad is not None
+        gradients = [each.grad for each in self._model.parameters() if each.grad is not None]
+        _check_finite("the loss or its gradient", [end.detach(), activations.grad, *gradients, *self._running])
+        self.optimizer.step()
         return activations.grad
+
+
+def _needed(name: str, given: Given) -> torch.Tensor:
+    if name not in given.tensors:
+        raise ValueError(f"it came without {name}, only with {named(given.tensors)}")
+    return given.tensors[name]
+
+
+def _received(name: str, given: Given, like: torch.Tensor) -> torch.Tensor:
+    """Return what a rank gave, in the dtype and on the device of another tensor."""
+    _needed(name, given)
+    found = widen(name, given.tensors, like)
+    _check_finite(f"the {name}", [found])
+    return found
+
+
+def _check_finite(what: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError if there is a NaN or infinity in floating point tensors."""
+    dense = [each for each in tensors if each.is_floating_point() and each.layout == torch.strided and each.numel()]
+    # A sum with a NaN or infinity in it is never finite: one pass, and one number to look at.
+    sums = [each.sum().to(dense[0].device, torch.float32) for each in dense]
+    # The sum of finite numbers may overflow.
+    if dense and not torch.stack(sums).sum().isfinite() and not all(each.isfinite().all() for each in dense):
+        raise ValueError(f"NaN or infinity in {what} at the cut")
 
 
 def _narrow_dtype(given: Given, like: torch.Tensor) -> torch.dtype | None:

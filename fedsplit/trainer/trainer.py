@@ -63,6 +63,8 @@ class Task:
     ----------
     kind : {"train", "evaluate", "initialize"}
         ``initialize`` is seen only by a trainer that was given no model.
+    run_id : str
+        The run's name, the same after any restart.
     server_round, total_rounds : int
         The round, counted from 1, and how many there will be.
     config : Mapping[str, bool | int | float | str]
@@ -78,7 +80,7 @@ class Task:
     """
 
     def __init__(self, trainer: Trainer, record: TaskRecord, base: Base) -> None:
-        self.kind = record.kind
+        self.kind, self.run_id = record.kind, record.run_id
         self.server_round = record.server_round
         self.total_rounds = record.total_rounds
         self.config: Mapping[str, Scalar] = record.config
