@@ -35,7 +35,7 @@ STEP_TARGETS = {SMALL: 8.0, LARGE: 15.0}
 MODES = ("sfl-v1", "sfl-v2", "sequential")
 SLEEP_S = 0.04
 # The header of a payload, and what it says of its entries.
-_FRAME_BYTES = 600
+_FRAME_BYTES = 1_000
 _PLAIN = "plain split in one process"
 
 
