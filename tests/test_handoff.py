@@ -504,6 +504,22 @@ def test_a_state_whose_digest_differs_is_refused_and_fetched_again(sides):
     assert (trainer.exchange.directory / task.payload.file).read_bytes() == STATE
 
 
+def test_nothing_goes_out_that_was_made_of_a_large_step_whose_digest_differs(sides):
+    """It is read for its digest beside the computing: the trainer has begun, but its answer is not offered."""
+    client, trainer = sides
+    step = request(step=3)
+    large = blob("activations", 1_200_000)
+    version = offer(client, step, large)
+    flip_last_byte(client.exchange.payload_path("task", version))
+    task = begin(trainer)
+    with pytest.raises(RecordError, match="has digest"):
+        trainer.answer(task, [blob("gradient")])
+    assert client.result(version) is None
+    assert offer(client, step, large) == version + 1
+    trainer.answer(begin(trainer), [blob("gradient")], status="step")
+    assert client.result(version + 1).status == "step"
+
+
 def test_a_state_that_was_verified_before_is_verified_again_when_it_is_another_file(sides):
     client, trainer = sides
     version = offer(client, request(), STATE)

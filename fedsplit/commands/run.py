@@ -176,7 +176,7 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
         for role, command in (("client", _command(client, relaying, rank)), ("trainer", train)):
             children.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
     if arguments.split_learning:
-        command = _command(trainer, {**training, "part": "upper", "cut_dtype": None})
+        command = _command(trainer, {**training, "part": "upper", "cut_dtype": None, "window": 1})
         children.append(Child("trainer of the upper part", command, places.logs / "trainer-upper.log"))
     return children
 

@@ -27,7 +27,7 @@ from fedsplit.run.time_account import Stages
 from fedsplit.server.peer import Reply
 from fedsplit.server.round import Rounds, Task
 from fedsplit.split_learning.beyond import Beyond, Clock, differs
-from fedsplit.split_learning.order import Order
+from fedsplit.split_learning.order import MOST_WINDOW, Order
 from fedsplit.split_learning.upper import END, ERROR, WANTED
 from fedsplit.states.extra import separate
 from fedsplit.states.local_keys import is_local
@@ -61,10 +61,10 @@ class Steps:
         """Return whose upper part a rank trains with: its own, or 0, which is everybody's."""
         return rank if self.mode == "sfl-v1" else 0
 
-    def note(self, given: StoredPayload, taken: StoredPayload | None) -> None:
-        """Note that a step was done: what a rank gave, and what it got."""
+    def note(self, window: int, given: StoredPayload, taken: StoredPayload | None) -> None:
+        """Note that so many steps were done: what a rank gave for them, and what it got."""
         with self._lock:
-            self.count += 1
+            self.count += window
             self.bytes_up += given.bytes
             self.bytes_down += taken.bytes if taken else 0
             self.payloads |= {each.digest for each in (given, taken) if each}
@@ -153,12 +153,15 @@ class SplitTask(Task):
             steps.order.wait(rank, self._check)
         if (what := reply.metrics.get("what")) not in WANTED:
             raise RecordError(f"its trainer wants {what!r} of the upper part, expected one of {', '.join(WANTED)}")
+        window = reply.metrics.get("window", 1)
+        if not isinstance(window, int) or not 0 < window <= MOST_WINDOW:
+            raise RecordError(f"its trainer gave a window of {window!r} batches, expected 1 to {MOST_WINDOW}")
         with steps.clock.measure("upper and its hand-off"):
-            answered = steps.beyond.step(payload, {"what": what, "owner": steps.owner(rank)})
+            answered = steps.beyond.step(payload, {"what": what, "owner": steps.owner(rank), "window": window})
         steps.clock.add("upper", answered.seconds)
         if what != "forward" or not steps.training:
             steps.order.done(rank)
-        steps.note(payload, answered.payload)
+        steps.note(window, payload, answered.payload)
         if error := answered.numbers.get(ERROR):
             raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
         return answered.payload, dict(answered.numbers)
