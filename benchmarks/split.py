@@ -5,7 +5,8 @@
 **Step.** Batches of 32, with activations of 0.1 and 4 MB, through the real programs on one machine; a step is the time
 from one batch of a rank to its next, beside the same halves in one process, in turns. The model is the least there is:
 what a step takes beyond the plain one is the way between the halves. Where it goes is from `benchmarks.traced`: the
-hand-offs are directories and locks, the engine is Flower's message there and back.
+hand-offs are directories and locks, the engine is Flower's message there and back. With ``FLARE_PYTHON``, a Python that
+has nvflare 2.9 and torch, the same halves also train in NVIDIA FLARE's simulator (`benchmarks.flare_split`).
 
 **Ranks.** The lower part sleeps 40 ms in place of computing: on a machine with two cores the cores would else be the
 limit, and not the way.
@@ -20,14 +21,16 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, Figure, Options, Programs, free_port, scratch_directory
+from benchmarks.common import RESULTS, ROOT, BenchmarkError, Figure, Options, Programs, free_port, scratch_directory
 
 TOPIC = "split"
 SMALL, LARGE = 100_000, 4_000_000
@@ -36,7 +39,7 @@ MODES = ("sfl-v1", "sfl-v2", "sequential")
 SLEEP_S = 0.04
 # The header of a payload, and what it says of its entries.
 _FRAME_BYTES = 1_000
-_PLAIN = "plain split in one process"
+_PLAIN, _FLARE = "plain split in one process", "NVIDIA FLARE, Collab API, simulator"
 
 
 @dataclass(kw_only=True)
@@ -76,7 +79,10 @@ class SplitFederation:
                 self._start(programs, "trainer", *which, *trainer, *self.rank_flags, name=f"model{name}")
             programs.wait(timeout_s=1800.0)
         history = self.directory / "checkpoints" / "server" / "history.jsonl"
-        return [json.loads(line) for line in history.read_text().splitlines()]
+        lines = [json.loads(line) for line in history.read_text().splitlines()]
+        if refused := [line["refused"] for line in lines if line["refused"]]:
+            raise BenchmarkError(f"{self.mode or 'FedAvg'}, {self.cut}: an update was refused: {refused[0]}")
+        return lines
 
     def took(self, name: str) -> dict[str, float]:
         """Return the median seconds of what was watched in a program."""
@@ -101,10 +107,13 @@ def steps(options: Options) -> list[Figure]:
     figures = []
     repeats = options.pick(5, 3, 1)
     for size, batches in ((SMALL, options.pick(200, 100, 10)), (LARGE, options.pick(60, 40, 6))):
-        split, alone, shares = list[float](), list[float](), list[dict[str, float]]()
+        split, alone, flare, shares = list[float](), list[float](), list[float](), list[dict[str, float]]()
         for _ in range(repeats):
             with scratch_directory() as directory:
                 alone += _alone(size, batches, directory)
+            if python := os.environ.get("FLARE_PYTHON"):
+                with scratch_directory() as directory:
+                    flare += _in_flare(python, size, batches, directory)
             with scratch_directory() as directory:
                 periods, parts = _step(size, batches, directory)
                 split += periods
@@ -114,6 +123,10 @@ def steps(options: Options) -> list[Figure]:
             topic=TOPIC, name=f"step, batch of 32, activations of {size / 1e6:g} MB", unit="ms", samples=split,
             peer=_PLAIN, peer_samples=alone, judged_by="difference", target=STEP_TARGETS[size],
             note=", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in where.items()),
+        ))  # fmt: skip
+        figures.append(Figure(
+            topic=TOPIC, name=f"the same step, {size / 1e6:g} MB", unit="ms", samples=split if flare else (),
+            peer=_FLARE, peer_samples=flare, judged_by="ratio", missing="" if flare else "FLARE_PYTHON is not set",
         ))  # fmt: skip
     return figures
 
@@ -151,6 +164,13 @@ def _alone(size: int, batches: int, directory: Path) -> list[float]:
         programs.start("plain", "-m", "benchmarks.split", str(size), str(batches), str(directory))
         programs.wait()
     return [1000 * each for each in json.loads((directory / "periods-1.json").read_text())]
+
+
+def _in_flare(python: str, size: int, batches: int, directory: Path) -> list[float]:
+    # Not this package's PYTHONPATH: that Python has its own torch.
+    command = [python, str(ROOT / "benchmarks" / "flare_split.py"), str(size), str(batches), str(directory)]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=1800.0)
+    return [1000 * each for each in json.loads((directory / "periods.json").read_text())]
 
 
 # -- how ranks share it ------------------------------------------------------------------------------------------------
