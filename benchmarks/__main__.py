@@ -33,13 +33,14 @@ from benchmarks import (
     noticing,
     rounds,
     scaling,
+    split,
     startup,
     stragglers,
     superlink,
 )  # fmt: skip
 from benchmarks.common import RESULTS, Figure, Options, machine, spread
 
-MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, superlink, large)
+MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, split, superlink, large)
 USUAL = {module.TOPIC: module for module in MODULES}
 # Accuracies are no figures of this project's speed.
 TOPICS = {**USUAL, algorithms.TOPIC: algorithms, stragglers.TOPIC: stragglers}
@@ -114,7 +115,7 @@ def _cells(figure: Figure) -> tuple[str, ...]:
     judged = "" if figure.judged_by == "median" else f"{figure.judged:.3g} {sign[figure.judged_by]}"
     target = ""
     if figure.target is not None:
-        bound = ">=" if figure.judged_by == "speedup" else "<="
+        bound = ">=" if figure.wants_more else "<="
         target = f"[{'green' if figure.reached else 'red'}]{bound} {figure.target:.3g}"
     note = ", ".join(part for part in (f"peer: {figure.peer}" if figure.peer else "", figure.note) if part)
     return figure.name, f"{_shown(figure.samples)} {figure.unit}", peer, judged, target, note

@@ -63,7 +63,7 @@ class Figure:
     peer, peer_samples
         What it is compared with, measured in the same minute.
     target
-        What is to be reached: `judged` is at most (or, with `at_least`, at least) this.
+        What is to be reached: `judged` is at most this, of a ``speedup`` and with `at_least` at least.
     judged_by
         ``ratio`` (median / the peer's median), ``speedup`` (the other way round), ``difference`` (in `unit`), or
         ``median``.
@@ -79,6 +79,7 @@ class Figure:
     peer_samples: Sequence[float] = ()
     judged_by: str = "median"
     target: float | None = None
+    at_least: bool = False
     note: str = ""
     missing: str = ""
 
@@ -109,7 +110,12 @@ class Figure:
         """Whether the target is reached; None if there is none or nothing to compare."""
         if self.judged is None or self.target is None:
             return None
-        return self.judged >= self.target if self.judged_by == "speedup" else self.judged <= self.target
+        return self.judged >= self.target if self.wants_more else self.judged <= self.target
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether the target is the least that is to be reached."""
+        return self.at_least or self.judged_by == "speedup"
 
     def to_json(self) -> dict[str, Any]:
         """Return the figure with what follows from it."""

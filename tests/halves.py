@@ -135,6 +135,7 @@ class Halves:
     noise: float | None = None
     whole_model: bool = False
     dtype: torch.dtype | None = None
+    window: int = 1
     # What runs at a rank instead of `LowerPart`: a script of one's own.
     script: Callable[[Trainer, Any, Parts], None] | None = None
     # All that left the ranks in messages.
@@ -206,7 +207,7 @@ class Halves:
             else:
                 noise = CutNoise(self.noise, b"secret") if self.noise else None
                 context = WorkloadContext(rank=rank, num_partitions=self.ranks)
-                lower = LowerPart(workload, parts, context, self.dtype, noise)
+                lower = LowerPart(workload, parts, context, self.dtype, noise, self.window)
                 model, run = lower.model, partial(run_workload, workload=lower)
         trainer = Trainer(
             place, model, exchange_dir=self.directory / "exchange", checkpoint_dir=self.directory / "checkpoints"
@@ -233,10 +234,12 @@ def whole(state: State) -> State:
 
 
 def unsplit(mode: str, *, ranks: int = 2, rounds: int = 2, cut: int = 3, tail: int | None = None, seed: int = 0,
-            make: Callable[[int], Any] = Small, between: nn.Module | None = None) -> State:  # fmt: skip
+            make: Callable[[int], Any] = Small, between: nn.Module | None = None,
+            window: int = 1) -> State:  # fmt: skip
     """Train the whole model in plain loops, in the order of a mode; `cut` is how many modules are in the lower part.
 
-    Each rank has its optimizer of the lower part, and of the upper one under ``sfl-v1``. `between` stands at the cut.
+    Each rank has its optimizer of the lower part, and of the upper one under ``sfl-v1``. `between` stands at the
+    cut. With a `window` so many batches go through the lower part before it is trained with all of their gradients.
     """
     workloads = {rank: make(rank) for rank in range(1, ranks + 1)}
     model = workloads[1].model
@@ -266,6 +269,21 @@ def unsplit(mode: str, *, ranks: int = 2, rounds: int = 2, cut: int = 3, tail: i
         for each in mine:
             each.step()
 
+    def steps(rank: int, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        lower, upper = nn.Sequential(*lowers[rank]).train(), uppers[owners[rank]].train()
+        weights, optimizer = list(lower.parameters()), optimizers["upper", owners[rank]]
+        activations, late = [lower(inputs) for inputs, _ in batches], []
+        for given, (_, targets) in zip(activations, batches, strict=True):
+            at_cut = given.detach().requires_grad_()
+            optimizer.zero_grad()
+            workloads[rank].loss(upper(at_cut.clone()), targets).backward()
+            optimizer.step()
+            late.append(torch.autograd.grad(given, weights, at_cut.grad))
+        for gradients in late:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
+            optimizers["lower", rank].step()
+
     for server_round in range(1, rounds + 1):
         for rank in workloads:
             put_together(rank).load_state_dict(state)
@@ -282,8 +300,11 @@ def unsplit(mode: str, *, ranks: int = 2, rounds: int = 2, cut: int = 3, tail: i
                         lowers[other].load_state_dict(lowers[rank].state_dict())
                 continue
             for rank in order:
-                if waiting[rank]:
-                    step(rank, waiting[rank].pop(0))
+                chosen, waiting[rank] = waiting[rank][:window], waiting[rank][window:]
+                if window > 1:
+                    steps(rank, chosen)
+                elif chosen:
+                    step(rank, chosen[0])
         states = {rank: copy.deepcopy(put_together(rank).state_dict()) for rank in workloads}
         counts = {rank: workload.num_examples for rank, workload in workloads.items()}
         state = {name: mean([(counts[rank], states[rank][name]) for rank in workloads]) for name in state}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import algorithms
+from benchmarks import algorithms, split
 from benchmarks.common import Figure, periods, spread, stamp
 from tests.bounds import BOUND_S
 
@@ -23,6 +23,7 @@ def test_a_ratio_is_ours_by_theirs_and_a_speedup_theirs_by_ours():
 
 def test_at_most_is_reached_below_and_at_least_above():
     figure = {"topic": "t", "name": "n", "unit": "s", "samples": [2.0], "peer_samples": [8.0]}
+    assert Figure(**figure, judged_by="ratio", at_least=True, target=0.2).reached is True
     assert Figure(**figure, judged_by="ratio", target=0.3).reached is True
     assert Figure(**figure, judged_by="ratio", target=0.2).reached is False
     assert Figure(**figure, judged_by="speedup", target=5.0).reached is False
@@ -54,6 +55,20 @@ def test_the_table_of_algorithms_has_mean_and_deviation_and_bytes():
     assert table[0] == "| algorithm | accuracy, alpha 0.1 | own accuracy, alpha 0.1 | up | down |"
     assert table[2] == "| FedAvg | 82.0 ± 2.0 | 83.0 ± 2.0 | 56.0 kB | 112.0 kB |"
     assert table[3] == "| Ditto | 80.0 | 81.0 | 56.0 kB | 112.0 kB |"
+
+
+def test_more_or_fewer_bytes_than_the_formula_are_an_error():
+    split._check("activations", 1_000 + 3 * 200, 1_000, 3)
+    for found in (999, 1_001 + 3 * 1_000):
+        with pytest.raises(AssertionError, match=f"activations: {found:,} bytes, by the formula 1,000 in 3 payloads"):
+            split._check("activations", found, 1_000, 3)
+
+
+def test_a_rank_at_the_cut_has_the_formulas_numbers():
+    """The digits' 1,438 training images of 64 pixels, after a convolution with 16 channels and a pooling by 2."""
+    examples, batches, numbers, state = split._shapes(split.DIGITS, "features.2")
+    assert (examples, numbers, state) == (1_438, 16 * 4 * 4, 4 * (9 * 16 + 16))
+    assert batches == 23 + 23
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def test_every_flag_of_the_server_reaches_the_server_as_it_was_given() -> None:
 
 
 def test_clients_find_the_server_and_trainers_know_how_many_they_are() -> None:
-    children = planned("--ranks=3", "--cut=features.2", "--cut-dtype=int8", *OF_THE_SERVER)
+    children = planned("--ranks=3", "--cut=features.2", "--cut-dtype=int8", "--window=4", *OF_THE_SERVER)
     *children, upper = children
     assert [child.name for child in children[1:3]] == ["client of rank 1", "trainer of rank 1"]
     clients = [parsed(client, child.command[4:]) for child in children[1::2]]
@@ -122,9 +122,10 @@ def test_clients_find_the_server_and_trainers_know_how_many_they_are() -> None:
         (1, 3, None), (2, 3, None), (3, 3, None),
     ]  # fmt: skip
     assert str(trainers[0]["checkpoint_dir"]) == "kept"
-    assert {(each["part"], each["cut"], each["cut_dtype"]) for each in trainers} == {(None, "features.2", "int8")}
+    flags = ("part", "cut", "cut_dtype", "window")
+    assert {tuple(each[name] for name in flags) for each in trainers} == {(None, "features.2", "int8", 4)}
     found = parsed(trainer, upper.command[4:])
-    assert [found[name] for name in ("part", "cut", "cut_dtype")] == ["upper", "features.2", None]
+    assert [found[name] for name in flags] == ["upper", "features.2", None, 1]
     assert str(found["exchange_dir"]) == "shared"
 
 

@@ -115,6 +115,46 @@ def test_a_narrow_cut_is_the_whole_model_with_rounding_there(dtype: torch.dtype,
     assert 0 < halves.history[0]["split"]["bytes_down"] - 7 * bytes_of_a_gradient < 7 * 300
 
 
+@pytest.mark.parametrize(("mode", "window"), [("sfl-v2", 2), pytest.param("sfl-v1", 3, marks=SLOW), ("sfl-v1", 9)])
+def test_a_window_of_batches_is_their_steps_with_late_gradients_whoever_is_killed(
+    mode: str, window: int, tmp_path: Path
+) -> None:
+    """The ranks have 3 and 4 batches, so that a window of 2 and of 3 has a rest; 9 are more than there are."""
+    halves = Halves(tmp_path, mode, window=window, kills={("upper", 3), (1, 2), (2, 2)})
+    same(halves.run(), unsplit(mode, window=window))
+    for line in halves.history:
+        assert line["split"]["steps"] == 7
+        # What a header says of each entry, and an entry or two for each batch.
+        assert 0 < line["split"]["bytes_up"] - 7 * (4 * 8 * 4 + 4 * 8) < 7 * 400
+        assert 0 < line["split"]["bytes_down"] - 7 * 4 * 8 * 4 < 7 * 200
+        assert set(line["evaluate"]) == set(line["train"]) == {"loss", "accuracy"}
+
+
+def test_in_a_window_dropout_draws_from_one_stream_of_random_numbers(tmp_path: Path) -> None:
+    make = partial(Small, dropout=0.3)
+    same(
+        Halves(tmp_path, "sfl-v1", ranks=1, window=2, make=make, kills={(1, 3), ("upper", 3)}).run(),
+        unsplit("sfl-v1", ranks=1, window=2, make=make),
+    )
+
+
+def test_a_window_that_no_server_takes_costs_the_rank_its_round(tmp_path: Path) -> None:
+    def greedy(trainer: Trainer, workload: Any, parts: Any) -> None:
+        if trainer.exchange.rank == 1:
+            return script(trainer, workload, parts)
+        for task in trainer:
+            try:
+                task.hand_over({"activations": torch.zeros(4, 8)}, {"what": "loss", "window": 101})
+            except TaskOverError:
+                continue
+        return None
+
+    halves = Halves(tmp_path, "sfl-v1", rounds=1, script=greedy, settings={"evaluate_every": 0})
+    halves.run()
+    refused = halves.history[0]["refused"]
+    assert refused == {"2": "its trainer gave a window of 101 batches, expected 1 to 100"}
+
+
 def test_where_payloads_travel_in_messages_it_comes_to_the_same(tmp_path: Path) -> None:
     same(Halves(tmp_path, "sfl-v2", by_reference=False).run(), unsplit("sfl-v2"))
 
@@ -204,6 +244,9 @@ def test_what_cannot_be_cut_says_why() -> None:
     ("--cut features.2 --cut-noise nan", "--cut-noise: expected a number above 0, not 'nan'"),
     ("--cut-dtype int8", "--cut NAME says after which module the model is cut"),
     ("--tail classifier.1", "--cut NAME says after which module the model is cut"),
+    ("--part upper --cut features.2 --window 2", "--window is for the ranks"),
+    ("--cut features.2 --tail classifier.1 --window 2", "--window cannot go with --tail"),
+    ("--cut features.2 --window 101", "expected a whole number from 1 to 100, not '101'"),
     ("--cut features.7", "--cut features.7: the model cannot be cut there"),
 ])  # fmt: skip
 def test_a_wrong_flag_of_a_trainer_is_told_of_at_once(flags: str, says: str, scripts: Scripts) -> None:

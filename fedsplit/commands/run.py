@@ -174,7 +174,8 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
         for role, command in (("client", _command(client, relaying, rank)), ("trainer", train)):
             children.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
     if arguments.split_learning:
-        command = _command(trainer, {**training, "part": "upper", "cut_dtype": None, "cut_noise": None})
+        at_ranks = {"cut_dtype": None, "cut_noise": None, "window": 1}
+        command = _command(trainer, {**training, **at_ranks, "part": "upper"})
         children.append(Child("trainer of the upper part", command, places.logs / "trainer-upper.log"))
     return children
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsplit import cli
+from fedsplit.split_learning.order import MOST_WINDOW
 
 if TYPE_CHECKING:
     from fedsplit.exchange.directory import Place
@@ -66,6 +67,9 @@ def add_cut(parser: argparse.ArgumentParser) -> None:
     add("--tail", metavar="NAME",
         help="with --cut: cut it again after this module; what follows, and the labels, stay with the rank "
         "(default: the upper part is the last)")  # fmt: skip
+    add("--window", type=_window, default=1, metavar="K",
+        help="at a rank: hand over K batches at once. Their activations and gradients are those of the lower part at "
+        "the first, so gradients of the others come late; for where a message takes long")  # fmt: skip
     add("--cut-dtype", choices=("float16", "bfloat16", "int8"),
         help="at a rank: round activations and gradients to this at the cut (default: as they are)")  # fmt: skip
     add("--cut-noise", type=cli.positive, metavar="SIGMA",
@@ -113,12 +117,13 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
         rank=arguments.rank, num_partitions=arguments.num_partitions, seed=arguments.seed, device=device,
         data_dir=arguments.data_dir, options=dict(arguments.workload_option),
     )  # fmt: skip
-    if any((arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype, arguments.cut_noise)):
+    cut = (arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype, arguments.cut_noise)
+    if any(cut) or arguments.window > 1:
         from fedsplit.split_learning.start import make_part
 
         model, answer_all = make_part(
             arguments.workload, context, arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype,
-            _noise(arguments),
+            _noise(arguments), arguments.window,
         )  # fmt: skip
     else:
         from fedsplit.workloads.runner import run_workload
@@ -145,6 +150,13 @@ def _noise(arguments: argparse.Namespace) -> CutNoise | None:
     if arguments.cut_noise is None:
         return None
     return CutNoise(arguments.cut_noise, read_secret(arguments.checkpoint_dir / place_name(_place(arguments))))
+
+
+def _window(text: str) -> int:
+    """A number of batches from 1 to 100."""
+    if not text.isdecimal() or not 0 < int(text) <= MOST_WINDOW:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_WINDOW}, not {text!r}")
+    return int(text)
 
 
 def _place(arguments: argparse.Namespace) -> Place:

@@ -265,12 +265,13 @@ class Exchange:
 
     @staticmethod
     def _read(path: Path) -> bytes | None:
-        with files.explained(path, "read the record", RecordError):
-            try:
-                with files.open_regular(path) as file:
-                    text = file.read(records.RECORD_BYTES + 1)
-            except FileNotFoundError:
-                return None
+        try:
+            text = files.read_regular(path, records.RECORD_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            with files.explained(path, "read the record", RecordError):
+                raise
         if len(text) > records.RECORD_BYTES:
             raise RecordError(f"{path} is over {records.RECORD_BYTES:,} bytes; a record is small")
         return text

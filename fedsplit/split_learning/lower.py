@@ -2,11 +2,16 @@
 
 It is a workload like any other, `fedsplit.workloads.runner` runs it. What goes out with each batch are the activations
 at the cut, and the targets; where there is a tail the targets stay, and the rank finds the loss itself.
+
+With a window of several batches their activations go out together, all of one and the same lower part: delayed
+gradients, as where pipelined training lets weights be stale (Harlap et al., "PipeDream", 2018).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,7 @@ from fedsplit.run.history import weighted_mean
 from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.noise import CutNoise
 from fedsplit.split_learning.workload import SplitWorkload, draws, measured
+from fedsplit.trainer.remote import remote_window
 from fedsplit.trainer.trainer import Task
 from fedsplit.workloads import EvaluateResult, StatefulWorkload, TrainResult, WorkloadContext
 
@@ -25,9 +31,11 @@ class LowerPart:
 
     def __init__(
         self, workload: SplitWorkload, parts: Parts, context: WorkloadContext, dtype: torch.dtype | None = None,
-        noise: CutNoise | None = None,
+        noise: CutNoise | None = None, window: int = 1,
     ) -> None:  # fmt: skip
         self.model = parts.at_rank()
+        # How many batches go out at once.
+        self._window = window
         # In which activations and gradients travel, if not in their own, and what is added to activations.
         self._dtype, self._noise = dtype, noise
         self._workload, self._parts = workload, parts
@@ -43,14 +51,12 @@ class LowerPart:
         self.model.train()
         self._begin(task)
         measurements: list[tuple[int, dict[str, float]]] = []
-        for inputs, targets in self._workload.batches(task):
+        batches = iter(self._workload.batches(task))
+        while window := list(islice(batches, self._window)):
             if task.should_stop():
                 break
-            self._optimizer.zero_grad()
-            loss, numbers = self._forward(task, inputs, targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._optimizer.step()
-            measurements.append((len(targets), numbers))
+            found = self._step(task, *window[0]) if len(window) == 1 else self._steps(task, window)
+            measurements += [(len(targets), each) for (_, targets), each in zip(window, found, strict=True)]
         examples = sum(each for each, _ in measurements)
         different = getattr(self._workload, "num_examples", examples)
         return TrainResult(min(examples, different), weighted_mean(measurements))
@@ -90,13 +96,41 @@ class LowerPart:
         if self._noise:
             self._noise.begin(task)
 
+    def _step(self, task: Task, inputs: torch.Tensor, targets: torch.Tensor) -> list[dict[str, float]]:
+        """Do a step with a batch; returns what is to be noted of it."""
+        self._optimizer.zero_grad()
+        loss, numbers = self._forward(task, inputs, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return [numbers]
+
+    def _steps(self, task: Task, window: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, float]]:
+        """Do a step with each batch of a window, whose activations and gradients are all those of its beginning."""
+        given = [(self._lower(inputs), targets) for inputs, targets in window]
+        found = remote_window(task, given, generator=self._draws, dtype=self._dtype)
+        weights = list(self.model.parameters())
+        gradients = []
+        # All of them before the first step: a backward pass needs the weights of its forward pass.
+        for (activations, _), (gradient, _) in zip(given, found, strict=True):
+            self._optimizer.zero_grad()
+            if activations.requires_grad:
+                activations.backward(gradient)  # type: ignore[no-untyped-call]
+            gradients.append([weight.grad for weight in weights])
+        for each in gradients:
+            for weight, own in zip(weights, each, strict=True):
+                weight.grad = own
+            self._optimizer.step()
+        return [{name: float(value) for name, value in numbers.items()} for _, numbers in found]
+
+    def _lower(self, inputs: torch.Tensor) -> torch.Tensor:
+        activations: torch.Tensor = self._parts.lower(inputs)
+        return self._noise(activations) if self._noise else activations
+
     def _forward(
         self, task: Task, inputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss of a batch, and what is to be noted of it."""
-        activations, tail = self._parts.lower(inputs), self._parts.tail
-        if self._noise:
-            activations = self._noise(activations)
+        activations, tail = self._lower(inputs), self._parts.tail
         generator = self._draws and torch.is_grad_enabled()
         if tail is None:
             loss = task.remote(activations, targets, generator=generator, dtype=self._dtype)

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 MODES = ("sfl-v1", "sfl-v2", "sequential")
+# How many batches a rank may hand over at once.
+MOST_WINDOW = 100
 _LOOK_S = 0.2
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from fedsplit.aggregation import Update, check_update
 from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.errors import AggregationError, RecordError, RunFailedError, UsageError
-from fedsplit.exchange.records import Request, printable
+from fedsplit.exchange.records import Request, Scalar, printable
 from fedsplit.run.history import Line
 from fedsplit.run.time_account import Stages
 from fedsplit.server.conversation import HEADER_BYTES
@@ -34,7 +34,7 @@ from fedsplit.server.peer import Reply
 from fedsplit.server.round import Rounds, Task
 from fedsplit.server.strategy import read_update
 from fedsplit.split_learning.beyond import Beyond, Clock, differs
-from fedsplit.split_learning.order import Order
+from fedsplit.split_learning.order import MOST_WINDOW, Order
 from fedsplit.split_learning.upper import END, ERROR, WANTED
 from fedsplit.states.extra import join, separate
 from fedsplit.states.header import read_header
@@ -79,10 +79,10 @@ class Steps:
         """Return whose upper part a rank trains with: its own, or 0, which is everybody's."""
         return rank if self.mode == "sfl-v1" else 0
 
-    def note(self, given: StoredPayload, taken: StoredPayload | None) -> None:
-        """Note that a step was done: what a rank gave, and what it got."""
+    def note(self, window: int, given: StoredPayload, taken: StoredPayload | None) -> None:
+        """Note that so many steps were done: what a rank gave for them, and what it got."""
         with self._lock:
-            self.count += 1
+            self.count += window
             self.bytes_up += given.bytes
             self.bytes_down += taken.bytes if taken else 0
 
@@ -180,7 +180,7 @@ class SplitTask(Task):
         """Let the upper part's trainer do a step with what the rank gave."""
         steps, rank = self.steps, self.rank
         steps.clock.add("lower", reply.seconds)
-        what, payload = self._wanted(reply), self._stored(reply)
+        (what, window), payload = self._wanted(reply), self._stored(reply)
         self._given_bytes += payload.bytes
         if self._given_bytes > steps.most_bytes:
             raise RecordError(
@@ -191,25 +191,30 @@ class SplitTask(Task):
             steps.order.wait(rank, self._check)
         self._check()
         with steps.clock.measure("upper and its hand-off"):
-            answered = steps.beyond.step(payload, {"what": what, "owner": steps.owner(rank)}, self.context.ends_at)
+            wanted: dict[str, Scalar] = {"what": what, "owner": steps.owner(rank), "window": window}
+            answered = steps.beyond.step(payload, wanted, self.context.ends_at)
         steps.clock.add("upper", answered.seconds)
         self._owes_gradient = what == "forward" and steps.training
         if not self._owes_gradient:
             steps.order.done(rank)
-        steps.note(payload, answered.payload)
+        steps.note(window, payload, answered.payload)
         if error := answered.numbers.get(ERROR):
             raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
         return answered.payload and self._shared(answered.payload), dict(answered.numbers)
 
-    def _wanted(self, reply: Reply) -> str:
-        """Return what the rank wants of the upper part; raises RecordError if that cannot be."""
+    def _wanted(self, reply: Reply) -> tuple[str, int]:
+        """Return what the rank wants of the upper part, for how many batches; raises RecordError if that cannot be."""
         what = reply.metrics.get("what")
         if what not in WANTED:
             found = printable(repr(what), 100)
             raise RecordError(f"its trainer wants {found} of the upper part, expected one of {', '.join(WANTED)}")
         if what == "backward" and not self._owes_gradient:
             raise RecordError("its trainer gave a gradient for no output of the upper part")
-        return str(what)
+        window = reply.metrics.get("window", 1)
+        if type(window) is not int or not 0 < window <= MOST_WINDOW:
+            found = printable(repr(window), 100)
+            raise RecordError(f"its trainer gave a window of {found} batches, expected 1 to {MOST_WINDOW}")
+        return str(what), window
 
     def _stored(self, reply: Reply) -> StoredPayload:
         """Bring what the rank gave into the store, if it is not there; raises RecordError if it is no whole payload."""
@@ -321,7 +326,8 @@ class SplitRounds(Rounds):
         if self.engine.name != EMBEDDED.name and not self._has_noted:
             self._has_noted = True
             log.warning(
-                "on a %s each batch takes %.1f s for its messages, which --engine embedded does in milliseconds",
+                "on a %s a step takes %.1f s for its messages, which --engine embedded does in milliseconds; trainers "
+                "with --window K hand over K batches by each",
                 self.engine.name, seconds,
             )  # fmt: skip
 

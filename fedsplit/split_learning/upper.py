@@ -21,7 +21,7 @@ from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.workload import SplitWorkload, measured
 from fedsplit.states.state_dict import StateDict, named, own_state
 from fedsplit.trainer.progress import Progress
-from fedsplit.trainer.remote import Given, narrow, widen
+from fedsplit.trainer.remote import Given, narrow, pack, unpack, widen
 from fedsplit.trainer.trainer import Task, Trainer
 from fedsplit.workloads.runner import run_tasks
 
@@ -63,13 +63,13 @@ class UpperPart:
                 taken[number] = self._owner(number)
                 taken[number].begin(self._model)
             try:
-                answer = taken[number].step(given) if training else self._evaluate(given)
+                answer = taken[number].window(given) if training else self._evaluate(given)
             except Exception as exc:  # noqa: BLE001  (what one rank sent must not cost the others their round)
                 text = "".join(traceback.format_exception(exc)).rstrip()
                 log.warning("a step of round %d failed; its rank is told\n%s", task.server_round, text)
                 answer = {}, {ERROR: f"{type(exc).__name__}: {exc}"[:_MOST_ERROR]}
+            steps += int(given.numbers.get("window", 1))
             given = task.hand_over(*answer)
-            steps += 1
         if not training:
             task.reply(loss=0.0, num_examples=0)
             return
@@ -126,6 +126,19 @@ class _Owner:
     def state(self) -> StateDict:
         """Return the state that it has come to."""
         return own_state(self._model)
+
+    def window(self, given: Given) -> Answer:
+        """Do a step with each batch that a rank gave at once, in their order."""
+        count = int(given.numbers.get("window", 1))
+        tensors, numbers = list[StateDict](), list[dict[str, Scalar]]()
+        generator: StateDict = {}
+        for batch in unpack(given.tensors, count):
+            found, said = self.step(Given({**batch, **generator}, given.numbers))
+            # One stream of random numbers goes through all of them, and back to the rank.
+            generator = {name: found.pop(name) for name in ("generator",) if name in found}
+            tensors.append(found)
+            numbers.append(said)
+        return {**pack(tensors), **generator}, pack(numbers)
 
     def step(self, given: Given) -> Answer:
         """Do a step, or half a step of a U-shaped model: returns tensors and numbers for the rank."""

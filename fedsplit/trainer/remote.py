@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from fedsplit.states.state_dict import StateDict
 
 if TYPE_CHECKING:
     from fedsplit.trainer.trainer import Task
+
+Value = TypeVar("Value")
 
 
 class Given(NamedTuple):
@@ -38,6 +40,42 @@ def remote(
     if torch.is_grad_enabled():
         loss = _Loss.apply(activations, widen("gradient", given.tensors, activations), loss)  # type: ignore[no-untyped-call]
     return loss
+
+
+def remote_window(
+    task: Task, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], *, generator: bool = False,
+    dtype: torch.dtype | None = None,
+) -> list[tuple[torch.Tensor, Mapping[str, Scalar]]]:  # fmt: skip
+    """Let the half beyond do a step with each batch's activations and targets, one after the other, by one hand-over.
+
+    Returns for each the gradient of its activations, and the numbers that were found, the loss among them.
+    """
+    tensors = pack([{**narrow("activations", given, dtype), "targets": targets} for given, targets in batches])
+    found = _ask(task, "loss", tensors, generator, window=len(batches))
+    gradients, numbers = unpack(found.tensors, len(batches)), unpack(found.numbers, len(batches))
+    return [
+        (widen("gradient", tensors, given), said)
+        for (given, _), tensors, said in zip(batches, gradients, numbers, strict=True)
+    ]
+
+
+def pack(batches: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
+    """Return the values of several batches as those of one message: the first one's names are as they are."""
+    return {
+        f"{index}/{name}" if index else name: value
+        for index, batch in enumerate(batches) for name, value in batch.items()
+    }  # fmt: skip
+
+
+def unpack(values: Mapping[str, Value], count: int) -> list[dict[str, Value]]:
+    """Return the values of each batch of a message; raises ValueError for one that belongs to none."""
+    found: list[dict[str, Value]] = [{} for _ in range(count)]
+    for name, value in values.items():
+        index, slash, own_name = name.partition("/")
+        if slash and not (index.isdecimal() and 0 < int(index) < count):
+            raise ValueError(f"{name!r} belongs to none of {count} batches")
+        found[int(index) if slash else 0][own_name if slash else name] = value
+    return found
 
 
 def narrow(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> StateDict:
@@ -75,7 +113,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None, None
+        # Mostly the loss itself is what is derived; its gradient is large.
+        return gradient if outer[0] == 1 else gradient * outer[0], None, None
 
 
 class _Output(torch.autograd.Function):
@@ -98,10 +137,10 @@ class _Output(torch.autograd.Function):
         return widen("gradient", given.tensors, activations), None, None, None
 
 
-def _ask(task: Task, what: str, tensors: StateDict, generator: bool) -> Given:
+def _ask(task: Task, what: str, tensors: StateDict, generator: bool, window: int = 1) -> Given:
     """Hand over tensors; with `generator`, torch's default generator goes along, and comes back as it is then."""
     own = {"generator": torch.get_rng_state()} if generator else {}
-    given = task.hand_over({**tensors, **own}, {"what": what})
+    given = task.hand_over({**tensors, **own}, {"what": what, **({"window": window} if window > 1 else {})})
     if generator:
         torch.set_rng_state(given.tensors["generator"].clone())
     task.numbers = given.numbers
