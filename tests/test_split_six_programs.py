@@ -70,6 +70,6 @@ def test_on_a_superlink_it_says_what_a_batch_costs_there(tmp_path: Path) -> None
         federation.start_all()
         codes = federation.wait()
         assert codes == dict.fromkeys(codes, 0), f"{codes}\n{federation.tails()}"
-        assert re.search(r"on a superlink each batch takes \d+\.\d s for its messages", federation.log("server"))
+        assert re.search(r"on a superlink a step takes \d+\.\d s for its messages", federation.log("server"))
         assert federation.history()[0]["split"]["steps"] == 1  # type: ignore[index]
         check(federation, rounds=1)
