@@ -20,7 +20,9 @@ from fedsplit.engines.assembly import watching
 from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.run.directory import Places, Run
 from fedsplit.run.history import History, Line
+from fedsplit.run.time_account import describe_round
 from fedsplit.server.settings import ServerSettings
+from fedsplit.watch import rounds
 from fedsplit.watch.plot import charts, draw, make_figure
 
 LINES: list[Line] = [
@@ -209,3 +211,23 @@ def test_of_very_many_metrics_a_page_gets_eight_charts() -> None:
     line = {**LINES[0], "train": {f"metric {number}": 1.0 for number in range(20)} | {"loss": 1.0}}
     assert list(charts([line]))[:2] == ["loss", "accuracy"]
     assert len(charts([line])) == 8 + 2, "and one of the ranks, and one of the time"
+
+
+SPLIT = {
+    "mode": "sfl-v2", "steps": 40, "steps_per_second": 20.0, "bytes_up": 4_000_000, "bytes_down": 2_000_000,
+    "seconds": {"lower": 0.4, "upper": 0.2, "turn": 0.0, "upper hand-off": 0.6, "rank hand-off": 0.8},
+}  # fmt: skip
+
+
+def test_a_step_of_a_model_that_is_cut_has_a_panel_a_column_and_its_bytes_in_the_log() -> None:
+    lines = [{**line, "split": SPLIT} for line in LINES]
+    figure = make_figure(lines)
+    axes = figure.axes[-2]
+    assert axes.get_title("left") == "Time per step" and axes.get_ylabel() == "milliseconds, mean"
+    heights = {bars.get_label(): bars[0].get_height() for bars in axes.containers}
+    expected = {"lower": 10.0, "rank hand-off": 20.0, "upper hand-off": 15.0, "upper": 5.0}
+    assert heights == pytest.approx(expected), "what took no time is left out"
+    metrics = rounds.columns(lines)
+    assert (rounds.headings(metrics)[5], rounds.cells(lines[0], metrics)[5]) == ("steps/s", "20.0")
+    line = {**LINES[0], "split": SPLIT, "asked": 2, "accepted": 2, "refused": {}}
+    assert "40 steps, 20.0 a second, 4.0 MB up, 2.0 MB down" in describe_round(line, 3)

@@ -243,3 +243,12 @@ def test_a_missing_matplotlib_is_told_with_what_to_do(
         assert (
             "a plot needs matplotlib, which is not installed: pip install 'fedsplit[plot]'" in capsys.readouterr().err
         )
+
+
+def test_a_model_that_is_cut_has_its_steps_on_the_page() -> None:
+    seconds = {"lower": 0.4, "upper": 0.2, "turn": 0.2, "upper hand-off": 0.4, "rank hand-off": 0.8}
+    cut = {"mode": "sfl-v2", "steps": 40, "steps_per_second": 20.0, "bytes_up": 4_000_000, "bytes_down": 2_000_000}
+    page = render(Report(record=RECORD, lines=[line(1, split={**cut, "seconds": seconds})]))
+    for text in ("steps a second, mean", "4.0 MB", "2.0 MB", "milliseconds a step", "rank hand-off", "20.00", "40%"):
+        assert text in page
+    assert "milliseconds a step" not in render(REPORT)

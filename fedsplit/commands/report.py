@@ -19,7 +19,7 @@ from fedsplit.errors import CheckpointError
 from fedsplit.run.directory import STATE_FILE, Places
 from fedsplit.run.events import format_bytes, format_seconds
 from fedsplit.run.history import Line, read_rounds
-from fedsplit.run.time_account import STAGES, account, update_bytes
+from fedsplit.run.time_account import STAGES, STEP_STAGES, account, account_step, update_bytes
 from fedsplit.watch import plot, rounds
 
 _ENDINGS = (".html", ".htm")
@@ -71,7 +71,7 @@ def render(report: Report) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     record, lines, charts = report.record, report.lines, plot.charts(report.lines)
-    time_chart = charts.pop("time")
+    time_chart, step_chart = charts.pop("time"), charts.pop("step", "")
     sessions = record.get("sessions", [])
     software = sessions[-1].get("software", {}) if sessions else {}
     metrics = rounds.columns(lines)
@@ -84,7 +84,8 @@ def render(report: Report) -> str:
         run_id=record.get("run_id"), began=record.get("began", "at an unknown time"),
         sessions=cli.count(len(sessions) or 1, "session"), tiles=_tiles(lines),
         charts=charts, charts_left_out=len({name for _, name in rounds.metrics_of(lines)} - charts.keys()),
-        time_chart=time_chart, stages=_stages(lines), judged_headings=_JUDGED, judged_ranks=list(_judged_ranks(lines)),
+        time_chart=time_chart, stages=_stages(lines), step_chart=step_chart, step_stages=_step_stages(lines),
+        judged_headings=_JUDGED, judged_ranks=list(_judged_ranks(lines)),
         rank_headings=("rank", *_RANK_STAGES), seconds_by_rank=list(_seconds_by_rank(lines)),
         headings=rounds.headings(metrics), rounds=[rounds.cells(line, metrics) for line in lines],
         refusals=rounds.refusals(lines),
@@ -108,6 +109,10 @@ def _tiles(lines: Sequence[Line]) -> dict[str, str]:
             tiles[f"best test {name}, in round {best[0]}"] = f"{best[1]:.4f}"
             break
     seconds = sum(line.get("seconds") or 0.0 for line in lines)
+    if cut := [line["split"] for line in lines if line.get("split")]:
+        tiles["steps a second, mean"] = f"{sum(each['steps_per_second'] for each in cut) / len(cut):.1f}"
+        tiles["of activations up"] = format_bytes(sum(each["bytes_up"] for each in cut))
+        tiles["of gradients down"] = format_bytes(sum(each["bytes_down"] for each in cut))
     return tiles | {
         "rounds": str(len(lines)), "ranks": str(len(rounds.ranks_of(lines))), "in all rounds": format_seconds(seconds),
         "a round, mean": f"{seconds / len(lines):.2f} s",
@@ -121,6 +126,13 @@ def _stages(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     spent = {stage: sum(seconds[stage] for seconds in accounts) for stage in STAGES}
     total = sum(spent.values()) or 1.0
     return [(stage, f"{spent[stage]:.2f}", f"{spent[stage] / total:.0%}", what) for stage, what in STAGES.items()]
+
+
+def _step_stages(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    accounts = [found for line in lines if (found := account_step(line))]
+    means = {stage: sum(each[stage] for each in accounts) / len(accounts) for stage in STEP_STAGES if accounts}
+    total = sum(means.values()) or 1.0
+    return [(stage, f"{1000 * mean:.2f}", f"{mean / total:.0%}", STEP_STAGES[stage]) for stage, mean in means.items()]
 
 
 def _seconds_by_rank(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:

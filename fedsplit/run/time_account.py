@@ -20,6 +20,15 @@ STAGES = {
     "waiting": "for clients, trainers, answers that were not counted, or the disk",
 }
 
+# Where a step of split learning goes, as a rank sees it.
+STEP_STAGES = {
+    "lower": "the rank's trainer: its part forward and back, and the optimizer",
+    "rank hand-off": "between the rank's trainer and the server: exchange directory, client, network",
+    "turn": "waiting for the other ranks, where the mode has an order",
+    "upper hand-off": "between the server and the upper part's trainer, and waiting while it does others' steps",
+    "upper": "the upper part's trainer",
+}
+
 
 class Stages:
     """Measures where the seconds of a round, or of one rank in it, go: every second belongs to exactly one stage."""
@@ -58,6 +67,13 @@ def account(line: Mapping[str, Any]) -> dict[str, float]:
     return seconds
 
 
+def account_step(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the mean seconds of a step of split learning for each of `STEP_STAGES`; empty for a whole model."""
+    split = line.get("split") or {}
+    seconds, steps = _numbers(split.get("seconds")), _numbers(split).get("steps", 0.0)
+    return {stage: seconds.get(stage, 0.0) / steps for stage in STEP_STAGES} if steps else {}
+
+
 def _account_training(seconds: dict[str, float], left: float, ranks: list[dict[str, float]]) -> None:
     ranks = [{**stages, "merging": stages.get("merging", 0.0) + stages.get("checking", 0.0)} for stages in ranks]
     # The slowest is the one that was longest at work: the last to be merged may have only waited for its turn.
@@ -88,7 +104,8 @@ def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
             parts.append(f"{phase} {shown}")
     parts += [spent] if (spent := describe_privacy(line)) else []
     if split := line.get("split"):
-        parts.append(f"{split['steps']} steps, {split['steps_per_second']:.1f} a second")
+        up, down = format_bytes(split["bytes_up"]), format_bytes(split["bytes_down"])
+        parts.append(f"{split['steps']} steps, {split['steps_per_second']:.1f} a second, {up} up, {down} down")
     if stale := [f"{rank} by {row['staleness']}" for rank, row in line["clients"].items() if row.get("staleness")]:
         parts.append("stale: rank " + ", ".join(stale))
     if line["refused"]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from fedsplit.disk.files import write_chunks
 from fedsplit.errors import MissingPackageError
 from fedsplit.run.history import JUDGED_BY, Line
-from fedsplit.run.time_account import STAGES, account
+from fedsplit.run.time_account import STAGES, STEP_STAGES, account, account_step
 from fedsplit.watch.rounds import judged, metrics_of, ranks_of, value
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _STAGE_COLORS = {
     "training": _TRAIN, "hand-off": "#56b4e9", "transfer": "#009e73", "merging": "#e69f00", "evaluation": _TEST,
     "waiting": "#b4b4b4",
 }  # fmt: skip
+_STEP_COLORS = dict(zip(STEP_STAGES, (_TRAIN, "#56b4e9", "#b4b4b4", "#e69f00", _TEST), strict=True))
 # What there are many of: five colours, and dashes once these are used up.
 _COLORS = (_TRAIN, _TEST, _CENTRAL, "#e69f00", "#56b4e9")
 _DASHES = ("-", "--", ":", "-.")
@@ -47,6 +48,7 @@ _UNITS = {"loss": " (mean over examples)", "accuracy": " (share of examples)"}
 _MOST_MARKERS = 40
 _MOST_BARS = 60
 _MOST_CHARTS = 8
+_TITLES = {"time": "Time per round", "step": "Time per step"}
 
 # A metric may have any name: none is read as a formula.
 _STYLE = {"text.parse_math": False, "legend.frameon": False}
@@ -87,21 +89,22 @@ def make_figure(lines: Sequence[Line]) -> Figure:
     figure.suptitle(title)
     for axes, (name, draw_panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         draw_panel(axes)
-        axes.set_title("Time per round" if name == "time" else name.capitalize(), loc="left")
+        axes.set_title(_TITLES.get(name, name.capitalize()), loc="left")
     return figure
 
 
 def charts(lines: Sequence[Line]) -> dict[str, str]:
     """Draw each metric, the ranks and the time as an SVG element of its own, for an HTML page.
 
-    They are named after the metric, at most 8 of them; the last but one may be ``accuracy of each rank``, the last is
-    ``time``. Each colour ``#rrggbb`` is written as ``var(--c-rrggbb, #rrggbb)``, so that a page can replace it to suit
-    its theme. Text has no colour of its own. Raises MissingPackageError without matplotlib.
+    They are named after the metric, at most 8 of them; ``accuracy of each rank`` and, of a model that is cut, ``step``
+    may follow, the last is ``time``. Each colour ``#rrggbb`` is written as ``var(--c-rrggbb, #rrggbb)``, so that a page
+    can replace it to suit its theme. Text has no colour of its own. Raises MissingPackageError without matplotlib.
     """
     with _style(_SVG_STYLE):
-        names = dict.fromkeys(name for _, name in metrics_of(lines))
-        panels = _panels(lines, list(names)[:_MOST_CHARTS])
-        return {name: _svg("seconds" if name == "time" else name, panel) for name, panel in panels.items()}
+        metrics = dict.fromkeys(name for _, name in metrics_of(lines))
+        panels = _panels(lines, list(metrics)[:_MOST_CHARTS])
+        names = {"time": "seconds", "step": "milliseconds of a step"}
+        return {name: _svg(names.get(name, name), panel) for name, panel in panels.items()}
 
 
 def write_comparison(curves: Mapping[str, Mapping[str, Curve]], output: Path) -> None:
@@ -131,12 +134,14 @@ def make_comparison(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
 
 
 def _panels(lines: Sequence[Line], names: Iterable[str]) -> dict[str, Callable[[Axes], None]]:
-    """Return what draws each panel, by its name: the metrics, the ranks if there are several, and the time."""
+    """Return what draws each panel, by its name: the metrics, the ranks if there are several, a step, and the time."""
     panels: dict[str, Callable[[Axes], None]] = {name: partial(_draw_metric, lines=lines, name=name) for name in names}
     for name in JUDGED_BY:
         if len(curves := _curves(lines, name)) > 1:
             panels[f"{name} of each rank"] = partial(_draw_ranks, lines=lines, name=name, curves=curves)
             break
+    if any(map(account_step, lines)):
+        panels["step"] = partial(_draw_step, lines=lines)
     return {**panels, "time": partial(_draw_time, lines=lines)}
 
 
@@ -207,22 +212,34 @@ def _distinct(number: int) -> dict[str, Any]:
 
 
 def _draw_time(axes: Axes, lines: Sequence[Line]) -> None:
-    rounds, accounts = [line["round"] for line in lines], [account(line) for line in lines]
-    totals = [sum(seconds.values()) for seconds in accounts]
-    rows = {stage: [seconds[stage] for seconds in accounts] for stage in STAGES}
+    accounts = [account(line) for line in lines]
+    _draw_stages(axes, lines, {stage: [seconds[stage] for seconds in accounts] for stage in STAGES}, _STAGE_COLORS)
+    axes.set_ylabel("seconds")
+
+
+def _draw_step(axes: Axes, lines: Sequence[Line]) -> None:
+    accounts = [account_step(line) for line in lines]
+    rows = {stage: [1000 * seconds.get(stage, 0.0) for seconds in accounts] for stage in STEP_STAGES}
+    _draw_stages(axes, lines, rows, _STEP_COLORS)
+    axes.set_ylabel("milliseconds, mean")
+
+
+def _draw_stages(
+    axes: Axes, lines: Sequence[Line], rows: Mapping[str, Sequence[float]], colors: Mapping[str, str]
+) -> None:
+    """Draw how each round's total is divided."""
+    rounds, totals = [line["round"] for line in lines], [sum(column) for column in zip(*rows.values(), strict=True)]
     # A stage that never took a tenth of a percent would only be a name in the legend.
     rows = {stage: row for stage, row in rows.items() if sum(row) > 0.001 * sum(totals)}
     if len(lines) > _MOST_BARS:
-        colors = [_STAGE_COLORS[stage] for stage in rows]
-        axes.stackplot(rounds, *rows.values(), colors=colors, labels=list(rows), step="mid")
+        axes.stackplot(rounds, *rows.values(), colors=[colors[stage] for stage in rows], labels=list(rows), step="mid")
     else:
         bottom = [0.0] * len(lines)
         for stage, row in rows.items():
-            axes.bar(rounds, row, bottom=bottom, width=0.7, color=_STAGE_COLORS[stage], label=stage)
+            axes.bar(rounds, row, bottom=bottom, width=0.7, color=colors[stage], label=stage)
             bottom = [low + high for low, high in zip(bottom, row, strict=True)]
         # A single bar would fill the panel.
         axes.set_xlim(min(rounds) - 0.9, max(rounds) + 0.9)
-    axes.set_ylabel("seconds")
     # Room above the bars, so that the legend covers none of them.
     axes.set_ylim(0, 1.6 * max(totals) or 1)
     if rows:

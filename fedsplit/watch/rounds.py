@@ -13,6 +13,8 @@ PHASES = {"evaluate": "test", "central": "server", "train": "train"}
 _LOSSES = [("train", "loss"), ("evaluate", "loss")]
 _ACCURACY = ("evaluate", "accuracy")
 _ORDER = {"loss": 0, "accuracy": 1}
+# Of a model that is cut.
+_STEPS = ("split", "steps_per_second")
 
 
 def metrics_at(line: Line, phase: str, rank: str | None = None) -> dict[str, Any]:
@@ -54,19 +56,22 @@ def refusals(lines: Sequence[Line]) -> list[tuple[int, str, str]]:
 
 def columns(lines: Sequence[Line]) -> list[tuple[str, str]]:
     """Return the metrics that the table shows besides the losses: the test accuracy always, and first."""
-    return [_ACCURACY, *(metric for metric in metrics_of(lines) if metric not in (*_LOSSES, _ACCURACY))]
+    steps = [_STEPS] if any(line.get("split") for line in lines) else []
+    return [_ACCURACY, *steps, *(metric for metric in metrics_of(lines) if metric not in (*_LOSSES, _ACCURACY))]
 
 
 def headings(metrics: Sequence[tuple[str, str]]) -> list[str]:
     """Return the headings of the table."""
-    names = ["accuracy" if metric == _ACCURACY else f"{PHASES[metric[0]]} {metric[1]}" for metric in metrics]
+    own = {_ACCURACY: "accuracy", _STEPS: "steps/s"}
+    names = [own.get(metric) or f"{PHASES[metric[0]]} {metric[1]}" for metric in metrics]
     return ["round", "clients", "train loss", "test loss", *names, "seconds", "bytes"]
 
 
 def cells(line: Line, metrics: Sequence[tuple[str, str]]) -> list[str]:
     """Return the cells of a round, in the order of the headings."""
     size = update_bytes(line)
-    numbers = [_format(value(line, phase, name), 4) for phase, name in (*_LOSSES, *metrics)]
+    named = (*_LOSSES, *metrics)
+    numbers = [_format(value(line, *metric), 1 if metric == _STEPS else 4) for metric in named]
     counted = f"{line.get('accepted', '?')}/{line.get('asked', '?')}"
     return [str(line["round"]), counted, *numbers, _format(line.get("seconds"), 2), format_bytes(size) if size else "–"]
 
