@@ -30,7 +30,7 @@ $(BIN)/uv: | $(BIN)/python
 	@touch .venv/.demo $@
 
 demo: .venv/.demo
-	$(BIN)/python -m fedsplit demo
+	$(BIN)/python -m fedsplit demo $(ARGS)
 
 # The quick ones.
 test: .venv/.dev

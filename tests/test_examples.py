@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError, safe_open
 
+from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
 from tests.programs import ROOT
 from tests.training import federation, run_to_the_end
@@ -65,6 +66,17 @@ def test_only_the_adapters_of_a_language_model_travel_and_it_learns(tmp_path: Pa
         assert found.metric("accuracy")[-1] >= 0.7
     names = travelled(tmp_path)
     assert names and all("lora_" in name or "modules_to_save" in name for name in names)
+
+
+@pytest.mark.slow
+def test_a_transformer_that_is_cut_learns_with_adapters_beside_the_server(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    words = ["run", "--rounds", "4", "--split-learning", "sfl-v2", "--workload", "examples.split_lora:Languages"]
+    done = subprocess.run([sys.executable, "-m", "fedsplit", *words], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=BOUND_S)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = read_history(tmp_path / "checkpoints/server/history.jsonl")[-1]
+    assert last["evaluate"]["accuracy"] > 0.7 and last["split"]["steps"] > 50
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_clients_find_the_server_and_trainers_know_how_many_they_are() -> None:
     ]  # fmt: skip
     assert str(trainers[0]["checkpoint_dir"]) == "kept"
     flags = ("part", "cut", "cut_dtype", "window")
-    assert {tuple(each[name] for name in flags) for each in trainers} == {(None, "features.2", "int8", 4)}
+    assert {tuple(each[name] for name in flags) for each in trainers} == {("lower", "features.2", "int8", 4)}
     found = parsed(trainer, upper.command[4:])
     assert [found[name] for name in flags] == ["upper", "features.2", None, 1]
     assert str(found["exchange_dir"]) == "shared"

@@ -14,6 +14,10 @@ from fedsplit import cli
 from fedsplit.commands import run as federation
 from fedsplit.commands.trainer import add_workload
 from fedsplit.errors import RunFailedError
+from fedsplit.split_learning.order import MODES
+
+# After the first pooling layer.
+CUT = "features.2"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="where checkpoints and logs go; what an earlier run left there is put aside")  # fmt: skip
     add("--aggregate", action="append", default=[], metavar="RULE",
         help="how the state_dict is merged, as for the server; repeatable (default: fedavg)")  # fmt: skip
+    add("--split-learning", nargs="?", const="sfl-v2", choices=MODES,
+        help=f"cut the model after its module {CUT}, and train the upper part beside the server (default: the model is "
+        "whole; without a value: sfl-v2)")  # fmt: skip
     add_workload(parser)
     add("--seed", type=cli.natural, default=0, metavar="N",
         help="seed for the initial model, the partitioning and the server")  # fmt: skip
@@ -33,8 +40,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the programs to the end of the run; returns 128 and the signal's number if one ended it."""
+    cut = {"cut": CUT} if arguments.split_learning else {}
     try:
-        return federation.execute(argparse.Namespace(**cli.defaults(federation.add_flags) | vars(arguments)))
+        return federation.execute(argparse.Namespace(**cli.defaults(federation.add_flags) | vars(arguments) | cut))
     except RunFailedError as exc:
         # Whichever failed, with one exit code.
         raise RunFailedError(str(exc)) from exc

@@ -165,6 +165,7 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
     relaying = {**values, "server_address": _reachable(address), "root_certificates": arguments.ssl_ca_certfile}
     # The server's --client-wait is another one.
     training = {**values, "num_partitions": ranks, "client_wait": None}
+    training |= {"part": "lower"} if arguments.split_learning else {}
     children = [Child("server", _command(server, serving), places.logs / "server.log" if arguments.logs else None)]
     for rank in range(1, ranks + 1):
         own = _fill_in(arguments, rank)
