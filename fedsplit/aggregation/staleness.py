@@ -14,8 +14,6 @@ The staleness of an update is the number of merges since the state that it start
 This module does not import torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

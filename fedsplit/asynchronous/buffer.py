@@ -5,8 +5,6 @@ that took it is the rank asked again. So no merge has two updates of one rank, a
 of one rank holds for a merge as it does for a round.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar

@@ -6,8 +6,6 @@ each merge every update and the state must have the digests that they had. What 
 Importing this module imports torch.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -13,8 +13,6 @@ asked for the same again.
 Importing this module imports torch.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

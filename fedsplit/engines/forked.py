@@ -4,8 +4,6 @@ Each is a process of its own all the same, with its own session, environment and
 process that they are forked from, and ends it with this one.
 """
 
-from __future__ import annotations
-
 import atexit
 import faulthandler
 import multiprocessing

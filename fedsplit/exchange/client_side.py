@@ -4,8 +4,6 @@ What to do with the records that are there is decided in `fedsplit.exchange.deci
 Only the holder of the client's role writes ``task.json`` and ``finished.json``.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -39,8 +39,6 @@ a task                                                begins it
 ====================================================  =============================================================
 """
 
-from __future__ import annotations
-
 from enum import Enum
 
 from fedsplit.exchange.records import FinishedRecord, Request, ResultRecord, TaskRecord

@@ -13,8 +13,6 @@ Not promised: that a hand-off survives the death of the machine (nothing is fsyn
 any order by time stamps (there are none).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -5,8 +5,6 @@ every field is checked before it is used. A writer checks its own record in the 
 an error where it was made. Nothing here opens a file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ What to do with the records that are there is decided in `fedsplit.exchange.deci
 Only the holder of the trainer's role writes ``result.json`` and ``left.json``.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path

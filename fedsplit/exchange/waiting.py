@@ -6,8 +6,6 @@ first, then less often, at least every 20 ms. Once an event of a record has been
 goes on every 80 ms only.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from functools import cached_property

@@ -1,7 +1,5 @@
 """How much of its usual work a trainer is to do in a task: ``work_share`` in `task.config`, from ``--balance``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -7,8 +7,6 @@ the round whose state the update started from and its own digest; ``refused`` th
 with that round. Line 0 has only the first state.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ local steps as its measured speed allows. Here the fastest rank does all of its 
 does in the same time. Before it is measured a rank does a small share, as the slowest would hold up the first round.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Importing this module imports torch.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ client that goes away is waited for: its exchange directory has the task, or alr
 twice.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

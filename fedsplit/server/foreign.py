@@ -11,8 +11,6 @@ of them is rounded: Flower's averages of integers come to 0 otherwise. So they a
 Between rounds its attributes are kept in the checkpoints, those that `fedsplit.aggregation.flower_arrays` can encode.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import traceback

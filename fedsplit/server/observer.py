@@ -3,8 +3,6 @@
 An observer never decides anything. Its methods are called from several of the server's threads and must return at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ place again; another live client of the same rank is refused and told why. A ran
 because others are still training, is pinged. So each side notices a link that died without a word.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import threading

@@ -14,8 +14,6 @@ Killed at any moment and started with ``resume``, the server goes on from the ne
 Importing this module imports torch.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

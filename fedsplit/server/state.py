@@ -1,7 +1,5 @@
 """The global state: what the next round starts from, as a file, as tensors, and as Flower's parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

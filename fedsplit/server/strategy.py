@@ -6,8 +6,6 @@ and in a ``ServerApp``. There an entry has no name but its place among the array
 Importing this module imports torch. The server does so once it listens, while the clients are still on their way.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import math

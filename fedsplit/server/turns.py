@@ -1,7 +1,5 @@
 """Ranks at work at the same time, whose results are taken in the order of their ranks."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@ gave before, bit for bit.
 Importing this module imports no torch.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

@@ -4,8 +4,6 @@ A chain is an `nn.Sequential`, of modules or of further chains. ``Chain`` keeps 
 state_dicts, put together, are those of the whole model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ With a window of several batches their activations go out together, all of one a
 gradients, as where pipelined training lets weights be stale (Harlap et al., "PipeDream", 2018).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from itertools import islice

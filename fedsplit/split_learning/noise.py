@@ -6,8 +6,6 @@ Not promised: a bound on what the activations tell. Differential privacy would n
 an account of how often each example is sent. The generator is torch's, which is not made for cryptography.
 """
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 from pathlib import Path

@@ -5,8 +5,6 @@ learning", 2020. The measure is that of Székely, Rizzo and Bakirov, "Measuring 
 distances", 2007.
 """
 
-from __future__ import annotations
-
 import torch
 
 

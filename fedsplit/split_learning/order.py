@@ -8,8 +8,6 @@ multiple agents", 2018): one rank trains after the other, and the lower part goe
 The order follows from the seed, the round, and how many batches each rank has: never from who was faster.
 """
 
-from __future__ import annotations
-
 import random
 import threading
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Makes a part of a cut model from what the trainer's flags say: at a rank, or beside the server."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Literal

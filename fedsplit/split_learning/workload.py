@@ -8,8 +8,6 @@ draws random numbers in training, where `Parts.draws` does not see it; and `loca
 what the order of the batches comes from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, Protocol
 
