@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from fedsplit.engines.forked import FORKS, PRELOADED, Forked
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
@@ -174,3 +176,9 @@ def programs(directory: Path, kind: type[Programs] = Programs, **settings: objec
         yield federation
     finally:
         federation.stop()
+
+
+def programs_of(process: int) -> list[psutil.Process]:
+    """Return the programs that `run` has started, which have a session each; not what it forks them from."""
+    below = psutil.Process(process).children(recursive=True)
+    return [child for child in below if psutil.pid_exists(child.pid) and os.getsid(child.pid) == child.pid]

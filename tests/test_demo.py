@@ -25,6 +25,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.run.directory import Places
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
+from tests.programs import programs_of
 
 COMMAND = [sys.executable, "-m", "fedsplit", "demo"]
 LINE = {
@@ -48,8 +49,8 @@ class Demo:
             time.sleep(0.02)
 
     def wait_for_children(self) -> None:
-        self.wait_until(lambda: len(psutil.Process(self.process.pid).children()) == 5)
-        self.children = psutil.Process(self.process.pid).children(recursive=True)
+        self.wait_until(lambda: len(programs_of(self.process.pid)) == 5)
+        self.children = programs_of(self.process.pid)
 
     def still_running(self) -> list[psutil.Process]:
         # psutil compares start times: an id that was given to another process since is not taken for it.

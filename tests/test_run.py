@@ -25,6 +25,7 @@ from fedsplit.errors import RunFailedError, UsageError
 from fedsplit.run.directory import Places
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
+from tests.programs import programs_of
 from tests.test_demo import LINE
 
 COMMAND = [sys.executable, "-m", "fedsplit", "run"]
@@ -56,8 +57,8 @@ def kill_once():
         Path("killed").touch(exist_ok=False)
     except FileExistsError:
         return
-    others = psutil.Process(os.getppid()).children()
-    os.kill(next((each.pid for each in others if each.cmdline()[3:4] == [victim]), os.getpid()), signal.SIGKILL)
+    others = psutil.Process(os.getppid()).children(recursive=True)
+    os.kill(next((each.pid for each in others if each.name() == victim), os.getpid()), signal.SIGKILL)
 
 
 with Trainer(rank=int(rank), model=model, exchange_dir=exchange_dir) as trainer:
@@ -361,7 +362,7 @@ def test_ctrl_c_ends_all_and_shows_their_last_lines(tmp_path: Path) -> None:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        children = psutil.Process(process.pid).children(recursive=True)
+        children = programs_of(process.pid)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=BOUND_S)
     finally:

@@ -5,6 +5,7 @@ process that they are forked from, and ends it with this one.
 """
 
 import atexit
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
+_PR_SET_NAME = 15
 FORKS = multiprocessing.get_context("forkserver")
 # What all programs import, also late: torch._dynamo with the first optimizer, Flower's client with a connection. What
 # is not installed is left out.
@@ -92,6 +94,8 @@ def _run(command: list[str], environment: dict[str, str], log: Path | None, dire
     if environment.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
     is_module = command[1] == "-m"
+    # For top and ps, which else show what it was forked from.
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, (command[3] if is_module and command[3:] else Path(command[1]).stem).encode())
     sys.argv = command[2:] if is_module else command[1:]
     sys.path.insert(0, str(directory if is_module else Path(command[1]).absolute().parent))
     try:
