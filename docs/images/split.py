@@ -55,8 +55,8 @@ def main() -> None:
 def draw() -> str:
     """Return the SVG."""
     drawn = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="The kinds of '
-        'split learning: which parts there are, and in which order they train">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
+        "<title>The kinds of split learning: which parts there are, and in which order they train</title>",
         f"<style>{STYLE}</style>",
         '<marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
         '<path class="tip" d="M0 0L10 5L0 10z"/></marker>',
