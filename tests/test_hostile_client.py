@@ -134,6 +134,8 @@ class Stalling(HostileClient):
 def test_what_is_late_is_over_whatever_the_client_says(federation: Programs, how: str) -> None:
     """It is always working, says nothing, leaves and comes back, sends a byte at a time, or wants the state again."""
     rounds = 2
+    # The others take long to start, so that it is there first.
+    federation.forked = False
     federation.server_flags = ("--rounds", str(rounds), "--min-clients", "2", "--round-timeout", "5")
     client = Stalling(f"127.0.0.1:{federation.port}", rank=3, spoils=0.0)
     client.how = how

@@ -114,7 +114,7 @@ def test_without_the_deprecated_functions_the_scripts_take_the_superlink_and_ctr
     )
     monkeypatch.setenv("PYTHONPATH", str(hooks))
     flags = ("--threads", "1", "--workload", "tests.unchanged:slow")
-    with programs(tmp_path, server_flags=("--rounds", "1"), model_flags=flags) as federation:
+    with programs(tmp_path, server_flags=("--rounds", "1"), model_flags=flags, forked=False) as federation:
         (tmp_path / "tests").symlink_to(Path(__file__).parent)
         federation.start_all()
         for rank in (1, 2):
