@@ -132,13 +132,7 @@ def test_a_merge_of_stale_updates_against_numbers_worked_out_by_hand(tmp_path: P
     def add(rank: int) -> Callable[[Any], tuple[StateDict, int]]:
         return lambda task: ({"w": task.state_dict["w"] + rank, "n": task.state_dict["n"] + rank}, 1)
 
-    gates = Gates(2, add)
-    flags = {"buffer": 1, "rounds": 2, "staleness": "polynomial:1", "server_lr": 0.5}
-    thread = started(Federation(tmp_path, settings(tmp_path, min_clients=2, **flags), INITIAL, gates.ranks))
-    gates.let(1)
-    wait_for(lambda: len(lines(tmp_path)) == 1)
-    gates.let(2)
-    thread.join(20)
+    merge_two(tmp_path, add)
     # w1 = 1 + 0.5 * 1 = 1.5; rank 2 went from 1 to 3: w2 = 1.5 + 0.5 * (1/2 * 2) = 2.0. Whole numbers take the maximum.
     assert final(tmp_path)["w"].tolist() == [2.0, -1.0]
     assert final(tmp_path)["n"].item() == 2
@@ -151,15 +145,20 @@ def test_fedasync_mixes_what_was_trained_into_the_state(tmp_path: Path) -> None:
     def add(rank: int) -> Callable[[Any], tuple[StateDict, int]]:
         return lambda task: ({"w": task.state_dict["w"] + rank, "n": task.state_dict["n"]}, 1)
 
-    gates = Gates(2, add)
-    flags = {"buffer": 1, "rounds": 2, "staleness": "polynomial:1", "server_lr": 0.5, "mix_states": True}
-    thread = started(Federation(tmp_path, settings(tmp_path, min_clients=2, **flags), INITIAL, gates.ranks))
-    gates.let(1)
-    wait_for(lambda: len(lines(tmp_path)) == 1)
-    gates.let(2)
-    thread.join(20)
+    merge_two(tmp_path, add, mix_states=True)
     # w1 = 1.5; rank 2 trained to 3; alpha = 0.25: 0.75 * 1.5 + 0.25 * 3 = 1.875.
     assert final(tmp_path)["w"].tolist() == [1.875, -1.125]
+
+
+def merge_two(directory: Path, train: Callable[[int], Any], **more: Any) -> None:
+    """Merge rank 1's update, then rank 2's, which started from the same state."""
+    gates = Gates(2, train)
+    flags = {"buffer": 1, "rounds": 2, "staleness": "polynomial:1", "server_lr": 0.5, **more}
+    thread = started(Federation(directory, settings(directory, min_clients=2, **flags), INITIAL, gates.ranks))
+    gates.let(1)
+    wait_for(lambda: len(lines(directory)) == 1)
+    gates.let(2)
+    thread.join(20)
 
 
 def final(directory: Path) -> StateDict:

@@ -135,7 +135,7 @@ class _Owner:
         for batch in unpack(given.tensors, count):
             found, said = self.step(Given({**batch, **generator}, given.numbers))
             # One stream of random numbers goes through all of them, and back to the rank.
-            generator = {name: found.pop(name) for name in ("generator",) if name in found}
+            generator = {"generator": found.pop("generator")} if "generator" in found else {}
             tensors.append(found)
             numbers.append(said)
         return {**pack(tensors), **generator}, pack(numbers)
@@ -145,7 +145,7 @@ class _Owner:
         before = [buffer.clone() for buffer in self._running]
         try:
             return self._backward(given) if given.numbers["what"] == "backward" else self._forward(given)
-        except Exception:
+        except Exception:  # whatever a workload raises: it is raised again once the running means are as before
             for buffer, kept in zip(self._running, before, strict=True):
                 buffer.copy_(kept)
             raise
