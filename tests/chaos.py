@@ -73,8 +73,10 @@ class Outcome:
         return self.at_once.total() + self.stops.total()
 
 
-def disturb(federation: Programs, *, faults: int, seed: int, timeout_s: float) -> Outcome:
+def disturb(federation: Programs, *, faults: int, seed: int, rounds: int, timeout_s: float) -> Outcome:
     """Start the programs, and kill and stop them at random until there were so many faults; then let them finish.
+
+    A fault comes after a pause that is drawn, or as soon as its share of the rounds is over on a machine that is fast.
 
     Raises
     ------
@@ -100,9 +102,10 @@ def disturb(federation: Programs, *, faults: int, seed: int, timeout_s: float) -
             assert name in restarts or code == 0, f"{name} ended with {code}, {outcome}\n{federation.tails()}"
         if outcome.faults < faults:
             assert ended.get("server") != 0, f"the run was over after {outcome}: give it more rounds"
-            if now >= next_fault:
+            finished = federation.rounds_finished()
+            if now >= next_fault or finished > rounds * (outcome.faults + 1) / (faults + 1):
                 alive = [name for name in federation.names if not {name} & {*restarts, *ended, *stopped}]
-                outcome.rounds_at_fault.append(len(federation.history()))
+                outcome.rounds_at_fault.append(finished)
                 if alive and draw.random() < STOPPED_SHARE:
                     name = draw.choice(alive)
                     stopped[name] = now + draw.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)
@@ -237,7 +240,7 @@ def run_chaos(directory: Path, kind: type[Programs] = Programs, *, faults: int, 
     """Disturb a federation in a directory and check what it came to."""
     flags = ("--rounds", str(rounds), *(("--buffer", str(buffer)) if buffer else ()))
     with programs(directory, kind, server_flags=flags, **settings) as federation:
-        outcome = disturb(federation, faults=faults, seed=seed, timeout_s=timeout_s)
+        outcome = disturb(federation, faults=faults, seed=seed, rounds=rounds, timeout_s=timeout_s)
         (check_journal if buffer else check)(federation, rounds=rounds)
     return outcome
 

@@ -154,6 +154,11 @@ class Programs:
         """Return the lines of history.jsonl."""
         return read_history(self.checkpoints / "server" / "history.jsonl")
 
+    def rounds_finished(self) -> int:
+        """Return how many lines the history has, without reading them."""
+        history = self.checkpoints / "server" / "history.jsonl"
+        return history.read_bytes().count(b"\n") if history.exists() else 0
+
     def final_state(self) -> Path:
         """Return the payload of the newest checkpoint of the server."""
         return max((self.checkpoints / "server").glob("round-*/state.safetensors"))

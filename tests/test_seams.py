@@ -49,12 +49,15 @@ class Planted(Programs):
         return self.log(name).rstrip().rpartition("\n")[2]
 
 
+def counting(*, sleep_s: float) -> tuple[str, ...]:
+    return ("--threads", "1", "--workload", "tests.unchanged:counting", "--workload-option", f"sleep={sleep_s}")
+
+
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Planted]:
     """Two ranks whose state is one more in every round."""
     link_tests(tmp_path)
-    flags = ("--threads", "1", "--workload", "tests.unchanged:counting", "--workload-option", "sleep=0.1")
-    found = Planted(tmp_path, server_flags=("--rounds", str(ROUNDS)), model_flags=flags)
+    found = Planted(tmp_path, server_flags=("--rounds", str(ROUNDS)), model_flags=counting(sleep_s=0.1))
     yield found
     found.stop()
 
@@ -98,6 +101,9 @@ def test_in_a_client_or_a_trainer_it_ends_that_program_alone_and_the_next_one_go
     federation: Planted, name: str, place: str, call: int
 ) -> None:
     federation.faults[name] = (place, call)
+    if "silence" in place:
+        # It is looked at once a second.
+        federation.model_flags = counting(sleep_s=1)
     federation.start_all()
     codes = federation.wait(names=[name])
     assert codes == {name: 1}, federation.tails()

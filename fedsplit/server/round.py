@@ -94,7 +94,8 @@ class Rounds:
         self._state = GlobalState(self.run.payloads, self.remote)
         # What came along with the evaluation of the round before.
         self._ahead: dict[int, Reply] = {}
-        self._told_of_extra = False
+        # Held by the rank that was first to have its extra tensors named in the log.
+        self._told_of_extra = threading.Lock()
         self._balance = Balance(self.run.history.lines) if self.settings.balance else None
         # Why a rank's last answer did not count: it is told with its next task.
         last = self.run.history.lines[-1] if self.run.history.lines else {}
@@ -359,9 +360,8 @@ class Rounds:
         """Take the extra tensors out of an update if no rule reads them."""
         if not update.extra or self.strategy.reads_extra:
             return update
-        if not self._told_of_extra:
+        if self._told_of_extra.acquire(blocking=False):
             log.warning("rank %d sent extra tensors, which no rule reads: %s", update.rank, named(update.extra))
-            self._told_of_extra = True
         return replace(update, extra={})
 
     def _refuse(self, task: Task, reason: str) -> None:
