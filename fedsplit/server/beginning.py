@@ -101,10 +101,14 @@ def ask_for_initial_state(context: RoundContext, request: Request, run: Run) -> 
         try:
             content = conversation.fetch(reply)
             # Another rank is asked if this one's cannot be read.
-            decode(content, "the initial state")
+            state = decode(content, "the initial state")
             described_state(reply.local_entries)
             if travels := _travelling(reply.local_entries, request.split):
                 raise RecordError(f"it keeps {travels} at home, which the rules do not")
+            if not reply.local_entries and (local := [pattern for pattern, stays in request.split if stays]):
+                raise RecordError(
+                    f"no entry matches the local patterns {named(local)}; there are {printable(named(state))}"
+                )
         except RecordError as exc:
             failures.append(f"rank {rank}: {exc}")
             log.warning("no initial state from %s", failures[-1])
