@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from flwr.server.client_manager import ClientManager
@@ -56,7 +56,7 @@ class Roster(ClientManager):
         self._changed = threading.Condition()
         # In asynchronous rounds the ranks that no strategy is offered, as they are at work on an older state. Nobody
         # waits for more than one rank then.
-        self.at_work: Collection[int] | None = None
+        self.at_work: Container[int] | None = None
 
     def ranks(self) -> list[int]:
         """Return the connected ranks in order."""
