@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.inside import Federation, InsideRank
+from benchmarks.inside import Federation, InsideRank, InsideRoster
 from examples.algorithms.scaffold import CONTROL, Scaffold
 from fedsplit import WorkloadContext
 from fedsplit.asynchronous import rounds as asynchronous
 from fedsplit.asynchronous.buffer import Buffer
-from fedsplit.asynchronous.replay import read_track
+from fedsplit.asynchronous.replay import _AllBut, read_track
 from fedsplit.errors import CheckpointError, RunFailedError, UsageError
 from fedsplit.run.directory import Run
 from fedsplit.run.journal import read_journal
@@ -145,6 +145,15 @@ def test_a_replay_counts_the_ranks_as_they_were_and_asks_all_that_were_asked(tmp
 def by_ranks(updates: Any, context: Any) -> StateDict:
     """Let the number of all ranks into every bit."""
     return {"w": updates[0].state_dict["w"] / context.num_ranks, "n": context.previous["n"]}
+
+
+@pytest.mark.parametrize("wanted", [set(), {2}, {2, 3}], ids=str)
+def test_in_a_replay_nobody_is_asked_but_those_that_were_asked_then(wanted: set[int]) -> None:
+    roster = InsideRoster("run", None)
+    roster.at_work = _AllBut(wanted)
+    for rank in (1, 2, 3):
+        roster.arrive(sleeping(rank, 0.0))
+    assert set(roster.all()) == {str(rank) for rank in wanted}
 
 
 # -- ranks that come and go --------------------------------------------------------------------------------------------

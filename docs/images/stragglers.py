@@ -14,6 +14,11 @@ FIGURES = Path(__file__).parents[2] / "benchmarks" / "results" / "stragglers.jso
 WIDTH, HEIGHT, PANEL = 900, 350, 300
 LEFT, TOP, WIDE, HIGH = 44, 48, 236, 210
 POINTS = 80
+# Of the modes that were measured, and where its name stands below the panels.
+MODES = {
+    "synchronous": 44, "--round-timeout 2": 180, "--merge-after 6": 344, "--buffer 3 --staleness constant": 500,
+    "--balance": 760,
+}  # fmt: skip
 # Which number of a point is drawn: of the last, what becomes of the class that only the slowest rank has.
 PANELS = {
     "IID": ("IID: accuracy", 1),
@@ -42,7 +47,6 @@ def main() -> None:
 
 def draw(found: list[dict[str, Any]]) -> str:
     """Return the SVG."""
-    modes = list(dict.fromkeys(each["mode"] for each in found))
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         "<title>Digits on eight ranks, one four and one ten times slower: accuracy over simulated seconds</title>",
@@ -53,15 +57,15 @@ def draw(found: list[dict[str, Any]]) -> str:
         runs = {each["mode"]: each["runs"][0] for each in found if each["data"] == data}
         drawn.append(f'<g transform="translate({index * PANEL},0)">')
         drawn += _frame(title, next(iter(runs.values()))["most_s"])
-        for mode, run in runs.items():
+        for number, mode in enumerate(MODES):
+            run = runs[mode]
             points = " ".join(
                 f"{LEFT + WIDE * now / run['most_s']:.1f},{TOP + HIGH * (1 - value):.1f}"
                 for now, value in thinned([(entry[0], entry[which]) for entry in run["curve"]], run["most_s"])
             )
-            drawn.append(f'<polyline class="m{modes.index(mode)}" points="{points}"/>')
+            drawn.append(f'<polyline class="m{number}" points="{points}"/>')
         drawn.append("</g>")
-    for index, mode in enumerate(modes):
-        x = 60 + index * 170
+    for index, (mode, x) in enumerate(MODES.items()):
         drawn.append(f'<path class="key m{index}" d="M{x} 324h24"/><text x="{x + 30}" y="328">{mode}</text>')
     return "\n".join([*drawn, "</svg>"]) + "\n"
 

@@ -143,7 +143,8 @@ class Roster(ClientManager):
 
     def all(self) -> dict[str, ClientProxy]:
         """Return the connected ranks that are free, under their ids."""
-        return {str(rank): self._rank_proxies[rank] for rank in self.ranks() if rank not in (self.at_work or ())}
+        busy = () if self.at_work is None else self.at_work
+        return {str(rank): self._rank_proxies[rank] for rank in self.ranks() if rank not in busy}
 
     def wait_for(self, num_clients: int, timeout: float = 86400) -> bool:
         """Wait until so many ranks are connected, and say so meanwhile."""
