@@ -23,7 +23,7 @@ MODES = {
 PANELS = {
     "IID": ("IID: accuracy", 1),
     "Dirichlet 0.3": ("Dirichlet(0.3): accuracy", 1),
-    "one class": ("one class: accuracy on the nines", 2),
+    "one class": ("one class: accuracy, nines", 2),
 }
 STYLE = """
 .ground { fill: #ffffff; stroke: #d0d7de; } .grid { stroke: #d8dee4; }
