@@ -54,6 +54,8 @@ class InsideRank:
     is_lost: bool = False
     sees_store: bool = True
     held: str | None = None
+    # The newest of its threads, for whoever has to see that it has ended.
+    worker: threading.Thread | None = None
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -73,7 +75,8 @@ class InsideRank:
                 # As in an exchange directory, what is newer takes the place of what is there.
                 self._asked, self._done = asked, threading.Event()
                 self.begun.append(asked)
-                threading.Thread(target=self._work, args=(record, asked, self._done), daemon=True).start()
+                self.worker = threading.Thread(target=self._work, args=(record, asked, self._done), daemon=True)
+                self.worker.start()
             done = self._done
         if done.wait(record["hold_s"]):
             if self._chunks and self.store:

@@ -222,21 +222,22 @@ def test_a_replay_comes_to_the_same_bits_though_other_ranks_are_slow(tmp_path: P
 def test_a_replay_says_where_it_left_the_track(tmp_path: Path) -> None:
     wanted = a_run(tmp_path / "run", buffer=1)
     ranks = [sleeping(rank, 0.0) for rank in (1, 2, 3)]
+    (merged, update), *_ = read_journal(tmp_path / "run" / "server" / "journal.jsonl")[2]["updates"].items()
+    rank, base_round = int(merged), update["base_round"]
 
     def other(task: Any) -> tuple[StateDict, int]:
-        state, number = step(1)(task)
-        return {**state, "w": state["w"] + 1e-9 * (task.server_round == 2)}, number
+        state, number = step(rank)(task)
+        return {**state, "w": state["w"] + 1e-9 * (task.server_round == base_round + 1)}, number
 
-    ranks[0].train = other
-    with pytest.raises(
-        RunFailedError, match="at round 2 of 5: the update of rank 1 from the state of round 1 has other"
-    ):
+    ranks[rank - 1].train = other
+    says = f"at round 2 of 5: the update of rank {rank} from the state of round {base_round} has other"
+    with pytest.raises(RunFailedError, match=says):
         again(tmp_path / "run", wanted, tmp_path / "again", ranks)
 
 
 def test_a_journal_that_is_not_whole_and_a_run_with_noise_are_no_track(tmp_path: Path) -> None:
     journal = tmp_path / "journal.jsonl"
-    journal.write_text("".join(json.dumps({"round": number}) + "\n" for number in (0, 2)))
+    journal.write_text("".join(json.dumps({"round": number, "state": ""}) + "\n" for number in (0, 2)))
     with pytest.raises(CheckpointError, match="does not have every merge"):
         read_track(journal)
     private = settings(tmp_path, buffer=1, aggregate=("dp(fedavg, clip=1.0, noise=1.0)",))

@@ -12,6 +12,7 @@ import pytest
 from tests.bounds import BOUND_S
 from tests.chaos import check_journal
 from tests.programs import Programs, programs
+from tests.test_five_programs import link_tests
 
 ROUNDS = 8
 
@@ -51,6 +52,51 @@ def test_a_killed_server_goes_on_by_its_journal_and_the_run_is_done_again_bit_fo
         assert set(federation.wait(2 * BOUND_S).values()) == {0}, federation.tails()
         assert f"replayed {ROUNDS} merges" in federation.log("server")
         assert federation.final_state().read_bytes() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["superlink", "store"])
+def test_a_killed_server_goes_on_by_its_journal_on_a_superlink_and_with_a_store_at_a_url(
+    tmp_path: Path, where: str
+) -> None:
+    shared = tmp_path / "shared"
+    flags = ("--engine", "superlink") if where == "superlink" else ("--payload-store", f"file://{shared}")
+    rounds = 4 if where == "superlink" else ROUNDS
+    server_flags = ("--rounds", str(rounds), "--buffer", "1", *flags)
+    with programs(tmp_path, server_flags=server_flags, client_flags=flags) as federation:
+        federation.start_all()
+        federation.wait_until(lambda: len(federation.history()) >= 2)
+        federation.kill("server")
+        federation.start("server", "--resume")
+        assert set(federation.wait(2 * BOUND_S).values()) == {0}, federation.tails()
+        check_journal(federation, rounds=rounds)
+        # Along with an evaluation, the next training would hold it up.
+        assert not any("train ahead" in line["stages"] for line in federation.history())  # type: ignore[operator]
+        if where == "store":
+            assert "payloads by reference" in federation.log("server")
+            # The last state is still there for whoever asks, and what the killed server was about to take.
+            assert len(list(shared.iterdir())) <= 1 + federation.ranks
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_for_good_and_one_that_comes_late_block_nobody(tmp_path: Path) -> None:
+    link_tests(tmp_path)
+    model_flags = ("--threads", "1", "--workload", "tests.unchanged:gated")
+    flags = ("--rounds", "6", "--buffer", "2", "--evaluate-every", "0")
+    with programs(tmp_path, ranks=3, server_flags=flags, model_flags=model_flags) as federation:
+        for name in ("server", "client-1", "client-2", "model-1", "model-2"):
+            federation.start(name)
+        federation.wait_for("client-2", "train, round 3 of 6")
+        for name in ("client-2", "model-2"):
+            federation.kill(name)
+        federation.start("client-3")
+        federation.start("model-3")
+        federation.wait_for("server", "rank 3: client")
+        (tmp_path / "opened").touch()
+        names = ["server", "client-1", "model-1", "client-3", "model-3"]
+        assert set(federation.wait(names=names).values()) == {0}, federation.tails()
+        ranks = [sorted(line["clients"]) for line in federation.history()]  # type: ignore[call-overload]
+        assert ranks == [["1", "2"], ["1", "2"], ["1"], ["1", "3"], ["1", "3"], ["1", "3"]]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import algorithms, split
+from benchmarks import algorithms, split, stragglers
 from benchmarks.common import Figure, periods, spread, stamp
 from tests.bounds import BOUND_S
 
@@ -55,6 +55,31 @@ def test_the_table_of_algorithms_has_mean_and_deviation_and_bytes():
     assert table[0] == "| algorithm | accuracy, alpha 0.1 | own accuracy, alpha 0.1 | up | down |"
     assert table[2] == "| FedAvg | 82.0 ± 2.0 | 83.0 ± 2.0 | 56.0 kB | 112.0 kB |"
     assert table[3] == "| Ditto | 80.0 | 81.0 | 56.0 kB | 112.0 kB |"
+
+
+def test_the_table_of_slow_ranks_has_all_seeds_and_says_never_and_compares_only_what_was_always_reached():
+    def outcome(reached, accuracy=0.5):
+        curve = [(reached or 5.0, 0.96 if reached else 0.9, 0.1), (99.0, accuracy, 0.25)]
+        return stragglers.Outcome(curve=curve, thrown=1, trained=3, most_s=100.0)
+
+    found = {
+        ("IID", "synchronous"): [outcome(60.0), outcome(40.0)], ("IID", "--buffer 3"): [outcome(10.0), outcome(10.0)],
+        ("IID", "--balance"): [outcome(10.0), outcome(None)],
+    }  # fmt: skip
+    rows = stragglers.markdown(found).splitlines()[2:]
+    assert rows[0] == "| IID | synchronous | 60, 40 | 1.0 | 50.0 % | 25.0 % | 3 | 1 |"
+    assert rows[1] == "| IID | `--buffer 3` | 10, 10 | 5.0 | 50.0 % | 25.0 % | 3 | 1 |"
+    assert rows[2] == "| IID | `--balance` | 10, never |  | 50.0 % | 25.0 % | 3 | 1 |"
+    buffered = stragglers._figures("IID", "--buffer 3", found)
+    assert [figure.judged for figure in buffered] == [5.0, 0.0]
+    assert [figure.median for figure in stragglers._figures("IID", "--balance", found)] == [None, 50.0]
+
+
+@pytest.mark.parametrize("mode", [{"buffer": 3}, {"balance": True}, {"round_timeout": 2.0}], ids=str)
+def test_a_simulated_run_comes_out_the_same_again(mode):
+    first, second = (stragglers.simulate(mode, "IID", most_s=3.0, seed=1) for _ in range(2))
+    assert first == second
+    assert len(first.curve) >= 1 and first.trained >= 8
 
 
 def test_more_or_fewer_bytes_than_the_formula_are_an_error():

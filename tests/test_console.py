@@ -109,6 +109,30 @@ def test_who_is_waited_for_is_shown_until_they_have_answered(fedsplit_log: loggi
         assert "waiting for rank" not in shown(live)
 
 
+def test_of_asynchronous_rounds_every_rank_is_shown_with_what_it_does_and_how_far_it_is_behind(
+    fedsplit_log: logging.Logger,
+) -> None:
+    with LiveConsole(console(io.StringIO()), "run", asynchronous=True) as live:
+        live.asked("train", 1, 9, [1, 2, 3])
+        live.answered(1, None)
+        live.answered(2, "NaN in fc.weight")
+        assert "round 1 of 9, waiting for a merge: rank 1, training: rank 3" in shown(live)
+        live.waiting(3, "trainer")
+        live.asked("evaluate", 1, 9, [1, 2])
+        assert "round 1 of 9, evaluating: rank 1, 2, training: rank 3 (no trainer, 1 behind)" in shown(live)
+        live.answered(1, None)
+        live.answered(2, None)
+        live.round_ended({**LINE, "round": 1, "clients": {"1": {}}}, 9)
+        live.asked("train", 2, 9, [1, 2])
+        live.waiting(3, None)
+        live.answered(1, None)
+        live.answered(3, None)
+        assert "waiting for a merge: rank 1, 3 (1 behind), training: rank 2" in shown(live)
+        live.round_ended({**LINE, "round": 2, "clients": {"1": {}}}, 9)
+        live.asked("train", 3, 9, [1])
+        assert "round 3 of 9, training: rank 1, 2 (1 behind), waiting for a merge: rank 3 (2 behind)" in shown(live)
+
+
 def test_the_split_stands_above_the_rounds_and_log_lines_go_above_both(fedsplit_log: logging.Logger) -> None:
     screen = io.StringIO()
     set_up_logging("server", verbose=False)

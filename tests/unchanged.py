@@ -122,6 +122,19 @@ class Counting(Unchanged):
         return TrainResult(1, {})
 
 
+class Gated(Counting):
+    """Trains two rounds, and more once a file ``opened`` is there."""
+
+    def train(self, task: Any) -> TrainResult:
+        while task.server_round > 2 and not os.path.exists("opened") and not task.should_stop():  # noqa: PTH110
+            time.sleep(0.01)
+        return super().train(task)
+
+
+def gated(context: WorkloadContext) -> Gated:
+    return Gated(context)
+
+
 def note(text: str) -> None:
     with open("trained.log", "a") as file:  # noqa: PTH123
         file.write(text + "\n")

@@ -65,7 +65,7 @@ class AggregationContext:
     ranks : sequence of int
         The ranks that were asked to train in this round; some may give no update.
     num_ranks : int
-        How many ranks were connected when the round began.
+        How many ranks were connected when the round began; in asynchronous rounds how many ever took part.
     """
 
     server_round: int

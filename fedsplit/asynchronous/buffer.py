@@ -65,8 +65,8 @@ class Buffer(Generic[AnyWork]):
             return True
         if any(counts(work) and not is_gone(work) for work in self.at_work.values()):
             return False
-        # With nothing to merge, and somebody at work, the round goes on; with nobody at work it ends as it is.
-        return bool(self.arrived) or not self.at_work
+        # With nothing to merge the round goes on for as long as somebody is at work, or it ends as it is.
+        return bool(self.arrived) or all(map(is_gone, self.at_work.values()))
 
     def take(self) -> list[AnyWork]:
         """Return what the merge takes, the oldest arrivals first, and forget it."""

@@ -14,13 +14,20 @@ from typing import Any
 from fedsplit.asynchronous.rounds import AsyncRounds
 from fedsplit.errors import CheckpointError, RunFailedError, UsageError
 from fedsplit.exchange.work import WORK_SHARE
-from fedsplit.run.history import Line
+from fedsplit.run.history import Line, is_damaged
 from fedsplit.run.journal import Entry, read_journal
 from fedsplit.run.time_account import Stages
 from fedsplit.server.round import Task
 from fedsplit.server.settings import ServerSettings
 
 log = logging.getLogger("fedsplit")
+
+
+class _AllBut(set[int]):
+    """All ranks but these, whoever may still come."""
+
+    def __contains__(self, rank: object) -> bool:
+        return not super().__contains__(rank)
 
 
 @dataclass(kw_only=True)
@@ -46,12 +53,15 @@ class Replay(AsyncRounds):
             for rank in wanted & self._buffer.arrived.keys():
                 # Then it came to nothing, and now it is there.
                 del self._buffer.arrived[rank]
-            self.roster.at_work = {rank for rank in self.roster.ranks() if rank not in wanted}
+            self.roster.at_work = _AllBut(wanted)
 
     def _work(self, rank: int) -> dict[str, Any]:
         """Ask for as much work as then; what else the configuration says is in the settings."""
         config = self._expected(self._entry["round"])["asked"][str(rank)]["config"]
         return {WORK_SHARE: config[WORK_SHARE]} if WORK_SHARE in config else {}
+
+    def _count_ranks(self) -> int:
+        return int(self._expected(self._entry["round"]).get("num_ranks", 0))
 
     def _evaluate(self, server_round: int, stages: Stages, line: Line) -> None:
         """Do nothing: an evaluation does not change the state."""
@@ -63,7 +73,10 @@ class Replay(AsyncRounds):
             rank, base_round = int(text), update["base_round"]
             if rank in failed and failed[rank].base_round == base_round:
                 raise self._left(newest + 1, f"rank {rank} gave an update, and now: {failed[rank].refused}")
-            if rank not in arrived or arrived[rank].base_round != base_round:
+            work = arrived.get(rank) or self._buffer.at_work.get(rank)
+            if work is None or work.base_round != base_round:
+                raise self._left(newest + 1, f"rank {rank} was not asked to train from the state of round {base_round}")
+            if rank not in arrived:
                 return None
             found = arrived[rank].reply.payload
             if found is None or found.digest != update["digest"]:
@@ -91,7 +104,10 @@ class Replay(AsyncRounds):
 def read_track(journal: Path) -> list[Entry]:
     """Read a journal to be followed; raises CheckpointError unless it has every merge from the first state on."""
     entries = read_journal(journal)
-    if [entry.get("round") for entry in entries] != list(range(len(entries))) or len(entries) < 2:
+    if is_damaged(journal, len(entries)):
+        raise CheckpointError(f"{journal}: line {len(entries) + 1} cannot be read, so the run cannot be followed")
+    rounds = [entry["round"] for entry in entries if not entry["round"] or {"asked", "updates"} <= entry.keys()]
+    if rounds != list(range(len(entries))) or len(entries) < 2:
         raise CheckpointError(f"{journal} does not have every merge of a run: is it that of an asynchronous run?")
     return entries
 
@@ -101,4 +117,8 @@ def replayed(settings: dict[str, Any], checkpoint_dir: Path) -> ServerSettings:
     found = ServerSettings.from_run_config(settings)
     if private := [spec for spec in found.rules if spec.inner]:
         raise UsageError(f"a run with {private[0]} cannot be replayed: nobody can draw its noise again")
-    return replace(found, checkpoint_dir=checkpoint_dir, resume=False, evaluate_every=0, tracker=())
+    # Asked are all that were asked then, and nobody has to be as quick.
+    return replace(
+        found, checkpoint_dir=checkpoint_dir, resume=False, evaluate_every=0, tracker=(), fraction_train=1.0,
+        round_timeout=None,
+    )  # fmt: skip

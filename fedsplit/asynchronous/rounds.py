@@ -49,6 +49,8 @@ class AsyncRounds(Rounds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # What is asked for along with an evaluation would hold up the evaluation.
+        self.engine = replace(self.engine, asks_ahead=False)
         settings = self.settings
         self._weight = parse_staleness(settings.staleness)
         size = settings.buffer or settings.merge_after or 1
@@ -63,6 +65,8 @@ class AsyncRounds(Rounds):
         # What is in the store because somebody trains from the state of a round: that state, and results from it.
         self._kept: dict[int, set[str]] = {}
         self._entry: dict[str, Any] = {}
+        # Every rank that ever took part; one that left may come back.
+        self._known = {int(rank) for entry in self.run.journal.entries for rank in entry.get("asked", {})}
 
     def run_all(self) -> None:
         """Run every round that is left; ranks that are still at work then are told that the run is over."""
@@ -78,6 +82,7 @@ class AsyncRounds(Rounds):
     def _train(self, server_round: int, stages: Stages) -> Line:
         self._entry = {"round": server_round, "asked": {}, "updates": {}, "refused": {}}
         self._offer_who_is_free()
+        self._entry["num_ranks"] = self.strategy.num_ranks = self._count_ranks()
         return super()._train(server_round, stages)
 
     def _gather(self, server_round: int, tasks: list[Task], merge: Merge) -> list[Task]:
@@ -85,8 +90,6 @@ class AsyncRounds(Rounds):
         self._entry["asked"] = {
             str(task.rank): {"digest": task.state.digest, "config": dict(task.request.config)} for task in tasks
         }
-        # Nothing that came along with an earlier evaluation is taken for an answer of now.
-        self._ahead = {task.rank: self._ahead[task.rank] for task in tasks if task.rank in self._ahead}
         for task in tasks:
             self._begin_training(task)
         newest, most = server_round - 1, self.settings.max_staleness
@@ -198,6 +201,10 @@ class AsyncRounds(Rounds):
     def _offer_who_is_free(self) -> None:
         with self._changed:
             self.roster.at_work = {*self._buffer.at_work, *self._buffer.arrived, *self._evaluating}
+
+    def _count_ranks(self) -> int:
+        self._known.update(self.roster.ranks())
+        return len(self._known)
 
     def _check_threads(self) -> None:
         if self._error:

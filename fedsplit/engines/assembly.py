@@ -87,7 +87,8 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
             console = Console(stderr=True, highlight=False)
             if console.is_terminal and not console.is_dumb_terminal:
                 title = f"fedsplit run {run.run_id}, {settings.rounds} round{'' if settings.rounds == 1 else 's'}"
-                server.observe(stack.enter_context(LiveConsole(console, title, run.history.lines)))
+                table = LiveConsole(console, title, run.history.lines, asynchronous=settings.is_asynchronous)
+                server.observe(stack.enter_context(table))
         yield
     server.end_at_signals()
     lines = run.history.lines

@@ -41,10 +41,7 @@ class History:
         self.lines: list[Line] = []
         self._best: dict[str, tuple[float, int]] = {}
         lines = read_history(path)
-        if path.exists() and path.read_bytes().count(b"\n") > len(lines):
-            kept = files.unreadable_name(path)
-            files.link_or_copy(path, kept)
-            log.warning("%s has lines that cannot be read; as it is it is kept as %s", path, kept)
+        keep_if_damaged(path, len(lines))
         self._take(lines)
 
     def append(self, line: Line) -> None:
@@ -76,6 +73,19 @@ class History:
                     # Of equal rounds the first.
                     score = (sign * value, -line["round"])
                     self._best[name] = max(self._best.get(name, score), score)
+
+
+def is_damaged(path: Path, lines: int) -> bool:
+    """Tell whether a file has more whole lines than could be read."""
+    return path.exists() and path.read_bytes().count(b"\n") > lines
+
+
+def keep_if_damaged(path: Path, lines: int) -> None:
+    """Keep a second name of a file that has more whole lines than could be read: it is about to be written again."""
+    if is_damaged(path, lines):
+        kept = files.unreadable_name(path)
+        files.link_or_copy(path, kept)
+        log.warning("%s has lines that cannot be read; as it is it is kept as %s", path, kept)
 
 
 def read_history(path: Path) -> list[Line]:

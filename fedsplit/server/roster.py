@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from flwr.server.client_manager import ClientManager
@@ -56,7 +56,7 @@ class Roster(ClientManager):
         self._changed = threading.Condition()
         # In asynchronous rounds the ranks that no strategy is offered, as they are at work on an older state. Nobody
         # waits for more than one rank then.
-        self.at_work: Collection[int] | None = None
+        self.at_work: Container[int] | None = None
 
     def ranks(self) -> list[int]:
         """Return the connected ranks in order."""
@@ -143,7 +143,8 @@ class Roster(ClientManager):
 
     def all(self) -> dict[str, ClientProxy]:
         """Return the connected ranks that are free, under their ids."""
-        return {str(rank): self._rank_proxies[rank] for rank in self.ranks() if rank not in (self.at_work or ())}
+        busy = () if self.at_work is None else self.at_work
+        return {str(rank): self._rank_proxies[rank] for rank in self.ranks() if rank not in busy}
 
     def wait_for(self, num_clients: int, timeout: float = 86400) -> bool:
         """Wait until so many ranks are connected, and say so meanwhile."""

@@ -74,6 +74,8 @@ class StreamingStrategy(FlowerStrategy):
     asks_everyone: bool = False
     # Whether evaluations may change the memory, so that a checkpoint has to wait for them.
     remembers_evaluations: bool = False
+    # In asynchronous rounds, how many ranks there are in all: `configure_fit` is offered those that are free.
+    num_ranks: int = 0
 
     @property
     def reads_extra(self) -> bool:
@@ -217,7 +219,7 @@ class Strategy(StreamingStrategy):
             server_round=server_round, total_rounds=self.settings.rounds, previous=self._reference,
             seed=self.settings.seed, memory=self.memory, extra=self._extra,
             rank_extra={int(rank): own for rank, own in self._rank_extra.items()}, ranks=self._ranks,
-            num_ranks=len(self._order),
+            num_ranks=max(self.num_ranks, len(self._order)),
         )  # fmt: skip
 
     def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -28,21 +29,34 @@ log = logging.getLogger("fedsplit")
 _LINES_AROUND = 12
 _COLUMN_WIDTH = 13
 _DOING = {"train": "training", "evaluate": "evaluating"}
+_MERGED_NEXT = "waiting for a merge"
 _SHOWN_IN_TABLES = ("split", "round")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a rank does, from the state of which round, and what it lacks, if anything."""
+
+    doing: str
+    base_round: int
+    lacks: str | None = None
 
 
 class LiveConsole(Observer):
     """Shows a run on a terminal for the length of a block; takes the place of the log's handler meanwhile.
 
-    The `title` stands above the rounds; `lines` are the history so far, of a run that is resumed.
+    The `title` stands above the rounds; `lines` are the history so far, of a run that is resumed. Of `asynchronous`
+    rounds every rank is shown with what it does, and how many merges its state is behind.
     """
 
-    def __init__(self, console: Console, title: str, lines: Sequence[Line] = ()) -> None:
+    def __init__(
+        self, console: Console, title: str, lines: Sequence[Line] = (), *, asynchronous: bool = False
+    ) -> None:  # fmt: skip
         self._console, self._title, self._lines = console, title, list(lines)
+        self._asynchronous, self._newest = asynchronous, 0
         self._split: list[PartRow] = []
         self._activity, self._since = "starting", time.monotonic()
-        # What each rank that is waited for lacks, if anything.
-        self._awaited: dict[int, str | None] = {}
+        self._ranks: dict[int, _Work] = {}
         self._lock = threading.Lock()
         self._handlers: list[logging.Handler] = []
         self._spinner = Spinner("dots")
@@ -71,20 +85,30 @@ class LiveConsole(Observer):
         self._begin(f"waiting for clients: {len(ranks)} of {needed} are here{here}")
 
     def asked(self, kind: str, server_round: int, total_rounds: int, ranks: Sequence[int]) -> None:
-        self._begin(f"round {server_round} of {total_rounds}: {_DOING[kind]}", ranks)
+        doing, newest = _DOING[kind], server_round - (kind == "train")
+        with self._lock:
+            self._newest = newest
+            self._ranks |= {rank: _Work(doing, newest) for rank in ranks}
+        self._begin(f"round {server_round} of {total_rounds}" + ("" if self._asynchronous else f": {doing}"))
 
     def waiting(self, rank: int, what: str | None) -> None:
         with self._lock:
-            if rank in self._awaited:
-                self._awaited[rank] = what
+            if rank in self._ranks:
+                self._ranks[rank] = replace(self._ranks[rank], lacks=what)
 
     def answered(self, rank: int, refused: str | None) -> None:
         with self._lock:
-            self._awaited.pop(rank, None)
+            work = self._ranks.pop(rank, None)
+            if work and self._asynchronous and work.doing == _DOING["train"] and refused is None:
+                self._ranks[rank] = replace(work, doing=_MERGED_NEXT, lacks=None)
 
     def round_ended(self, line: Line, total_rounds: int) -> None:
         with self._lock:
             self._lines.append(line)
+            self._newest = line["round"]
+            for rank in map(int, line.get("clients", {})):
+                if rank in self._ranks and self._ranks[rank].doing == _MERGED_NEXT:
+                    del self._ranks[rank]
         is_last = line["round"] >= total_rounds
         self._begin("the last round is done: writing its checkpoint" if is_last else "starting the next round")
 
@@ -105,17 +129,21 @@ class LiveConsole(Observer):
                 shown.append(self._spinner)
             return Group(*shown)
 
-    def _begin(self, activity: str, awaited: Sequence[int] = ()) -> None:
+    def _begin(self, activity: str) -> None:
         with self._lock:
             if activity != self._activity:
                 self._since = time.monotonic()
-            self._activity, self._awaited = activity, dict.fromkeys(awaited)
+            self._activity = activity
 
     def _describe(self) -> str:
         text, seconds = self._activity, time.monotonic() - self._since
-        if self._awaited:
-            ranks = (f"{rank} (no {what})" if what else str(rank) for rank, what in self._awaited.items())
-            text += f", waiting for rank {', '.join(ranks)}"
+        groups: dict[str, list[str]] = {}
+        for rank, work in sorted(self._ranks.items()):
+            behind = self._newest - work.base_round if self._asynchronous else 0
+            notes = [f"no {work.lacks}"] * bool(work.lacks) + [f"{behind} behind"] * bool(behind)
+            what = f"{work.doing}:" if self._asynchronous else "waiting for"
+            groups.setdefault(what, []).append(f"{rank} ({', '.join(notes)})" if notes else str(rank))
+        text += "".join(f", {what} rank {', '.join(ranks)}" for what, ranks in groups.items())
         return text + (f", {seconds:.0f} s" if seconds >= 1 else "")
 
 
