@@ -4,8 +4,8 @@
 
 **Step.** Batches of 32, with activations of 0.1 and 4 MB, through the real programs on one machine; a step is the time
 from one batch of a rank to its next, beside the same halves in one process, in turns. The model is the least there is:
-what a step takes beyond the plain one is the way between the halves. Where it goes is from `benchmarks.traced`: the
-hand-offs are directories and locks, the engine is Flower's message there and back. With ``FLARE_PYTHON``, a Python that
+what a step takes beyond the plain one is the way between the halves. Where it goes is what the history says of a mean
+step, and the processor time of all programs together is from `benchmarks.traced`. With ``FLARE_PYTHON``, a Python that
 has nvflare 2.9 and torch, the same halves also train in NVIDIA FLARE's simulator (`benchmarks.flare_split`).
 
 **Ranks.** The lower part sleeps 40 ms in place of computing: on a machine with two cores the cores would else be the
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, BenchmarkError, Figure, Options, Programs, free_port, scratch_directory
+from fedsplit.run.time_account import account_step
 
 TOPIC = "split"
 SMALL, LARGE = 100_000, 4_000_000
@@ -65,7 +66,7 @@ class SplitFederation:
         split = ("--split-learning", self.mode, *exchange) if self.mode else ()
         cut = ("--cut", self.cut) if self.mode else ()
         trainer = (*exchange, *checkpoints, "--num-partitions", str(self.ranks), "--threads", "1", *self.workload, *cut)
-        with Programs(self.directory) as programs:
+        with Programs(self.directory, forked=True) as programs:
             self._start(
                 programs, "server", "--address", address, "--rounds", str(self.rounds), "--min-clients",
                 str(self.ranks), *checkpoints, *split, *self.server_flags,
@@ -84,14 +85,15 @@ class SplitFederation:
             raise BenchmarkError(f"{self.mode or 'FedAvg'}, {self.cut}: an update was refused: {refused[0]}")
         return lines
 
-    def took(self, name: str) -> dict[str, float]:
-        """Return the median seconds of what was watched in a program."""
-        found = json.loads((self.directory / f"took-{name}.json").read_text())
-        return {place: statistics.median(each) for place, each in found.items() if each}
+    def processor_s(self) -> float:
+        """Return the median processor time of a step, all programs together."""
+        found = [json.loads(path.read_text()) for path in self.directory.glob("processor-*.json")]
+        return sum(statistics.median(each) for each in found if each)
 
     def _start(self, programs: Programs, program: str, *flags: str, name: str = "") -> None:
         name = name or program
-        programs.start(name, "-m", "benchmarks.traced", str(self.directory / f"took-{name}.json"), program, *flags)
+        path = self.directory / f"processor-{name}.json"
+        programs.start(name, "-m", "benchmarks.traced", str(path), program, *flags)
 
 
 def run(options: Options) -> list[Figure]:
@@ -105,7 +107,7 @@ def run(options: Options) -> list[Figure]:
 def steps(options: Options) -> list[Figure]:
     """Measure steps of both sizes, and say where their time goes."""
     figures = []
-    repeats = options.pick(5, 3, 1)
+    repeats = options.pick(3, 1, 1)
     for size, batches in ((SMALL, options.pick(200, 100, 10)), (LARGE, options.pick(60, 40, 6))):
         split, alone, flare, shares = list[float](), list[float](), list[float](), list[dict[str, float]]()
         for _ in range(repeats):
@@ -145,22 +147,11 @@ def _step(size: int, batches: int, directory: Path) -> tuple[list[float], dict[s
     )  # fmt: skip
     line = federation.run()[-1]
     periods = json.loads((directory / "periods-1.json").read_text())
-    server, client = federation.took("server"), federation.took("client-1")
-    split, count = line["split"]["seconds"], line["split"]["steps"]
-    lower, upper = split["lower"] / count, split["upper"] / count
-    step, asked = statistics.median(periods), server["Peer.ask"]
-    relayed, beyond = client["Relay.fit"], server["Beyond.step"]
-    handing = client["ClientSide.offer"] + client["LongPoll.wait"] - lower
-    parts = {
-        "lower": lower, "rank hand-off": handing, "relay": relayed - handing - lower, "engine": asked - relayed,
-        "server": step - asked - beyond, "upper hand-off": beyond - upper, "upper": upper,
-        "processor": sum(federation.took(name)["processor"] for name in ("server", "client-1", "model-1", "upper")),
-    }  # fmt: skip
-    return [1000 * each for each in periods], parts
+    return [1000 * each for each in periods], account_step(line) | {"processor time": federation.processor_s()}
 
 
 def _alone(size: int, batches: int, directory: Path) -> list[float]:
-    with Programs(directory) as programs:
+    with Programs(directory, forked=True) as programs:
         programs.start("plain", "-m", "benchmarks.split", str(size), str(batches), str(directory))
         programs.wait()
     return [1000 * each for each in json.loads((directory / "periods-1.json").read_text())]
@@ -178,10 +169,10 @@ def _in_flare(python: str, size: int, batches: int, directory: Path) -> list[flo
 
 def two_ranks(options: Options) -> list[Figure]:
     """Measure the steps a second of one rank and of two, where the lower part sleeps."""
-    figures, batches = [], options.pick(100, 50, 5)
+    figures, batches = [], options.pick(50, 25, 5)
     for mode in ("sfl-v1", "sfl-v2"):
         rates: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(options.pick(5, 3, 1)):
+        for _ in range(options.pick(3, 1, 1)):
             for ranks, found in rates.items():
                 with scratch_directory() as directory:
                     found += _rates(mode, ranks, batches, directory)
@@ -196,7 +187,7 @@ def two_ranks(options: Options) -> list[Figure]:
 def _rates(mode: str, ranks: int, batches: int, directory: Path) -> list[float]:
     lines = SplitFederation(
         directory=directory, workload=_cut_of(SMALL, batches, directory, SLEEP_S), mode=mode, cut="lower", ranks=ranks,
-        rounds=3, server_flags=("--evaluate-every", "0"),
+        rounds=2, server_flags=("--evaluate-every", "0"),
     ).run()  # fmt: skip
     return [line["split"]["steps_per_second"] for line in lines[1:]]
 
@@ -235,7 +226,7 @@ def table(options: Options) -> list[Figure]:
     """Run each way on each data set, two ranks; writes ``results/split.md`` too."""
     outcomes: dict[tuple[str, str, str], Outcome] = {}
     for data in (DIGITS, PICTURES)[: options.pick(2, 2, 1)]:
-        rounds = options.pick(data.rounds, data.rounds, 2)
+        rounds = options.pick(data.rounds, data.rounds // 2, 2)
         for cut in ["", *data.cuts[: options.pick(3, 1, 1)]]:
             for mode in MODES if cut else ("FedAvg",):
                 outcomes[data.name, mode, cut] = _outcome(data, mode, cut, rounds)
