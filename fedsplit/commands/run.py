@@ -175,9 +175,12 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
         for role, command in (("client", _command(client, relaying, rank)), ("trainer", train)):
             children.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
     if arguments.split_learning:
-        at_ranks = {"cut_dtype": None, "cut_noise": None, "window": 1}
-        command = _command(trainer, {**training, **at_ranks, "part": "upper"})
-        children.append(Child("trainer of the upper part", command, places.logs / "trainer-upper.log"))
+        upper: dict[str, Any] = {**training, "cut_dtype": None, "cut_noise": None, "window": 1, "part": "upper"}
+        for number in range(1, arguments.upper_trainers + 1):
+            end = f"-{number}" if number > 1 else ""
+            own = {name: upper[name] / f"upper{end}" for name in ("exchange_dir", "checkpoint_dir") if end}
+            command = _command(trainer, {**upper, **own})
+            children.append(Child(f"trainer of the upper part{end}", command, places.logs / f"trainer-upper{end}.log"))
     return children
 
 
