@@ -25,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fedsplit.engines.forked import Forked
 from fedsplit.engines.processes import free_port as free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +200,7 @@ class Program:
     """A process under watch: its log, its peak of memory, the processor time it took."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log_path: Path
     peak_bytes: int = 0
     cpu_s: float = 0.0
@@ -230,10 +231,16 @@ class Program:
 
 
 class Programs:
-    """Processes of one measurement: started here, watched, and ended here, each by its own handle."""
+    """Processes of one measurement: started here, watched, and ended here, each by its own handle.
 
-    def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
+    `forked` ones start as those of ``fedsplit run`` do, which is quick: for what is not about starting.
+    """
+
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str] | None = None, *, forked: bool = False
+    ) -> None:  # fmt: skip
         self.directory = directory
+        self._forked = forked
         self.all: dict[str, Program] = {}
         self._environment = os.environ | ENVIRONMENT | dict(environment or {})
         self._done = threading.Event()
@@ -253,12 +260,16 @@ class Programs:
 
     def start(self, name: str, *arguments: str) -> Program:
         """Start a Python program: a file's name or ``-m module``, and its flags."""
-        log_path = self.directory / f"{name}.log"
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        log_path, command = self.directory / f"{name}.log", [sys.executable, *arguments]
+        process: subprocess.Popen[bytes] | Forked
+        if self._forked and Forked.can_run(command):
+            process = Forked(command, self._environment, log_path, ROOT)
+        else:
+            with log_path.open("wb") as log:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
         program = self.all[name] = Program(name, process, log_path)
         return program
 

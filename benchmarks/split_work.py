@@ -24,7 +24,7 @@ BATCH, CLASSES = 32, 10
 
 
 class Scale(nn.Module):
-    """The least that a lower part can be: each input times a weight; it may also sleep, in place of heavier layers."""
+    """The least that a part can be: each input times a weight; it may also sleep, in place of heavier layers."""
 
     def __init__(self, width: int, sleep_s: float) -> None:
         super().__init__()
@@ -50,6 +50,8 @@ class CutOf:
             self.model = nn.Sequential(OrderedDict(
                 lower=Scale(width, float(options.get("sleep", 0))), upper=nn.Linear(width, CLASSES),
             ))  # fmt: skip
+            if sleep_s := float(options.get("upper-sleep", 0)):
+                self.model.add_module("slow", Scale(CLASSES, sleep_s))
             self._inputs = torch.randn(BATCH, width)
         self._targets = torch.arange(BATCH) % CLASSES
         self._count = int(options["batches"])
@@ -74,7 +76,7 @@ class CutOf:
 
 
 def cut_of(context: WorkloadContext) -> CutOf:
-    """Make the workload; options: ``bytes``, ``batches``, ``stamps``, ``sleep`` (seconds)."""
+    """Make the workload; options: ``bytes``, ``batches``, ``stamps``, ``sleep`` and ``upper-sleep`` (seconds)."""
     return CutOf(context)
 
 
@@ -96,7 +98,7 @@ def plain(bytes_: int, batches: int, directory: Path) -> None:
 
 def pictures(context: WorkloadContext) -> ImageWorkload:
     """Make a small convolutional net for `picture_data`; its options are those of `TrainingSettings`."""
-    defaults = TrainingSettings(epochs=1, batch_size=32, lr=0.05, momentum=0.9)
+    defaults = TrainingSettings(epochs=1, batch_size=32, lr=0.01, momentum=0.9)
     return ImageWorkload(context, OptionReader(context.options), picture_data, conv_net, defaults)
 
 

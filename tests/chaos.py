@@ -256,12 +256,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="rounds (default: enough for the faults)")
     parser.add_argument("--split-learning", choices=MODES, help="cut the model (default: it is whole)")
     parser.add_argument("--tail", help="cut it a second time after this module: U-shaped")
+    parser.add_argument("--upper-trainers", type=int, default=1, help="so many trainers of upper parts, under sfl-v1")
     arguments = parser.parse_args()
     faults = -(-arguments.faults // 2)
     # A merge of one update is half a round of two ranks.
     rounds = arguments.rounds or (25 if arguments.buffer else 10) * faults
     kind: type[Programs] = SixPrograms if arguments.split_learning else Programs
-    settings = {"mode": arguments.split_learning, "tail": arguments.tail} if arguments.split_learning else {}
+    cut = {"mode": arguments.split_learning, "tail": arguments.tail, "uppers": arguments.upper_trainers}
+    settings = cut if arguments.split_learning else {}
     for seed, place in enumerate(("/dev/shm", None), start=arguments.seed):
         directory = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-"))
         exchange = Path(tempfile.mkdtemp(prefix="fedsplit-chaos-", dir=place)) if place else None

@@ -136,6 +136,8 @@ class Halves:
     whole_model: bool = False
     dtype: torch.dtype | None = None
     window: int = 1
+    # How many trainers of upper parts: "upper", "upper-2" and so on.
+    uppers: int = 1
     # What runs at a rank instead of `LowerPart`: a script of one's own.
     script: Callable[[Trainer, Any, Parts], None] | None = None
     # All that left the ranks in messages.
@@ -148,10 +150,11 @@ class Halves:
             rounds=self.rounds, min_clients=self.ranks, checkpoint_dir=self.directory / "checkpoints",
             **self.settings,
         )  # fmt: skip
-        places: list[int | str] = [*range(1, self.ranks + 1), "upper"]
+        more = [f"upper-{number}" for number in range(2, self.uppers + 1)]
+        places: list[int | str] = [*range(1, self.ranks + 1), "upper", *more]
         threads = [threading.Thread(target=self._train, args=(place,), daemon=True) for place in places]
         with ExitStack() as stack:
-            upper = UpperHalf(settings, self.mode, self.directory / "exchange")
+            upper = UpperHalf(settings, self.mode, self.directory / "exchange", self.uppers)
             server = stack.enter_context(open_server(settings, EMBEDDED, upper=upper))
             for rank in range(1, self.ranks + 1):
                 exchange = Exchange(self.directory / "exchange", rank)
@@ -189,12 +192,12 @@ class Halves:
                 return
 
     def _start(self, place: int | str) -> None:
-        rank = 1 if place == "upper" else int(place)
+        rank = place if isinstance(place, int) else 1
         run: Callable[..., None]
         with self._making:  # torch's generator is that of the process
             workload = self.make(rank)
             parts = parts_of(workload, self.cut, self.tail)
-            if place == "upper":
+            if isinstance(place, str):
                 model, run = parts.beyond(), partial(run_upper, workload=workload, parts=parts)
             elif self.script:
                 model = parts.at_rank()
@@ -209,9 +212,11 @@ class Halves:
                 context = WorkloadContext(rank=rank, num_partitions=self.ranks)
                 lower = LowerPart(workload, parts, context, self.dtype, noise, self.window)
                 model, run = lower.model, partial(run_workload, workload=lower)
+        end = place if isinstance(place, str) and place != "upper" else ""
         trainer = Trainer(
-            place, model, exchange_dir=self.directory / "exchange", checkpoint_dir=self.directory / "checkpoints"
-        )  # type: ignore[arg-type]
+            place if isinstance(place, int) else "upper", model, exchange_dir=self.directory / "exchange" / end,
+            checkpoint_dir=self.directory / "checkpoints" / end,
+        )  # fmt: skip
         count = 0
         answer = trainer._channel.answer
 

@@ -1,4 +1,4 @@
-"""The six programs of a model that is cut: those of `tests.programs`, and the trainer of the upper part."""
+"""The six programs of a model that is cut: those of `tests.programs`, and the trainer of the upper part, or several."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ class SixPrograms(Programs):
 
     mode: str = "sfl-v1"
     tail: str | None = None
+    uppers: int = 1
     options: dict[str, str] = field(default_factory=lambda: {"epochs": "1"})
 
     @property
     def names(self) -> list[str]:
-        return [*super().names, "upper"]
+        return [*super().names, "upper", *(f"upper-{number}" for number in range(2, self.uppers + 1))]
 
     def place(self, name: str) -> str:
+        if name.startswith("upper-"):
+            return f"{name}/upper"
         return super().place(name) or "upper"
 
     def unsplit(self, rounds: int) -> State:
@@ -52,12 +55,14 @@ class SixPrograms(Programs):
     def command(self, name: str) -> list[str]:
         cut = ["--cut", CUT, *(["--tail", self.tail] if self.tail else [])]
         cut += [text for option in self.options.items() for text in ("--workload-option", "=".join(option))]
-        if name == "upper":
+        if name.startswith("upper"):
+            end = "" if name == "upper" else name
             return [
-                sys.executable, str(ROOT / "model_main.py"), "--part", "upper", "--exchange-dir", str(self.exchange),
-                "--checkpoint-dir", str(self.checkpoints), *self.model_flags, *cut,
+                sys.executable, str(ROOT / "model_main.py"), "--part", "upper", "--exchange-dir",
+                str(self.exchange / end), "--checkpoint-dir", str(self.checkpoints / end), *self.model_flags, *cut,
             ]  # fmt: skip
         command = super().command(name)
         if name == "server":
-            return [*command, "--split-learning", self.mode, "--exchange-dir", str(self.exchange)]
+            return [*command, "--split-learning", self.mode, "--exchange-dir", str(self.exchange), "--upper-trainers",
+                    str(self.uppers)]  # fmt: skip
         return [*command, *cut] if name.startswith("model") else command

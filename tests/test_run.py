@@ -38,7 +38,7 @@ OF_THE_SERVER = [
     "--train-config=on=true", "--payload-store=none", "--engine=superlink", "--seed=5", "--tracker=mlflow:here",
     "--ssl-ca-certfile=ca.pem", "--ssl-certfile=server.pem", "--ssl-keyfile=key.pem", "--insecure",
     "--join-token-file=token", "--supernode-public-key=1.pub", "--supernode-public-key=2.pub", "--verbose",
-    "--log-format=json", "--split-learning=sfl-v1", "--exchange-dir=shared",
+    "--log-format=json", "--split-learning=sfl-v1", "--exchange-dir=shared", "--upper-trainers=2",
     "--buffer=2", "--merge-after=3", "--max-staleness=4", "--staleness=constant", "--mix-states", "--server-lr=0.5",
     "--balance",
 ]  # fmt: skip
@@ -110,7 +110,7 @@ def test_every_flag_of_the_server_reaches_the_server_as_it_was_given() -> None:
 
 def test_clients_find_the_server_and_trainers_know_how_many_they_are() -> None:
     children = planned("--ranks=3", "--cut=features.2", "--cut-dtype=int8", "--window=4", *OF_THE_SERVER)
-    *children, upper = children
+    *children, upper, second = children
     assert [child.name for child in children[1:3]] == ["client of rank 1", "trainer of rank 1"]
     clients = [parsed(client, child.command[4:]) for child in children[1::2]]
     assert [each["rank"] for each in clients] == [1, 2, 3]
@@ -128,6 +128,8 @@ def test_clients_find_the_server_and_trainers_know_how_many_they_are() -> None:
     found = parsed(trainer, upper.command[4:])
     assert [found[name] for name in flags] == ["upper", "features.2", None, 1]
     assert str(found["exchange_dir"]) == "shared"
+    found = parsed(trainer, second.command[4:])
+    assert (str(found["exchange_dir"]), str(found["checkpoint_dir"])) == ("shared/upper-2", "kept/upper-2")
 
 
 def test_the_address_is_free_and_a_round_waits_for_every_rank_unless_they_are_given() -> None:

@@ -20,6 +20,7 @@ from fedsplit.commands.status import find_ranks, read_status
 from fedsplit.disk import files
 from fedsplit.errors import RunFailedError, TaskOverError, UsageError, WorkloadError
 from fedsplit.exchange.directory import Exchange
+from fedsplit.run.time_account import STEP_STAGES
 from fedsplit.server.settings import ServerSettings
 from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.split_learning.cut import parts_of
@@ -174,6 +175,15 @@ def test_in_the_other_modes_neither(mode: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("uppers", [2, pytest.param(3, marks=SLOW)])
+def test_several_trainers_of_upper_parts_come_to_what_one_does_whoever_is_killed(uppers: int, tmp_path: Path) -> None:
+    """The third of three has no rank, and hears of no step."""
+    kills: set[tuple[int | str, int]] = {("upper", 3), ("upper-2", 4), (1, 3), (2, 4)}
+    same(Halves(tmp_path, "sfl-v1", uppers=uppers, kills=kills).run(), unsplit("sfl-v1"))
+    tasks = [path.parent.relative_to(tmp_path / "exchange") for path in (tmp_path / "exchange").rglob("task.json")]
+    assert sorted(map(str, tasks)) == ["rank-1", "rank-2", "upper", "upper-2/upper"]
+
+
 def test_what_differs_when_a_step_is_done_again_is_an_error_that_names_rank_and_step(tmp_path: Path) -> None:
     class Drifting(Small):
         """Draws from a generator that nobody keeps."""
@@ -198,6 +208,10 @@ def test_the_history_has_the_steps_and_their_bytes(tmp_path: Path) -> None:
         assert 0 < split["bytes_up"] - 7 * (4 * 8 * 4 + 4 * 8) < 7 * 400
         assert 0 < split["bytes_down"] - 7 * 4 * 8 * 4 < 7 * 200
         assert set(line["evaluate"]) == set(line["train"]) == {"loss", "accuracy"}
+        seconds = split["seconds"]
+        assert list(seconds) == list(STEP_STAGES) and all(each > 0 for each in seconds.values())
+        # Both ranks are under way for as long as the training of the round takes.
+        assert sum(seconds.values()) <= 2 * line["stages"]["train"]
     left = [path.name for path in (tmp_path / "checkpoints" / "server" / "payloads").glob("*")]
     assert len(left) <= 1, left
 
@@ -261,6 +275,9 @@ def test_a_mode_that_there_is_not_is_refused_before_anything_starts(tmp_path: Pa
     says = "--split-learning v3: expected one of sfl-v1, sfl-v2, sequential"
     with pytest.raises(UsageError, match=re.escape(says)):
         UpperHalf(ServerSettings(checkpoint_dir=tmp_path), "v3", tmp_path)
+    for mode in ("sfl-v2", "sequential"):
+        with pytest.raises(UsageError, match=f"--upper-trainers 2: {mode} has one upper part"):
+            UpperHalf(ServerSettings(checkpoint_dir=tmp_path), mode, tmp_path, 2)
     assert list(tmp_path.iterdir()) == []
 
 

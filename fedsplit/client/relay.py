@@ -63,6 +63,8 @@ class Relay(Client):
         self._incoming: Incoming | None = None
         self._is_full = False
         self._announced: tuple[str, str, int] | None = None
+        # The version that is waited for; when it was first asked for, and offered to the trainer.
+        self._since = (0, 0.0, 0.0)
 
     # -- the connection --------------------------------------------------------------------------------------------
 
@@ -98,7 +100,7 @@ class Relay(Client):
     @contextmanager
     def _question(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Read a question, and note that the server is alive."""
-        self._busy = True
+        self._busy, self._asked_at = True, time.monotonic()
         try:
             message = unpack(config, "the server")
             if not self._knows_server and message.get("op") not in ("join", "hello", "refuse"):
@@ -243,6 +245,7 @@ class Relay(Client):
         return reply, results
 
     def _relay(self, ask: Ask, blobs: list[bytes]) -> _Reply:
+        began = time.monotonic()
         try:
             version = self._side.offer(ask, ask.digest, lambda digest: self._fetch(digest, ask.bytes, blobs))
         finally:
@@ -251,6 +254,8 @@ class Relay(Client):
         if version is None:
             return {"status": "need"}, []
         self._is_full = False
+        if version != self._since[0]:
+            self._since = (version, self._asked_at, began)
         self._announce(ask, version)
         try:
             result = self.long_poll.wait(version, ask.hold_s)
@@ -293,6 +298,8 @@ class Relay(Client):
             "status": result.status, "num_examples": result.num_examples, "loss": result.loss,
             "metrics": dict(result.metrics), "seconds": result.seconds,
         }  # fmt: skip
+        if result.status == "step":
+            reply["handed_s"] = time.monotonic() - self._since[2]
         if result.local_entries:
             reply["local_entries"] = dict(result.local_entries)
         blobs: list[bytes] = []
@@ -303,6 +310,8 @@ class Relay(Client):
                 path = self._exchange.directory / result.payload.file
                 with explained(path, "read"):
                     blobs = [path.read_bytes()]
+        if result.status == "step":
+            reply["held_s"] = time.monotonic() - self._since[1]
         return reply, blobs
 
     def _place(self, payload: PayloadRecord) -> str:

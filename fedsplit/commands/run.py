@@ -19,7 +19,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -174,11 +174,21 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
         train = [*(["env", f"CUDA_VISIBLE_DEVICES={gpu}"] if gpu else []), *(own or _command(trainer, training, rank))]
         for role, command in (("client", _command(client, relaying, rank)), ("trainer", train)):
             children.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
-    if arguments.split_learning:
-        at_ranks = {"cut_dtype": None, "cut_noise": None, "window": 1}
-        command = _command(trainer, {**training, **at_ranks, "part": "upper"})
-        children.append(Child("trainer of the upper part", command, places.logs / "trainer-upper.log"))
-    return children
+    return [
+        *children,
+        *_upper_parts(training, places.logs, arguments.upper_trainers if arguments.split_learning else 0),
+    ]
+
+
+def _upper_parts(training: Mapping[str, Any], logs: Path, count: int) -> Iterator[Child]:
+    """Yield the trainers of upper parts; the first one's directories are those of the ranks."""
+    values = {**training, "cut_dtype": None, "cut_noise": None, "window": 1, "part": "upper"}
+    for number in range(1, count + 1):
+        end = f"-{number}" if number > 1 else ""
+        own = {name: values[name] / f"upper{end}" for name in ("exchange_dir", "checkpoint_dir") if end}
+        yield Child(
+            f"trainer of the upper part{end}", _command(trainer, {**values, **own}), logs / f"trainer-upper{end}.log"
+        )
 
 
 def _command(program: ModuleType, values: Mapping[str, Any], rank: int | None = None) -> list[str]:

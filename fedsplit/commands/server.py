@@ -84,6 +84,9 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         help="the model is cut: its upper part trains beside this server, in a trainer started with --part upper. "
         "sfl-v1: a copy of it for each rank, merged each round; sfl-v2: one for all ranks, a batch of each in turn; "
         "sequential: one rank after the other (default: the model is whole)")  # fmt: skip
+    add("--upper-trainers", type=cli.positive_int, default=1, metavar="K",
+        help="with sfl-v1: so many trainers of upper parts, each of some ranks, do steps at the same time; "
+        "the k-th shares DIR/upper-k of --exchange-dir DIR with its trainer, the first DIR itself")  # fmt: skip
     add("--balance", action="store_true",
         help="tell each rank which share of its usual work to do, from its measured speed, so that all are done at the "
         "same time")  # fmt: skip
@@ -203,7 +206,7 @@ def _upper_half(arguments: argparse.Namespace, settings: ServerSettings) -> Uppe
     from fedsplit.split_learning.attach import UpperHalf
 
     mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
-    return UpperHalf(settings, mode, exchange_dir) if mode else None
+    return UpperHalf(settings, mode, exchange_dir, arguments.upper_trainers) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

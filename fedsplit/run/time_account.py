@@ -23,9 +23,11 @@ STAGES = {
 # Where a step of split learning goes, as a rank sees it.
 STEP_STAGES = {
     "lower": "the rank's trainer: its part forward and back, and the optimizer",
-    "rank hand-off": "between the rank's trainer and the server: exchange directory, client, network",
-    "turn": "waiting for the other ranks, where the mode has an order",
-    "upper hand-off": "between the server and the upper part's trainer, and waiting while it does others' steps",
+    "rank hand-off": "between the rank's trainer and its client: the exchange directory",
+    "relay": "client and server themselves, between the hand-offs",
+    "network": "Flower's message there and back, its engine and the network, and payloads that are fetched",
+    "turn": "waiting for the other ranks: where the mode has an order, and while the upper part does their steps",
+    "upper hand-off": "between the server and the upper part's trainer: the exchange directory",
     "upper": "the upper part's trainer",
 }
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.errors import FedSplitError, RunStoppedError, UsageError
 from fedsplit.server.settings import ServerSettings
-from fedsplit.split_learning.beyond import Beyond
 from fedsplit.split_learning.order import MODES
+from fedsplit.split_learning.uppers import Uppers
 
 if TYPE_CHECKING:
     from fedsplit.server.round import Rounds
@@ -24,13 +24,17 @@ log = logging.getLogger("fedsplit")
 class UpperHalf:
     """Makes a server's rounds those of a model that is cut, and tells the upper part's trainer how the run ended.
 
-    `mode` is one of `fedsplit.split_learning.order.MODES`; raises UsageError for another one, and for what
-    it cannot go with.
+    `mode` is one of `fedsplit.split_learning.order.MODES`, `trainers` how many train upper parts; raises UsageError for
+    another mode, and for what it cannot go with.
     """
 
-    def __init__(self, settings: ServerSettings, mode: str, exchange_dir: Path) -> None:
+    def __init__(self, settings: ServerSettings, mode: str, exchange_dir: Path, trainers: int = 1) -> None:
         if mode not in MODES:
             raise UsageError(f"--split-learning {mode}: expected one of {', '.join(MODES)}")
+        if trainers > 1 and mode != "sfl-v1":
+            raise UsageError(
+                f"--upper-trainers {trainers}: {mode} has one upper part; only sfl-v1 has one for each rank"
+            )
         if settings.balance:
             raise UsageError("--split-learning cannot go with --balance: all ranks train the upper part batch by batch")
         if settings.is_asynchronous:
@@ -39,8 +43,8 @@ class UpperHalf:
                 "with the ranks, so there is no update of a single rank that could be late"
             )
         self._settings, self.mode = settings, mode
-        self._beyond = Beyond(exchange_dir, settings.client_wait)
-        self.taking_part = self._beyond.taking_part
+        self._uppers = Uppers(exchange_dir, trainers, settings.client_wait)
+        self.taking_part = self._uppers.taking_part
 
     @contextmanager
     def telling(self, server: Server) -> Iterator[None]:
@@ -51,17 +55,18 @@ class UpperHalf:
             failure = server.failure
             is_complete = failure is None and server.run.history.last_round() >= self._settings.rounds
             outcome = "stopped" if isinstance(failure, RunStoppedError) else "failed"
-            try:
-                self._beyond.finish(server.run.run_id, "complete" if is_complete else outcome, str(failure or ""))
-            except FedSplitError as exc:
-                log.error("the trainer of the upper part could not be told that the run is over: %s", exc)
+            for each in self._uppers.all:
+                try:
+                    each.finish(server.run.run_id, "complete" if is_complete else outcome, str(failure or ""))
+                except FedSplitError as exc:
+                    log.error("the trainer of the upper part could not be told that the run is over: %s", exc)
 
     def rounds(self, **parts: Any) -> Rounds:
         """Make the rounds, of what `fedsplit.server.round.Rounds` is made of."""
         # Late: it imports torch, and clients would wait.
         from fedsplit.split_learning.rounds import SplitRounds
 
-        self._beyond.open(parts["run"].payloads, parts["stop"])
+        self._uppers.open(parts["run"].payloads, parts["stop"])
         # The next training starts from another payload than the evaluation, and cannot come along with it.
         parts["engine"] = replace(parts["engine"], asks_ahead=False)
-        return SplitRounds(**parts, beyond=self._beyond, mode=self.mode)
+        return SplitRounds(**parts, beyond=self._uppers, mode=self.mode)

@@ -28,6 +28,8 @@ log = logging.getLogger("fedsplit")
 
 # How long the trainer is waited for before it is looked whether the run is being stopped.
 _HOLD_S = 0.5
+# What a step wants if there is none any more.
+END = "end"
 # A step that the trainer does not survive must not be given to it for ever.
 _MOST_AGAIN = 20
 
@@ -44,11 +46,15 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What the trainer of the upper part gave: a payload in the store, numbers, and the seconds that it took."""
+    """What the trainer of the upper part gave: a payload in the store, numbers, and the seconds that it took.
+
+    Before that, others' steps were waited for during `waited_s` seconds.
+    """
 
     payload: StoredPayload | None
     numbers: Mapping[str, Scalar]
     seconds: float
+    waited_s: float = 0.0
 
 
 class Beyond:
@@ -91,6 +97,15 @@ class Beyond:
             self._request, self._steps, self._failure = request, [], None
             self._state = state
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether any step of the task was given to the trainer."""
+        return bool(self._steps)
+
+    def end(self, until: float) -> StoredPayload | None:
+        """End the task; returns what it came to."""
+        return self.step(None, {"what": END}, until).payload
+
     def answers(self) -> set[str]:
         """Return the digests of what the task's steps gave, whether or not anybody waited for it."""
         return {step.digest for step in self._steps if step.digest}
@@ -103,10 +118,12 @@ class Beyond:
         It is waited for until ``until`` by `time.monotonic`, and then raises RecordError. The task can go on all the
         same: a further step waits for this one's answer first.
         """
+        asked = time.monotonic()
         with self._lock:
+            waited_s = time.monotonic() - asked
             if not self._steps:
                 self._next(self._state, {}, until)
-            return self._next(payload, numbers, until)
+            return replace(self._next(payload, numbers, until), waited_s=waited_s)
 
     def _next(
         self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf

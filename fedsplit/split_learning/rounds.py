@@ -28,14 +28,15 @@ from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.errors import AggregationError, RecordError, RunFailedError, UsageError
 from fedsplit.exchange.records import Request, Scalar, printable
 from fedsplit.run.history import Line
-from fedsplit.run.time_account import Stages
+from fedsplit.run.time_account import STEP_STAGES, Stages
 from fedsplit.server.conversation import HEADER_BYTES
 from fedsplit.server.peer import Reply
 from fedsplit.server.round import Rounds, Task
 from fedsplit.server.strategy import read_update
-from fedsplit.split_learning.beyond import Beyond, Clock, differs
+from fedsplit.split_learning.beyond import Clock, differs
 from fedsplit.split_learning.order import MOST_WINDOW, Order
-from fedsplit.split_learning.upper import END, ERROR, WANTED
+from fedsplit.split_learning.upper import ERROR, WANTED
+from fedsplit.split_learning.uppers import Uppers
 from fedsplit.states.extra import join, separate
 from fedsplit.states.header import read_header
 from fedsplit.states.local_keys import is_local
@@ -57,7 +58,7 @@ _LATE_S = 5.0
 class Steps:
     """What all ranks do in one task of a round, and what the upper part came to by it."""
 
-    beyond: Beyond
+    beyond: Uppers
     order: Order
     mode: str
     training: bool
@@ -94,8 +95,8 @@ class Steps:
             return
         try:
             if self.count and self._is_wanted:
-                last = self.beyond.step(None, {"what": END}, until + _LATE_S)
-                self._uppers = decode_result(last.payload) if self.training else {}
+                ends = self.beyond.end(until + _LATE_S)
+                self._uppers = {k: v for end in ends for k, v in decode_result(end).items()} if self.training else {}
         except RecordError as exc:
             self._uppers = str(exc)
         finally:
@@ -158,8 +159,9 @@ class SplitTask(Task):
             self.state = payload  # type: ignore[assignment]
             asked = time.monotonic()
             reply = self._until_answered()
+            self._account(reply, took_s := time.monotonic() - asked)
             if at == 0 and reply.status == "step":
-                self.rounds.note_exchange(time.monotonic() - asked - reply.seconds - self.waited_s)
+                self.rounds.note_exchange(took_s - reply.seconds - self.waited_s)
             if reply.status == "again":
                 at, again = 0, again + 1
                 if again > _MOST_AGAIN:
@@ -176,10 +178,19 @@ class SplitTask(Task):
             if at > _MOST_STEPS:
                 raise RecordError(f"its trainer wants more than {_MOST_STEPS:,} steps in one task")
 
+    def _account(self, reply: Reply, took_s: float) -> None:
+        """Note where the time of a question went, by what the client says of it."""
+        clock = self.steps.clock
+        if reply.status != "step":
+            clock.add("rank hand-off", took_s)
+            return
+        clock.add("lower", reply.seconds)
+        clock.add("rank hand-off", max(0.0, reply.handed_s - reply.seconds))
+        clock.add("network", max(0.0, took_s - max(reply.seconds, reply.held_s)))
+
     def _do_step(self, reply: Reply) -> tuple[StoredPayload | None, dict[str, Any]]:
         """Let the upper part's trainer do a step with what the rank gave."""
         steps, rank = self.steps, self.rank
-        steps.clock.add("lower", reply.seconds)
         (what, window), payload = self._wanted(reply), self._stored(reply)
         self._given_bytes += payload.bytes
         if self._given_bytes > steps.most_bytes:
@@ -190,10 +201,13 @@ class SplitTask(Task):
         with steps.clock.measure("turn"):
             steps.order.wait(rank, self._check)
         self._check()
-        with steps.clock.measure("upper and its hand-off"):
-            wanted: dict[str, Scalar] = {"what": what, "owner": steps.owner(rank), "window": window}
-            answered = steps.beyond.step(payload, wanted, self.context.ends_at)
+        wanted: dict[str, Scalar] = {"what": what, "owner": steps.owner(rank), "window": window}
+        asked = time.monotonic()
+        answered = steps.beyond.of(rank).step(payload, wanted, self.context.ends_at)
+        handed_s = time.monotonic() - asked - answered.waited_s
+        steps.clock.add("turn", answered.waited_s)
         steps.clock.add("upper", answered.seconds)
+        steps.clock.add("upper hand-off", max(0.0, handed_s - answered.seconds))
         self._owes_gradient = what == "forward" and steps.training
         if not self._owes_gradient:
             steps.order.done(rank)
@@ -222,10 +236,13 @@ class SplitTask(Task):
         if payload and payload.via == "store":
             self.check_size(payload.bytes)
             if not store.take(payload.digest):
-                self.fetch(reply)
+                with self.steps.clock.measure("network"):
+                    self.fetch(reply)
             found = StoredPayload(digest=payload.digest, bytes=payload.bytes, path=store.path(payload.digest))
         else:
-            found = store.put([self.fetch(reply)])
+            with self.steps.clock.measure("network"):
+                content = self.fetch(reply)
+            found = store.put([content])
         # Also what is refused now has to go in the end.
         self.steps.payloads.add(found.digest)
         # What the upper part's exchange would not take must not end the round for everybody.
@@ -247,7 +264,7 @@ class SplitTask(Task):
 class SplitRounds(Rounds):
     """Runs the rounds with a model that is cut; `mode` is that of `fedsplit.split_learning.order`."""
 
-    beyond: Beyond
+    beyond: Uppers
     mode: str
     _has_noted: bool = False
 
@@ -285,16 +302,12 @@ class SplitRounds(Rounds):
         line = super()._train(server_round, stages)
         steps = self._steps
         wall, seconds = stages.seconds.get("train", 0.0), steps.clock.seconds
-        shown = {name: round(seconds.get(name, 0.0), 6) for name in ("lower", "upper", "turn")}
-        beyond_s = seconds.get("upper and its hand-off", 0.0)
-        rest = seconds.get("all", 0.0) - seconds.get("lower", 0.0) - seconds.get("turn", 0.0) - beyond_s
+        # What nobody else has named was the server's and the clients' own.
+        seconds["relay"] = max(0.0, 2 * seconds.get("all", 0.0) - sum(seconds.values()))
         line["split"] = {
             "mode": self.mode, "steps": steps.count, "steps_per_second": round(steps.count / wall, 3) if wall else 0.0,
             "bytes_up": steps.bytes_up, "bytes_down": steps.bytes_down,
-            "seconds": {
-                **shown, "upper hand-off": round(max(0.0, beyond_s - shown["upper"]), 6),
-                "rank hand-off": round(max(0.0, rest), 6),
-            },
+            "seconds": {stage: round(seconds.get(stage, 0.0), 6) for stage in STEP_STAGES},
         }  # fmt: skip
         return line
 
@@ -370,7 +383,7 @@ class SplitRounds(Rounds):
             )
         request = self._request("initialize", 0, dict(self.settings.train_config))
         try:
-            payload = self.beyond.initial_state(replace(request, split=()))
+            payload = self.beyond.all[0].initial_state(replace(request, split=()))
         except RecordError as exc:
             raise RunFailedError(f"the upper part has no initial state: {exc}") from exc
         upper = decode(self.run.payloads.map(payload.digest), "the upper part")

@@ -17,6 +17,7 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedsplit.exchange.records import Scalar
+from fedsplit.split_learning.beyond import END
 from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.workload import SplitWorkload, measured
 from fedsplit.states.state_dict import StateDict, named, own_state
@@ -28,7 +29,7 @@ from fedsplit.workloads.runner import run_tasks
 log = logging.getLogger("fedsplit")
 
 # What a step may want of the upper part; `END` ends a task.
-WANTED, END = ("loss", "forward", "backward"), "end"
+WANTED = ("loss", "forward", "backward")
 # Under this name is what went wrong in a step.
 ERROR = "error"
 _MOST_ERROR = 1_000
@@ -57,6 +58,12 @@ class UpperPart:
             self._restore(task.local_state or {})
         taken: dict[int, _Owner] = {}
         given, steps = task.hand_over(), 0
+
+        def settle() -> None:
+            # The gradient is on its way to the rank by now, and need not wait for the optimizer.
+            for owner in taken.values():
+                owner.settle()
+
         while given.numbers["what"] != END:
             number = int(given.numbers["owner"])
             if training and number not in taken:
@@ -69,7 +76,7 @@ class UpperPart:
                 log.warning("a step of round %d failed; its rank is told\n%s", task.server_round, text)
                 answer = {}, {ERROR: f"{type(exc).__name__}: {exc}"[:_MOST_ERROR]}
             steps += int(given.numbers.get("window", 1))
-            given = task.hand_over(*answer)
+            given = task.hand_over(*answer, settle)
         if not training:
             task.reply(loss=0.0, num_examples=0)
             return
@@ -116,15 +123,24 @@ class _Owner:
         ]  # fmt: skip
         # Between the two halves of a step of a U-shaped model.
         self._waiting: tuple[torch.Tensor, torch.Tensor, torch.dtype | None] | None = None
+        # Whether there are gradients that the optimizer has not seen yet.
+        self._is_due = False
 
     def begin(self, model: torch.nn.Module) -> None:
         """Start a round from a state."""
         self._model.load_state_dict(model.state_dict())
         self._model.train()
-        self._waiting = None
+        self._waiting, self._is_due = None, False
+
+    def settle(self) -> None:
+        """Let the optimizer do the last step, if it has not."""
+        is_due, self._is_due = self._is_due, False
+        if is_due:
+            self.optimizer.step()
 
     def state(self) -> StateDict:
         """Return the state that it has come to."""
+        self.settle()
         return own_state(self._model)
 
     def window(self, given: Given) -> Answer:
@@ -142,6 +158,7 @@ class _Owner:
 
     def step(self, given: Given) -> Answer:
         """Do a step, or half a step of a U-shaped model: returns tensors and numbers for the rank."""
+        self.settle()
         before = [buffer.clone() for buffer in self._running]
         try:
             return self._backward(given) if given.numbers["what"] == "backward" else self._forward(given)
@@ -181,7 +198,7 @@ class _Owner:
         assert activations.grad is not None
         gradients = [each.grad for each in self._model.parameters() if each.grad is not None]
         _check_finite("the loss or its gradient", [end.detach(), activations.grad, *gradients, *self._running])
-        self.optimizer.step()
+        self._is_due = True
         return activations.grad
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -210,8 +210,14 @@ class Task:
         """
         return remote(self, activations, targets, generator=generator, dtype=dtype)
 
-    def hand_over(self, state: StateDict | None = None, numbers: Mapping[str, Scalar] | None = None) -> Given:
-        """Give tensors and numbers to the other half of the model, and wait for what it gives; raises TaskOverError."""
+    def hand_over(
+        self, state: StateDict | None = None, numbers: Mapping[str, Scalar] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Given:  # fmt: skip
+        """Give tensors and numbers to the other half of the model, and wait for what it gives; raises TaskOverError.
+
+        `meanwhile` is called when they are given, and before it is waited.
+        """
         channel, record = self._trainer._channel, self._record
         if record.step is None or channel.processes > 1:
             raise UsageError(
@@ -226,6 +232,8 @@ class Task:
             status="step",
         )  # fmt: skip
         channel.answer(record, answer)
+        if meanwhile:
+            meanwhile()
         while True:
             found = channel.next()
             if isinstance(found, TaskRecord) and found.step is not None and _is_same(found, record):

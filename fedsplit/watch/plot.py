@@ -37,7 +37,9 @@ _STAGE_COLORS = {
     "training": _TRAIN, "hand-off": "#56b4e9", "transfer": "#009e73", "merging": "#e69f00", "evaluation": _TEST,
     "waiting": "#b4b4b4",
 }  # fmt: skip
-_STEP_COLORS = dict(zip(STEP_STAGES, (_TRAIN, "#56b4e9", "#b4b4b4", "#e69f00", _TEST), strict=True))
+_STEP_COLORS = dict(
+    zip(STEP_STAGES, (_TRAIN, "#56b4e9", "#009e73", "#cc79a7", "#b4b4b4", "#e69f00", _TEST), strict=True)
+)
 # What there are many of: five colours, and dashes once these are used up.
 _COLORS = (_TRAIN, _TEST, _CENTRAL, "#e69f00", "#56b4e9")
 _DASHES = ("-", "--", ":", "-.")

@@ -100,7 +100,9 @@ class Answer(Said):
     waiting_for: WaitingFor = None
     # How the task that was asked for next ended, and for how long the answer was held for it.
     then: Answer | None = None
+    # Of a step: how long it was with the client, and of that in the exchange directory or with the trainer.
     held_s: Seconds = 0.0
+    handed_s: Seconds = 0.0
 
     @property
     def failure(self) -> str | None:
