@@ -39,7 +39,7 @@ class UpperHalf:
                 "with the ranks, so there is no update of a single rank that could be late"
             )
         self._settings, self.mode = settings, mode
-        self._beyond = Beyond(exchange_dir, settings.client_wait)
+        self._beyond = Beyond(exchange_dir, settings.client_wait, settings.verify)
         self.taking_part = self._beyond.taking_part
 
     @contextmanager

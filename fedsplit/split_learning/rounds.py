@@ -223,7 +223,9 @@ class SplitTask(Task):
             self.check_size(payload.bytes)
             if not store.take(payload.digest):
                 self.fetch(reply)
-            found = StoredPayload(digest=payload.digest, bytes=payload.bytes, path=store.path(payload.digest))
+            found = StoredPayload(
+                digest=payload.digest, bytes=payload.bytes, path=store.path(payload.digest), identity=payload.identity
+            )
         else:
             found = store.put([self.fetch(reply)])
         # Also what is refused now has to go in the end.
