@@ -81,6 +81,7 @@ def exchange_for_another(path: Path) -> None:
 def give_away(path: Path) -> None:
     """Change a file and set all back, but for whose it is."""
     forge(path, OTHER)
+    path.chmod(0o444)
     os.chown(path, 12345, -1)
 
 

@@ -48,11 +48,7 @@ def atomic_file(path: Path, *, durable: bool = False, mode: int = 0o600) -> Iter
     temporary = _temporary(path)
     with explained(path):
         try:
-            # What a dead process of the same id left may be a second name of a finished file: never write into it.
-            remove(temporary)
-            # From the start: a mode set after the first byte would leave a moment in which others can read.
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
+            with os.fdopen(_create(temporary, mode), "wb", buffering=0) as file:
                 yield file
                 if durable:
                     os.fsync(file.fileno())
@@ -138,19 +134,22 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give a finished file a second name, or a copy where the file system cannot link (another disk, no links)."""
     temporary = _temporary(target)
     with explained(target, f"link {source} to"):
-        remove(temporary)
         try:
-            os.link(source, temporary, follow_symlinks=False)
+            try:
+                # Whole at once, and without a rename, which would wake those who wait for a record.
+                os.link(source, target, follow_symlinks=False)
+            except FileExistsError:
+                remove(temporary)
+                os.link(source, temporary, follow_symlinks=False)
+                temporary.replace(target)
+                # rename(2) between two names of one inode does nothing and leaves both.
+                remove(temporary)
         except OSError as exc:
             if exc.errno not in _CANNOT_LINK:
                 raise
             with open_regular(source) as reader, atomic_file(target) as writer:
                 while chunk := reader.read(_COPY_BYTES):
                     write_all(writer, chunk)
-            return
-        temporary.replace(target)
-        # rename(2) between two names of one inode does nothing and leaves both.
-        remove(temporary)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -282,6 +281,16 @@ def _lacks_space(exc: BaseException | None) -> bool:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _create(temporary: Path, mode: int) -> int:
+    # The mode from the start: set after the first byte, it would leave a moment in which others can read.
+    try:
+        return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        # What a dead process of the same id left may be a second name of a finished file: never write into it.
+        remove(temporary)
+        return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
 
 @contextmanager
