@@ -1,8 +1,9 @@
 """How far a round is from what the machine can do: its processor time, and that of the work that cannot be left out.
 
-By reference, a round of two clients hashes the state seven times (each writer and each reader: two results, one state,
-on either side, of which both trainers read the new one), writes it three times and copies it into a model four times.
-With a few cores and more processes than that, a round cannot be shorter than its processor time divided by the cores.
+By reference, a round of two clients writes the state three times (two results, the new state), digests it as often,
+while it is written, copies it into a model four times (two trainers, for training and for evaluation), and merges two
+updates, each of which it looks through for NaN and averages. With a few cores and more processes than that, a round
+cannot be shorter than its processor time divided by the cores.
 
 Why the exchange belongs on a RAM disk: the same round with everything on the disk of the system's temporary directory.
 And a merge, against the two passes over the updates that it cannot do without.
@@ -42,7 +43,7 @@ def run(options: Options) -> list[Figure]:
         merged = in_turns(directory, size, 10, options.pick(5, 3, 1), ("ours",))["ours"]
     return [
         Figure(topic=TOPIC, name="100 MB by reference", unit="ms", samples=[large], note=note,
-               peer="its hashing, writing and copying alone", peer_samples=floor, judged_by="ratio"),
+               peer="its writing, digesting, copying and merging alone", peer_samples=floor, judged_by="ratio"),
         Figure(topic=TOPIC, name="0.1 MB by reference", unit="ms", samples=[small], note=note,
                peer="Flower in-process NumPyClient", peer_samples=[stock], judged_by="difference"),
         Figure(topic=TOPIC, name="round of 100 MB by reference, on the disk", unit="ms", samples=disk,
@@ -77,7 +78,7 @@ def _stock(directory: Path, rounds: int) -> float:
 
 
 def _floor_ms(size: int) -> float:
-    """Return what a round's hashing, writing and copying take, one after the other, in ms and divided by the cores."""
+    """Return what a round's writing, digesting, copying and merging take, one after the other, divided by the cores."""
     import torch
 
     torch.set_num_threads(1)
@@ -90,18 +91,16 @@ def _floor_ms(size: int) -> float:
             with path.open("wb", buffering=0) as file:
                 file.write(content)
 
-        def mapped() -> mmap.mmap:
-            with path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
         def copy() -> None:
-            model.copy_(torch.frombuffer(mapped(), dtype=torch.float32))
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            model.copy_(torch.frombuffer(mapped, dtype=torch.float32))
 
         written = _milliseconds(write)
         hashed = _milliseconds(lambda: hashlib.sha256(content).digest())
-        checked = _milliseconds(lambda: hashlib.sha256(mapped()).digest())
         copied = _milliseconds(copy)
-    return (3 * written + 3 * hashed + 4 * checked + 4 * copied) / _CORES
+    merged = _milliseconds(model.sum) + _milliseconds(lambda: model.lerp_(model, 0.5))
+    return (3 * written + 3 * hashed + 4 * copied + 2 * merged) / _CORES
 
 
 def _merge_floor_ms(size: int) -> float:

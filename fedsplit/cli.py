@@ -71,6 +71,9 @@ def make_program(parser: argparse.ArgumentParser, program: str, run: Runner, *, 
     parser.add_argument("-v", "--verbose", action="store_true", help=f"show debug lines too{flowers}")
     parser.add_argument("--log-format", choices=("text", "json"), default="text",
         help="text: for people; json: for machines, one object a line on stderr")  # fmt: skip
+    parser.add_argument("--verify", choices=("auto", "always"), default="auto",
+        help="whether a state is digested again by whoever reads it. auto: not a file of this machine and this user "
+        "that nobody may write, and that is as its writer left it; always: every one")  # fmt: skip
 
 
 def add_files(parser: argparse.ArgumentParser, endings: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from tests.handoffs import (
     never,
     nothing,
     offer,
+    overwrite,
     pair,
     request,
     request_of,
@@ -458,7 +459,7 @@ def test_a_mapped_payload_stays_readable_and_unchanged_when_it_is_removed_or_mad
 def test_a_torn_state_is_not_believed_and_put_there_again(sides, kept):
     client, trainer = sides
     version = offer(client, request(), STATE)
-    client.exchange.payload_path("task", version).write_bytes(STATE[:kept])
+    overwrite(client.exchange.payload_path("task", version), STATE[:kept])
     with pytest.raises(RecordError, match=r"bytes, its record says"):
         trainer.next()
     assert offer(client, request(), STATE) == version + 1
@@ -481,7 +482,7 @@ def test_a_torn_answer_is_not_believed_and_the_task_done_again(sides, kept):
     client, trainer = sides
     version = offer(client, request(), STATE)
     trainer.answer(begin(trainer), [blob("trained")])
-    client.exchange.payload_path("result", version).write_bytes(blob("trained")[:kept])
+    overwrite(client.exchange.payload_path("result", version), blob("trained")[:kept])
     with pytest.raises(RecordError):
         client.result(version)
     assert trainer.next() is None

@@ -141,7 +141,8 @@ class Machine:
     transitions: int = 0
 
     def __post_init__(self) -> None:
-        self.exchange = Exchange(self.root, 1)
+        # Without identities: by them two worlds with the same files would differ.
+        self.exchange = Exchange(self.root, 1, "always")
         self.exchange.directory.mkdir(parents=True, mode=0o700)
 
     # -- the directory ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from fedsplit.disk.files import link_or_copy
 from fedsplit.disk.payload_store import Incoming, PayloadStore
 from fedsplit.errors import CheckpointError, ExchangeError, RecordError
 from tests.bounds import BOUND_S
-from tests.handoffs import ROOT, blob, digest_of, names_in
+from tests.handoffs import ROOT, blob, digest_of, names_in, overwrite
 
 CONTENT = blob("a state")
 NINES = "9" * 63
@@ -60,7 +60,7 @@ def test_no_name_but_a_digest_is_ever_opened_or_removed(store, name):
 
 def test_a_payload_that_was_changed_is_refused(store):
     stored = store.put([CONTENT])
-    stored.path.write_bytes(CONTENT[:-1] + b"!")
+    overwrite(stored.path, CONTENT[:-1] + b"!")
     with pytest.raises(RecordError, match="it was changed after it was written"):
         store.map(stored.digest)
 

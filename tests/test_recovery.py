@@ -18,6 +18,7 @@ import torch
 from fedsplit.states.state_dict import map_file
 from tests.bounds import BOUND_S
 from tests.chaos import run_chaos
+from tests.handoffs import overwrite
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
 
@@ -187,7 +188,7 @@ def test_resume_passes_over_a_corrupt_checkpoint_and_keeps_what_the_rules_rememb
             assert set(federation.wait().values()) == {0}, federation.tails()
             if stops:
                 newest = federation.final_state()
-                newest.write_bytes(newest.read_bytes()[:-1] + b"\0")
+                overwrite(newest, newest.read_bytes()[:-1] + b"\0")
                 federation.server_flags = ("--rounds", "5", *rules, "--resume")
                 federation.start_all()
                 assert set(federation.wait().values()) == {0}, federation.tails()

@@ -40,7 +40,7 @@ OF_THE_SERVER = [
     "--join-token-file=token", "--supernode-public-key=1.pub", "--supernode-public-key=2.pub", "--verbose",
     "--log-format=json", "--split-learning=sfl-v1", "--exchange-dir=shared", "--upper-trainers=2",
     "--buffer=2", "--merge-after=3", "--max-staleness=4", "--staleness=constant", "--mix-states", "--server-lr=0.5",
-    "--balance",
+    "--balance", "--verify=always",
 ]  # fmt: skip
 SCRIPT = """
 import os, signal, sys, time
@@ -116,6 +116,7 @@ def test_clients_find_the_server_and_trainers_know_how_many_they_are() -> None:
     assert [each["rank"] for each in clients] == [1, 2, 3]
     assert {str(each["server_address"]) for each in clients} == {"127.0.0.1:8123"}, "not 0.0.0.0"
     first = {name: str(value) for name, value in clients[0].items()}
+    assert first["verify"] == "always"
     assert (first["root_certificates"], first["join_token_file"]) == ("ca.pem", "token")
     assert (first["payload_store"], first["engine"], first["exchange_dir"]) == ("none", "superlink", "shared")
     trainers = [parsed(trainer, child.command[4:]) for child in children[2::2]]

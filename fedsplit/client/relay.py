@@ -247,7 +247,7 @@ class Relay(Client):
     def _relay(self, ask: Ask, blobs: list[bytes]) -> _Reply:
         began = time.monotonic()
         try:
-            version = self._side.offer(ask, ask.digest, lambda digest: self._fetch(digest, ask.bytes, blobs))
+            version = self._side.offer(ask, ask.digest, lambda _: self._fetch(ask, blobs))
         finally:
             self._incoming = None
             remove(self._exchange.fetched_path)
@@ -279,17 +279,18 @@ class Relay(Client):
         time.sleep(seconds)
         return {"waiting_for": "space"}
 
-    def _fetch(self, digest: str, size: int, blobs: list[bytes]) -> Source | None:
+    def _fetch(self, ask: Ask, blobs: list[bytes]) -> Source | None:
         """Return where the state is: in the message, in the pieces that came before it, or in the store."""
+        digest = str(ask.digest)
         if blobs:
             if (found := bytes_digest(blobs[0])) != digest:
                 raise RecordError(f"the server sent a state with digest {found[:12]}…, announced as {digest[:12]}…")
             return Source(bytes=len(blobs[0]), content=blobs[0])
         incoming, store = self._incoming, self._store
         if incoming and incoming.is_whole and incoming.digest == digest:
-            return Source(bytes=incoming.size, content=incoming.path)
+            return Source(bytes=incoming.size, content=incoming.path, identity=incoming.identity)
         path = store.take(digest, self._exchange.fetched_path) if store else None
-        return Source(bytes=size, content=path) if path else None
+        return Source(bytes=ask.bytes, content=path, identity=ask.identity) if path else None
 
     def _deliver(self, result: ResultRecord) -> _Reply:
         if result.status == "error":
@@ -305,7 +306,10 @@ class Relay(Client):
         blobs: list[bytes] = []
         if result.payload:
             via = self._place(result.payload)
-            reply["payload"] = {"digest": result.payload.digest, "bytes": result.payload.bytes, "via": via}
+            identity = result.payload.identity if self._exchange.trusts else None
+            reply["payload"] = {
+                "digest": result.payload.digest, "bytes": result.payload.bytes, "via": via, "identity": identity,
+            }  # fmt: skip
             if via == "inline":
                 path = self._exchange.directory / result.payload.file
                 with explained(path, "read"):

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         keys_flag="--supernode-private-key",
     )  # fmt: skip
 
-    exchange = Exchange(arguments.exchange_dir, arguments.rank)
+    exchange = Exchange(arguments.exchange_dir, arguments.rank, arguments.verify)
     with exchange.hold("client"):
         finished = _take_part(exchange, arguments, engine, certificates, join_key)
     if finished and finished.outcome != "complete":

@@ -137,7 +137,7 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
     place = _place(arguments)
     trainer = Trainer(
         place, model, exchange_dir=arguments.exchange_dir, checkpoint_dir=arguments.checkpoint_dir,
-        state=arguments.state, client_wait_s=arguments.client_wait,
+        state=arguments.state, client_wait_s=arguments.client_wait, verify=arguments.verify,
     )  # fmt: skip
     with trainer:
         answer_all(trainer, progress=Progress(arguments.rank, shown=trainer.process == 0))

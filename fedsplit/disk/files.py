@@ -15,7 +15,6 @@ import mmap
 import os
 import shutil
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,16 +28,19 @@ log = logging.getLogger("fedsplit")
 
 Done = TypeVar("Done")
 Buffer = bytes | bytearray | memoryview
+# Of a file that is never written again.
+UNWRITABLE = 0o400
 
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _COPY_BYTES = 1 << 24
-_HASH_BESIDE_BYTES = 1 << 20
+# What fits into the cache of a core, and is joined to one piece if all of it is so small.
+_CACHED_BYTES = 1 << 18
 _SPACE_CHECK_S, _REMIND_S = 0.5, 30.0
 
 
 @contextmanager
-def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, durable: bool = False, mode: int = 0o600) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes ``path`` when the block ends, and vanishes when the block raises.
 
     Raises ExchangeError, which names the path, if the disk is full or the directory cannot be written.
@@ -46,11 +48,7 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     temporary = _temporary(path)
     with explained(path):
         try:
-            # What a dead process of the same id left may be a second name of a finished file: never write into it.
-            remove(temporary)
-            # 0600 from the start: a mode set after the first byte would leave a moment in which others can read.
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
+            with os.fdopen(_create(temporary, mode), "wb", buffering=0) as file:
                 yield file
                 if durable:
                     os.fsync(file.fileno())
@@ -62,9 +60,9 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
             raise
 
 
-def write_chunks(path: Path, chunks: Iterable[Buffer], *, durable: bool = False) -> None:
+def write_chunks(path: Path, chunks: Iterable[Buffer], *, durable: bool = False, mode: int = 0o600) -> None:
     """Write buffers one after the other, each without a copy."""
-    with atomic_file(path, durable=durable) as file:
+    with atomic_file(path, durable=durable, mode=mode) as file:
         for chunk in chunks:
             write_all(file, chunk)
 
@@ -76,30 +74,23 @@ def write_all(file: BinaryIO, chunk: Buffer) -> None:
         view = view[file.write(view) :]
 
 
-def write_hashed(path: Path, chunks: Iterable[Buffer]) -> tuple[str, int]:
-    """Write buffers one after the other; returns the SHA-256 of all in hex, and their length in bytes.
-
-    Hashing takes as long as writing does: large contents are hashed in a thread beside the writing.
-    """
-    buffers = list(chunks)
+def write_hashed(path: Path, chunks: Iterable[Buffer], *, mode: int = 0o600) -> tuple[str, int]:
+    """Write buffers one after the other; returns the SHA-256 of all in hex, and their length in bytes."""
+    buffers, digest = list(chunks), hashlib.sha256()
     size = sum(memoryview(chunk).nbytes for chunk in buffers)
-    if size <= _HASH_BESIDE_BYTES:
-        content = b"".join(buffers)
-        write_chunks(path, [content])
-        return hashlib.sha256(content).hexdigest(), size
-    digest = hashlib.sha256()
-
-    def update() -> None:
-        for chunk in buffers:
-            digest.update(chunk)
-
-    hashing = threading.Thread(target=update, name="hashing")
-    hashing.start()
-    try:
-        write_chunks(path, buffers)
-    finally:
-        hashing.join()
+    with atomic_file(path, mode=mode) as file:
+        for chunk in buffers if size > _CACHED_BYTES else [b"".join(buffers)]:
+            write_digested(file, chunk, digest)
     return digest.hexdigest(), size
+
+
+def write_digested(file: BinaryIO, chunk: Buffer, digest: Any) -> None:
+    """Write a whole buffer to an unbuffered file, and digest each part of it while the cache still has it."""
+    view = memoryview(chunk).cast("B")
+    for begin in range(0, len(view), _CACHED_BYTES):
+        part = view[begin : begin + _CACHED_BYTES]
+        write_all(file, part)
+        digest.update(part)
 
 
 def write_json(path: Path, record: dict[str, Any], *, durable: bool = False) -> None:
@@ -107,13 +98,17 @@ def write_json(path: Path, record: dict[str, Any], *, durable: bool = False) -> 
     write_chunks(path, [json.dumps(record).encode()], durable=durable)
 
 
-def write_at(path: Path, offset: int, chunk: Buffer) -> None:
-    """Write a piece of a file that nobody reads before it is whole; the piece at 0 begins the file anew."""
-    # A later piece must find the file there: one that vanished would come back with a hole in place of its start.
-    flags = os.O_WRONLY | os.O_NOFOLLOW | (0 if offset else os.O_CREAT | os.O_TRUNC)
-    with explained(path), os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
-        file.seek(offset)
-        write_all(file, chunk)
+def write_at(path: Path, offset: int, chunk: Buffer, digest: Any) -> None:
+    """Write a piece of a file that nobody reads before it is whole, and digest it; the piece at 0 begins a new file."""
+    # A later piece must find the file there: one that vanished would come back with a hole in place of its start. And
+    # what is there at the start may be a second name of a finished file, that somebody reads.
+    flags = os.O_WRONLY | os.O_NOFOLLOW | (0 if offset else os.O_CREAT | os.O_EXCL)
+    with explained(path):
+        if not offset:
+            path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+            file.seek(offset)
+            write_digested(file, chunk, digest)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -139,19 +134,22 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give a finished file a second name, or a copy where the file system cannot link (another disk, no links)."""
     temporary = _temporary(target)
     with explained(target, f"link {source} to"):
-        remove(temporary)
         try:
-            os.link(source, temporary, follow_symlinks=False)
+            try:
+                # Whole at once, and without a rename, which would wake those who wait for a record.
+                os.link(source, target, follow_symlinks=False)
+            except FileExistsError:
+                remove(temporary)
+                os.link(source, temporary, follow_symlinks=False)
+                temporary.replace(target)
+                # rename(2) between two names of one inode does nothing and leaves both.
+                remove(temporary)
         except OSError as exc:
             if exc.errno not in _CANNOT_LINK:
                 raise
             with open_regular(source) as reader, atomic_file(target) as writer:
                 while chunk := reader.read(_COPY_BYTES):
                     write_all(writer, chunk)
-            return
-        temporary.replace(target)
-        # rename(2) between two names of one inode does nothing and leaves both.
-        remove(temporary)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -188,9 +186,14 @@ def map_regular(path: Path) -> mmap.mmap:
 
     The mapping is private: what is written to it never reaches the file.
     """
+    return map_with_status(path)[0]
+
+
+def map_with_status(path: Path) -> tuple[mmap.mmap, os.stat_result]:
+    """Map a payload file as `map_regular` does; returns the status of that very file too."""
     try:
         with open_regular(path) as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), os.fstat(file.fileno())
     except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
         raise RecordError(f"cannot read the payload {path}: {exc}") from exc
 
@@ -278,6 +281,16 @@ def _lacks_space(exc: BaseException | None) -> bool:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _create(temporary: Path, mode: int) -> int:
+    # The mode from the start: set after the first byte, it would leave a moment in which others can read.
+    try:
+        return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        # What a dead process of the same id left may be a second name of a finished file: never write into it.
+        remove(temporary)
+        return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
 
 @contextmanager

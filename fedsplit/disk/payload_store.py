@@ -10,11 +10,12 @@ import mmap
 import secrets
 import stat
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsplit.disk import files
 from fedsplit.disk.digest import bytes_digest, checked, is_digest
+from fedsplit.disk.identity import Identity, identity_of
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError
 
 _NONCE_BYTES = 32
@@ -27,6 +28,8 @@ class StoredPayload:
     digest: str
     bytes: int
     path: Path
+    # Of the file under whose name its bytes were digested; None if a reader has to digest them.
+    identity: Identity | None = field(default=None, compare=False)
 
 
 class Incoming:
@@ -43,6 +46,8 @@ class Incoming:
         self.digest = digest
         self.size = size
         self.have = 0
+        # Of the whole file.
+        self.identity: Identity | None = None
         self._hash = hashlib.sha256()
 
     @property
@@ -59,12 +64,16 @@ class Incoming:
             return
         if self.have + len(piece) > self.size:
             raise RecordError(f"a payload of {self.size:,} bytes was announced, more came")
-        files.write_at(self.path, offset, piece)
-        self._hash.update(piece)
+        files.write_at(self.path, offset, piece, self._hash)
         self.have += len(piece)
-        if self.is_whole and (found := self._hash.hexdigest()) != self.digest:
+        if not self.is_whole:
+            return
+        if (found := self._hash.hexdigest()) != self.digest:
             self.discard()
             raise RecordError(f"the bytes that came have digest {found[:12]}…, announced was {self.digest[:12]}…")
+        with files.explained(self.path):
+            self.path.chmod(files.UNWRITABLE)
+            self.identity = identity_of(self.path.lstat())
 
     def map(self) -> mmap.mmap:
         """Map all of it; raises RecordError if it is no longer there."""
@@ -82,6 +91,8 @@ class PayloadStore:
         self.root = root
         # Digests that `drop` leaves alone: of states that somebody still trains from.
         self.kept: Container[str] = ()
+        # Whether what has the identity that its writer gave is not digested again: ``--verify auto``.
+        self.trusts = True
 
     def open(self, keep: Container[str] = ()) -> None:
         """Make the directory, or clear what an earlier server left in it, but for the digests to ``keep``."""
@@ -114,20 +125,23 @@ class PayloadStore:
     def put(self, chunks: Iterable[files.Buffer]) -> StoredPayload:
         """Write a payload under its digest."""
         temporary = self.root / f"writing-{secrets.token_hex(8)}"
-        digest, size = files.write_hashed(temporary, chunks)
+        digest, size = files.write_hashed(temporary, chunks, mode=files.UNWRITABLE)
         path = self.path(digest)
         with files.explained(path):
+            identity = identity_of(temporary.lstat())
             temporary.replace(path)
-        return StoredPayload(digest=path.name, bytes=size, path=path)
+        return StoredPayload(digest=path.name, bytes=size, path=path, identity=identity)
 
-    def map(self, digest: str, *, own: bool = False) -> mmap.mmap:
+    def map(self, digest: str, *, own: bool = False, identity: Identity | None = None) -> mmap.mmap:
         """Map a payload after checking its bytes against its name, unless this process wrote or checked them (`own`).
 
-        Raises RecordError if it is not there or its bytes have another digest.
+        Nor are they checked if the file has the `identity` that its writer gave. Raises RecordError if it is not there
+        or its bytes have another digest.
         """
         path = self.path(digest)
-        content = files.map_regular(path)
-        if not own and (found := bytes_digest(content)) != digest:
+        content, status = files.map_with_status(path)
+        is_known = self.trusts and identity is not None and identity == identity_of(status)
+        if not (own or is_known) and (found := bytes_digest(content)) != digest:
             raise RecordError(f"{path} has digest {found[:12]}…: it was changed after it was written")
         return content
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedsplit.disk import files
+from fedsplit.disk.identity import Identity
 from fedsplit.errors import RecordError, SchemaError
 from fedsplit.exchange.decisions import Offer, is_past, what_to_offer
 from fedsplit.exchange.directory import Exchange, forgive
@@ -20,10 +21,12 @@ log = logging.getLogger("fedsplit")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a task's payload comes from: bytes that were received, or a finished file to link."""
+    """Where a task's payload comes from: bytes that were received and digested, or a finished file to link."""
 
     bytes: int
     content: files.Buffer | Path
+    # Of that file, as whoever digested its bytes gave it.
+    identity: Identity | None = None
 
 
 Fetch = Callable[[str], Source | None]
@@ -124,15 +127,18 @@ class ClientSide:
         was_here = task is not None and task.digest == digest
         if task and task.payload and was_here and self._is_whole(task):
             files.link_or_copy(self.exchange.directory / task.payload.file, target)
-            return replace(task.payload, file=target.name)
+            identity = task.payload.identity if self.exchange.trusts else None
+            return replace(task.payload, file=target.name, identity=identity)
         if (source := fetch(digest)) is None:
             return None
         if isinstance(source.content, Path):
             files.link_or_copy(source.content, target)
+            identity = source.identity if self.exchange.trusts else None
         else:
             files.check_space(self.exchange.directory, source.bytes)
-            files.write_chunks(target, [source.content])
-        payload = PayloadRecord(file=target.name, bytes=source.bytes, digest=digest)
+            files.write_chunks(target, [source.content], mode=files.UNWRITABLE)
+            identity = self.exchange.identity(target)
+        payload = PayloadRecord(file=target.name, bytes=source.bytes, digest=digest, identity=identity)
         try:
             self.exchange.check_payload(payload)
             # This state was here before and got damaged. The source may be damaged too: look at its bytes, or it would

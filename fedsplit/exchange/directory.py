@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ from typing import Literal, TypeVar, get_args
 
 from filelock import FileLock, Timeout
 
-from fedsplit.disk import files
+from fedsplit.disk import files, turn
 from fedsplit.disk.digest import file_digest
+from fedsplit.disk.identity import Identity, Verify, identity_of
 from fedsplit.errors import DirectoryLostError, ExchangeError, RecordError, RoleTakenError, SchemaError, UsageError
 from fedsplit.exchange import records
 from fedsplit.exchange.records import AnyRecord, FinishedRecord, PayloadRecord, Record, ResultRecord, TaskRecord
@@ -76,13 +78,16 @@ class Owner:
 class Exchange:
     """Paths, locks and records of ``<exchange_dir>/rank-<rank>/``; a rank is a positive integer.
 
-    Or of ``<exchange_dir>/upper/``, where the server is the client, and the upper part of a model has its trainer.
+    Or of ``<exchange_dir>/upper/``, where the server is the client, and the upper part of a model has its trainer. With
+    `verify` at ``always`` no payload's identity is given or believed (`fedsplit.disk.identity`).
     """
 
-    def __init__(self, exchange_dir: Path | str, rank: Place) -> None:
+    def __init__(self, exchange_dir: Path | str, rank: Place, verify: Verify = "auto") -> None:
         if rank != "upper" and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise UsageError(f"the rank must be a positive integer, not {rank!r}")
         self.rank = 0 if rank == "upper" else rank
+        self.verify = verify
+        self.trusts = verify == "auto"
         # Whose directory it is, for messages.
         self.who = "the upper part" if rank == "upper" else f"rank {rank}"
         self.directory = Path(exchange_dir) / place_name(rank)
@@ -92,7 +97,8 @@ class Exchange:
         self.left_path = self.directory / "left.json"
         self.fetched_path = self.directory / "fetched.safetensors"
         self.exchange_id_path = self.directory / "exchange-id"
-        self._handoff = self._lock_of("handoff")
+        self._handoff_path = self.directory / "handoff.lock"
+        self._in_turn = threading.local()
         self._parsed: dict[Path, tuple[bytes, Record]] = {}
         self._own_lock: tuple[Path, os.stat_result] | None = None
 
@@ -156,15 +162,22 @@ class Exchange:
     @contextmanager
     def handoff(self) -> Iterator[None]:
         """Hold the lock that guards reading and bumping the counters; for microseconds only."""
+        if getattr(self._in_turn, "now", False):
+            yield
+            return
         self.check_is_there()
-        if not _take(self._handoff, _HANDOFF_SAY_S):
-            log.warning("%s; waiting", self._describe_wait(_HANDOFF_SAY_S))
-            if not _take(self._handoff, _HANDOFF_TIMEOUT_S - _HANDOFF_SAY_S):
-                raise ExchangeError(f"{self._describe_wait(_HANDOFF_TIMEOUT_S)}; continue or end it")
+        with files.explained(self._handoff_path, "lock"):
+            if (lock := turn.take(self._handoff_path, _HANDOFF_SAY_S)) is None:
+                log.warning("%s; waiting", self._describe_wait(_HANDOFF_SAY_S))
+                lock = turn.take(self._handoff_path, _HANDOFF_TIMEOUT_S - _HANDOFF_SAY_S)
+        if lock is None:
+            raise ExchangeError(f"{self._describe_wait(_HANDOFF_TIMEOUT_S)}; continue or end it")
         try:
+            self._in_turn.now = True
             yield
         finally:
-            self._handoff.release()
+            self._in_turn.now = False
+            turn.give_up(lock)
 
     def check_is_there(self) -> None:
         """Raise DirectoryLostError if the directory of the role that this process holds is no longer at its path."""
@@ -184,7 +197,7 @@ class Exchange:
         others = [(role, owner) for role, owner in owners if owner and owner.pid != os.getpid()]
         stopped = [(role, owner) for role, owner in others if owner.is_stopped]
         who = " or ".join(f"the {role} ({owner})" for role, owner in stopped or others)
-        return f"{self._handoff.lock_file} has been held for {seconds:.0f} s, by {who or 'another process'}"
+        return f"{self._handoff_path} has been held for {seconds:.0f} s, by {who or 'another process'}"
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -221,6 +234,11 @@ class Exchange:
         path = self.directory / payload.file
         read_header(path, payload.bytes)
         return path
+
+    def identity(self, path: Path) -> Identity | None:
+        """Return the identity of a payload file that is there; None if it has none, or none is believed."""
+        with files.explained(path, "read the payload", RecordError):
+            return identity_of(path.lstat()) if self.trusts else None
 
     def check_digest(self, payload: PayloadRecord) -> None:
         """Read all bytes of a payload; raises RecordError if they have another digest than its record says."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta, ValidationError, convert, to_builtins
 
+from fedsplit.disk.identity import Identity
 from fedsplit.errors import RecordError, SchemaError
 
 SCHEMA = "fedsplit/1"
@@ -41,12 +42,16 @@ Checked = TypeVar("Checked")
 
 @dataclass(frozen=True, kw_only=True)
 class PayloadRecord:
-    """A payload on the exchange: its file name there, its length, and the SHA-256 of its bytes in hex."""
+    """A payload on the exchange: its file name there, its length, and the SHA-256 of its bytes in hex.
+
+    The identity is that of the file that was digested. Without one, as from an older version, its reader does it again.
+    """
 
     file: str
     # No payload is shorter than the length of its header.
     bytes: Annotated[int, Meta(ge=8, le=_LIMIT)]
     digest: Digest
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

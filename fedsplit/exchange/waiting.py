@@ -7,6 +7,7 @@ goes on every 80 ms only.
 """
 
 import os
+import select
 import time
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ _FIRST_POLL_S = 0.001
 _LAST_POLL_S = 0.020
 _RELIED_POLL_S = 0.080
 _READ_S = 1.0
+_EVENT_BYTES = 1 << 16
 
 
 class Watch:
@@ -32,7 +34,9 @@ class Watch:
 
     def __init__(self, *paths: Path) -> None:
         self._directory = paths[0].parent
-        self._paths = {path.name: str(path) for path in paths}
+        self._paths = [str(path) for path in paths]
+        # As they are in an event.
+        self._names = [os.fsencode(path.name) + b"\0" for path in paths]
         self._has_events = False
         self.begin()
 
@@ -45,7 +49,7 @@ class Watch:
     def has_changed(self) -> bool:
         """Tell whether it is time to read the records."""
         now = time.monotonic()
-        found = [_identity(path) for path in self._paths.values()]
+        found = [_identity(path) for path in self._paths]
         if found == self._seen and now - self._read_at < (_READ_S if self._has_events else _RELIED_POLL_S):
             return False
         self._seen, self._read_at = found, now
@@ -57,9 +61,15 @@ class Watch:
         pause = _RELIED_POLL_S if self._has_events else min(_LAST_POLL_S, max(_FIRST_POLL_S, waited / 20))
         if self._events is None:
             time.sleep(pause)
-        elif any(event.name in self._paths for event in self._events.read(timeout=1000 * pause)):
-            self._has_events = True
-            self._seen = []
+            return
+        events, until = self._events, time.monotonic() + pause
+        # Not read by the library: it takes each event apart, also those of all that this process itself renames.
+        while (left_s := until - time.monotonic()) > 0 and self._poll.poll(1000 * left_s):
+            found = os.read(events.fileno(), _EVENT_BYTES)
+            if any(name in found for name in self._names):
+                self._has_events = True
+                self._seen = []
+                return
 
     @cached_property
     def _events(self) -> INotify | None:
@@ -67,6 +77,8 @@ class Watch:
             events = INotify() if INotify else None
             if events:
                 events.add_watch(self._directory, flags.MOVED_TO)
+                self._poll = select.poll()
+                self._poll.register(events, select.POLLIN)
             return events
         except OSError:  # the user has no watches left, or there is no inotify
             return None

@@ -60,6 +60,8 @@ class RoundContext:
     engine: Engine = EMBEDDED
     observer: Observer = field(default_factory=Observer)
     sending: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_SENDERS))
+    # Whether the digest of a result is more than the name of its file, as it is written down: then it is made here.
+    keeps_digests: bool = False
 
     @property
     def ends_at(self) -> float:
@@ -143,7 +145,8 @@ class Conversation:
                 if remote:
                     # Checked on the way; large states wait for their merge in a file, not in memory.
                     remote.take(payload.digest, store.path(payload.digest))
-                return store.map(payload.digest, own=remote is not None)
+                identity = None if self.context.keeps_digests else payload.identity
+                return store.map(payload.digest, own=remote is not None, identity=identity)
             if payload.via == "inline" and reply.blob is not None:
                 if bytes_digest(reply.blob) != payload.digest:
                     raise RecordError(f"the result of rank {self.rank} does not have the digest that it announced")
@@ -166,8 +169,9 @@ class Conversation:
                 blob = self._bring(peer, state)
             hold_s = min(context.engine.hold_s, context.left_s)
             record = ask_record(
-                self.request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=self.then
-            )
+                self.request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=self.then,
+                identity=state.identity if state and context.store.trusts else None,
+            )  # fmt: skip
             reply = peer.ask(record, blob, most_s=context.left_s + _LATE_S)
             self._heard_at = time.monotonic()
             if reply.status == "need":

@@ -91,6 +91,7 @@ class Rounds:
     stop: threading.Event
 
     def __post_init__(self) -> None:
+        self.run.payloads.trusts = self.settings.verify == "auto"
         self._state = GlobalState(self.run.payloads, self.remote)
         # What came along with the evaluation of the round before.
         self._ahead: dict[int, Reply] = {}
@@ -297,6 +298,7 @@ class Rounds:
             roster=self.roster, store=self.run.payloads, remote=self.remote, client_wait_s=self.settings.client_wait,
             timeout_s=math.inf if timeout_s is None else timeout_s, stop=self.stop, observer=self.observer,
             engine=replace(self.engine, hold_s=max(self.engine.hold_s, hold_s)),
+            keeps_digests=self.settings.is_asynchronous,
         )  # fmt: skip
 
     def _request(self, kind: str, server_round: int, config: Mapping[str, Any]) -> Request:

@@ -22,6 +22,7 @@ from fedsplit.aggregation.grammar import parse_call
 from fedsplit.aggregation.spec import RuleSpec, parse_rules
 from fedsplit.aggregation.staleness import parse_staleness
 from fedsplit.cli import key_scalar
+from fedsplit.disk.identity import Verify
 from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 
@@ -52,6 +53,7 @@ class ServerSettings:
     client_wait: float = 300.0
     train_config: tuple[tuple[str, Scalar], ...] = ()
     payload_store: str = "auto"
+    verify: Verify = "auto"
     seed: int = 0
     tracker: tuple[str, ...] = ()
     balance: bool = False

@@ -43,7 +43,7 @@ class UpperHalf:
                 "with the ranks, so there is no update of a single rank that could be late"
             )
         self._settings, self.mode = settings, mode
-        self._uppers = Uppers(exchange_dir, trainers, settings.client_wait)
+        self._uppers = Uppers(exchange_dir, trainers, settings.client_wait, settings.verify)
         self.taking_part = self._uppers.taking_part
 
     @contextmanager

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedsplit.client.long_poll import LongPoll
+from fedsplit.disk.identity import Verify
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.errors import FedSplitError, RecordError
 from fedsplit.exchange.client_side import ClientSide, Source
@@ -63,8 +64,8 @@ class Beyond:
     `wait_s` are seconds to wait for a trainer to be there. After a failure every further step of the same task fails.
     """
 
-    def __init__(self, exchange_dir: Path, wait_s: float) -> None:
-        self.exchange = Exchange(exchange_dir, "upper")
+    def __init__(self, exchange_dir: Path, wait_s: float, verify: Verify = "auto") -> None:
+        self.exchange = Exchange(exchange_dir, "upper", verify)
         self._side = ClientSide(self.exchange)
         self._poll = LongPoll(self._side, wait_s)
         self._lock = threading.Lock()
@@ -189,13 +190,18 @@ class Beyond:
         stored = None
         if payload:
             self._store.give(self.exchange.directory / payload.file, payload.digest)
-            stored = StoredPayload(digest=payload.digest, bytes=payload.bytes, path=self._store.path(payload.digest))
+            stored = StoredPayload(
+                digest=payload.digest, bytes=payload.bytes, path=self._store.path(payload.digest),
+                identity=payload.identity,
+            )  # fmt: skip
         step.digest, step.is_answered = digest, True
         return Answered(payload=stored, numbers=result.metrics, seconds=result.seconds)
 
     def _source(self, step: Step) -> Source | None:
         path = self._store.take(step.payload.digest) if step.payload else None
-        return Source(bytes=step.payload.bytes, content=path) if step.payload and path else None
+        if step.payload is None or path is None:
+            return None
+        return Source(bytes=step.payload.bytes, content=path, identity=step.payload.identity)
 
 
 class _LateError(RecordError):

@@ -238,7 +238,9 @@ class SplitTask(Task):
             if not store.take(payload.digest):
                 with self.steps.clock.measure("network"):
                     self.fetch(reply)
-            found = StoredPayload(digest=payload.digest, bytes=payload.bytes, path=store.path(payload.digest))
+            found = StoredPayload(
+                digest=payload.digest, bytes=payload.bytes, path=store.path(payload.digest), identity=payload.identity
+            )
         else:
             with self.steps.clock.measure("network"):
                 content = self.fetch(reply)

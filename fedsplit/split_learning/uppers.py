@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fedsplit.disk.identity import Verify
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.errors import RecordError
 from fedsplit.exchange.records import Request
@@ -23,9 +24,9 @@ log = logging.getLogger("fedsplit")
 class Uppers:
     """All of them: the first in ``<exchange_dir>/upper/``, the k-th in ``<exchange_dir>/upper-<k>/upper/``."""
 
-    def __init__(self, exchange_dir: Path, count: int, wait_s: float) -> None:
+    def __init__(self, exchange_dir: Path, count: int, wait_s: float, verify: Verify = "auto") -> None:
         places = [exchange_dir, *(exchange_dir / f"upper-{number}" for number in range(2, count + 1))]
-        self.all = [Beyond(place, wait_s) for place in places]
+        self.all = [Beyond(place, wait_s, verify) for place in places]
 
     def of(self, rank: int) -> Beyond:
         """Return the one that has a rank's copy: in every round the same, as it keeps the optimizer."""

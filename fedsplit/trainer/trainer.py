@@ -30,6 +30,7 @@ from typing import Any, Literal, Self
 
 import torch
 
+from fedsplit.disk.identity import Verify
 from fedsplit.errors import FedSplitError, RecordError, TaskOverError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange, Place, place_name
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, printable, scalars
@@ -286,6 +287,8 @@ class Trainer:
         ``keep``: the local state goes on from round to round. ``reset``: each round starts fresh.
     client_wait_s
         Seconds to wait for a client to be there before PeerMissingError is raised; None waits for ever.
+    verify
+        ``auto``: a received state whose file nobody can have changed is not digested again. ``always``: each is.
     standalone
         Take part in no federation: `standalone_rounds` rounds of training and evaluation are asked for in this
         process, each from what the reply before gave. Uses no directory.
@@ -309,12 +312,13 @@ class Trainer:
         checkpoint_dir: Path | str = "checkpoints",
         state: Literal["keep", "reset"] = "keep",
         client_wait_s: float | None = None,
+        verify: Verify = "auto",
         standalone: bool = False,
         standalone_rounds: int = 3,
     ) -> None:
         if state not in ("keep", "reset"):
             raise UsageError(f"state must be 'keep' or 'reset', not {state!r}")
-        self.exchange = Exchange(exchange_dir, rank)
+        self.exchange = Exchange(exchange_dir, rank, verify)
         self.state = state
         self.outcome: FinishedRecord | None = None
         self._has_model = model is not None

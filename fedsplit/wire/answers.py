@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from fedsplit.disk.identity import Identity
 from fedsplit.exchange import records
 from fedsplit.exchange.records import Count, Digest, LocalEntries, Metrics, NumExamples, Scalar, Seconds, printable
 
@@ -82,6 +83,8 @@ class ResultPayload:
     digest: Digest
     bytes: Annotated[int, Meta(ge=8, le=2**63 - 1)]
     via: Literal["store", "inline", "pull"]
+    # Of the file in the store, as its trainer gave it.
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from fedsplit.disk.identity import Identity
 from fedsplit.errors import RecordError
 from fedsplit.exchange.records import MOST_NAME, SCHEMA, Count, Digest, Request, parse
 
@@ -73,6 +74,8 @@ class Ask(Request):
     # SHA-256 and length of the state that the task starts from; None and 0 if it needs none.
     digest: Digest | None = None
     bytes: Count = 0
+    # Of its file in the payload store, as the server wrote it.
+    identity: Identity | None = None
     # For how many seconds the client may hold the question.
     hold_s: Annotated[float, Meta(ge=0, le=_MOST_HOLD_S)] = 0.0
     # Whether the task is to be cancelled if it has no answer yet.
@@ -106,9 +109,9 @@ def unpack(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def ask_record(
     request: Request, *, digest: str | None, payload_bytes: int, hold_s: float, cancel: bool,
-    then: Request | None = None,
+    then: Request | None = None, identity: Identity | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the record that asks for a task, and for another one that starts from the same state once it is done."""
-    asked = {"digest": digest, "bytes": payload_bytes, "hold_s": hold_s, "cancel": cancel}
+    asked = {"digest": digest, "bytes": payload_bytes, "hold_s": hold_s, "cancel": cancel, "identity": identity}
     record = {"op": "ask", **asdict(request), **asked}
     return record if then is None else {**record, "then": asdict(then)}

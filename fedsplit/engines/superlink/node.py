@@ -59,8 +59,8 @@ def connect(
         lines = stack.enter_context((home / RELAY_LOG).open())
         config: dict[str, str | int | float] = {
             "rank": exchange.rank, "exchange-dir": str(exchange.directory.parent.absolute()),
-            "trainer-wait": trainer_wait_s, "payload-store": payload_store, "verbose": verbose,
-            "log-format": log_format, "script-pid": os.getpid(), "script-dir": str(home),
+            "trainer-wait": trainer_wait_s, "payload-store": payload_store, "verify": exchange.verify,
+            "verbose": verbose, "log-format": log_format, "script-pid": os.getpid(), "script-dir": str(home),
         }  # fmt: skip
         # Whatever asks to stop ends this block in order, so that nothing is left running.
         stack.enter_context(handled_signals(_interrupt))
