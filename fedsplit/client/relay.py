@@ -293,6 +293,8 @@ class Relay(Client):
             "status": result.status, "num_examples": result.num_examples, "loss": result.loss,
             "metrics": dict(result.metrics), "seconds": result.seconds,
         }  # fmt: skip
+        if result.holds:
+            reply["holds"] = result.holds
         if result.local_entries:
             reply["local_entries"] = dict(result.local_entries)
         blobs: list[bytes] = []
