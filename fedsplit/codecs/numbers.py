@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 # The dtype and the shape of an entry.
 Form = tuple[torch.dtype, tuple[int, ...]]
 # What a stream holds: its name and the type of its numbers. Bits are those of entries that lose nothing, by width.
-STREAMS = {
+STREAMS: dict[str, np.dtype[Any]] = {
     "bits1": np.dtype("<u1"), "bits2": np.dtype("<u2"), "bits4": np.dtype("<u4"), "bits8": np.dtype("<u8"),
     "index": np.dtype("<u4"), "scale": np.dtype("<f4"), "int8": np.dtype("<i1"), "half": np.dtype("<u2"),
     "float": np.dtype("<f4"),
@@ -94,13 +94,15 @@ def bits(tensor: torch.Tensor) -> Array:
 def _difference(these: Array, those: Array) -> Array:
     """Return differences modulo the width, those below 0 folded in between: small ones of either sign are small."""
     one, last = these.dtype.type(1), these.dtype.type(8 * these.itemsize - 1)
-    moved = these - those
-    return (moved << one) ^ (these.dtype.type(0) - (moved >> last))
+    moved: Array = these - those
+    found: Array = (moved << one) ^ (these.dtype.type(0) - (moved >> last))
+    return found
 
 
 def _sum(folded: Array, those: Array) -> Array:
     one = folded.dtype.type(1)
-    return ((folded >> one) ^ (folded.dtype.type(0) - (folded & one))) + those
+    found: Array = ((folded >> one) ^ (folded.dtype.type(0) - (folded & one))) + those
+    return found
 
 
 def _sent(fraction: float, numel: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 from fedsplit.errors import MissingPackageError, UsageError
 from fedsplit.states.header import PREFIX
@@ -57,19 +58,16 @@ class Codec:
 @lru_cache(maxsize=256)
 def parse_codec(text: str) -> Codec:
     """Read ``CODEC[+CODEC]``; the empty text is that of what travels as it is. Raises UsageError."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for word in map(str.strip, text.split("+") if text else ()):
-        name, value = word, True
-        if match := _TOP_K.fullmatch(word):
-            name, value = "fraction", _fraction(word, match[1])
-        elif word in VALUES:
-            name, value = "value", word
-        elif word not in ("delta", "zstd"):
+        match = _TOP_K.fullmatch(word)
+        if not match and word not in (*VALUES, "delta", "zstd"):
             raise UsageError(f"unknown codec {word!r}: known are {_KNOWN}")
+        name = "fraction" if match else "value" if word in VALUES else word
         if name in found:
             raise UsageError(f"{text!r} has {word} beside another codec of its kind; give one")
-        found[name] = value
-    codec = Codec(**found)  # type: ignore[arg-type]
+        found[name] = _fraction(word, match[1]) if match else word if word in VALUES else True
+    codec = Codec(**found)
     if codec.fraction and not codec.delta:
         raise UsageError(f"{text!r}: top-k alone would set most of the model to 0; write delta+{text}")
     return codec
