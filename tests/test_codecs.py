@@ -167,6 +167,11 @@ def test_the_first_pattern_decides_and_what_none_takes_is_as_it_is() -> None:
     assert torch.equal(found["head.weight"], new["head.weight"])
 
 
+def test_a_state_goes_down_with_all_that_top_k_has_changed() -> None:
+    assert str(parse_codec("delta+top-k(fraction=0.1)+int8").down) == "delta+int8+zstd"
+    assert str(parse_codec("delta+int8").down) == "delta+int8"
+
+
 def test_extra_tensors_travel_as_they_are_unless_a_pattern_names_them() -> None:
     base, new = model(), {**moved(model(), 1), "extra:control": torch.randn(500)}
     size = 4 * 500

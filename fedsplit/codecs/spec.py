@@ -46,6 +46,11 @@ class Codec:
         return " and ".join(filter(None, (kept, _LOSSES.get(self.value or "", ""))))
 
     @property
+    def down(self) -> Codec:
+        """What the server's states travel by: where few numbers were sent, few have changed, and zstd packs those."""
+        return replace(self, fraction=None, zstd=True) if self.fraction else self
+
+    @property
     def lossless(self) -> Codec:
         """The same without what loses anything."""
         return replace(self, fraction=None, value=None)
@@ -105,7 +110,7 @@ def codec_of(name: str, wire: Sequence[tuple[str, Codec]]) -> Codec:
 
 def check_installed(texts: tuple[str, ...]) -> None:
     """Raise MissingPackageError if what packs the bytes is asked for and not installed."""
-    if any(codec.zstd for _, codec in parse_wire(texts)) and find_spec("zstandard") is None:
+    if any(codec.down.zstd for _, codec in parse_wire(texts)) and find_spec("zstandard") is None:
         raise MissingPackageError("--wire zstd", "zstandard", "wire")
 
 

@@ -80,9 +80,8 @@ class Compression:
         before, packed = self._state.payload.digest, None
         # On one machine nothing travels, and nothing need be lost.
         if self._wire and any(task.reply.payload and task.reply.payload.via != "store" for task in tasks):
-            packed = pack(
-                merged, parse_wire(self._wire), base=self._state.entries, digest=before, carried=self._residual
-            )
+            down = [(pattern, codec.down) for pattern, codec in parse_wire(self._wire)]
+            packed = pack(merged, down, base=self._state.entries, digest=before, carried=self._residual)
         self._state.put(encode(packed.state if packed else merged))
         self._ends = ()
         if packed:
