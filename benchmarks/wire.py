@@ -30,7 +30,8 @@ BITS_PER_S, DELAY_S = 50e6, 0.020
 BYTES = 20_000_000
 CODECS: dict[str, Sequence[str]] = {
     "as it is": (), "delta+zstd": ("delta+zstd",), "delta+bfloat16+zstd": ("delta+bfloat16+zstd",),
-    "delta+int8+zstd": ("delta+int8+zstd",), "delta+top-k(fraction=0.01)+zstd": ("delta+top-k(fraction=0.01)+zstd",),
+    "delta+int8+zstd": ("delta+int8+zstd",), "delta+top-k(fraction=0.1)+zstd": ("delta+top-k(fraction=0.1)+zstd",),
+    "delta+top-k(fraction=0.01)+zstd": ("delta+top-k(fraction=0.01)+zstd",),
 }  # fmt: skip
 WORKLOADS = {
     "digits": ("--workload", "digits"),

@@ -349,8 +349,8 @@ def test_a_killed_server_and_a_killed_trainer_change_no_bit(tmp_path: Path, wire
 
 
 @pytest.mark.slow
-def test_forty_kills_and_stops_change_nothing_where_states_travel_as_differences(tmp_path: Path) -> None:
-    run_chaos(tmp_path, faults=40, seed=3, rounds=60, more_flags=("--payload-store=none", "--wire=delta+zstd"))
+def test_ten_kills_change_nothing_where_states_travel_as_differences(tmp_path: Path) -> None:
+    run_chaos(tmp_path, faults=10, seed=3, rounds=100, more_flags=("--payload-store=none", "--wire=delta+zstd"))
 
 
 @pytest.mark.slow
