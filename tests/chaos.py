@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,9 +237,10 @@ def digest(state: StateDict) -> str:
 
 
 def run_chaos(directory: Path, kind: type[Programs] = Programs, *, faults: int, seed: int, rounds: int,
-              timeout_s: float = 3000.0, buffer: int | None = None, **settings: object) -> Outcome:  # fmt: skip
+              timeout_s: float = 3000.0, buffer: int | None = None, more_flags: Sequence[str] = (),
+              **settings: object) -> Outcome:  # fmt: skip
     """Disturb a federation in a directory and check what it came to."""
-    flags = ("--rounds", str(rounds), *(("--buffer", str(buffer)) if buffer else ()))
+    flags = ("--rounds", str(rounds), *(("--buffer", str(buffer)) if buffer else ()), *more_flags)
     with programs(directory, kind, server_flags=flags, **settings) as federation:
         outcome = disturb(federation, faults=faults, seed=seed, rounds=rounds, timeout_s=timeout_s)
         (check_journal if buffer else check)(federation, rounds=rounds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import heapq
+import math
 import os
 import random
 import select
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,8 +75,12 @@ def open_tap(name: str) -> int:
 class Cable:
     """Joins two network cards; keeps count of what it lost."""
 
-    def __init__(self, first: int, second: int, seed: int) -> None:
+    def __init__(
+        self, first: int, second: int, seed: int, *, delay_s: float = DELAY_S, jitter_s: float = JITTER_S,
+        loss: float = LOSS, bits_per_s: float = math.inf,
+    ) -> None:  # fmt: skip
         self.cut = False
+        self._delay_s, self._jitter_s, self._loss, self._bits_per_s = delay_s, jitter_s, loss, bits_per_s
         self.carried = self.lost = 0
         self._other = {first: second, second: first}
         self._random = random.Random(seed)
@@ -92,15 +97,18 @@ class Cable:
     def _carry(self) -> None:
         under_way: list[tuple[float, int, int, bytes]] = []
         number = 0
+        # When each direction has sent what it was given so far.
+        free = dict.fromkeys(self._other, 0.0)
         while not self._stop:
             pause = max(0.0, under_way[0][0] - time.monotonic()) if under_way else 0.05
             for end in select.select(list(self._other), [], [], min(pause, 0.05))[0]:
                 frame = os.read(end, 65536)
-                if self.cut or self._random.random() < LOSS:
+                if self.cut or self._random.random() < self._loss:
                     self.lost += 1
                     continue
                 number += 1
-                due = time.monotonic() + DELAY_S + self._random.random() * JITTER_S
+                free[end] = max(free[end], time.monotonic()) + 8 * len(frame) / self._bits_per_s
+                due = free[end] + self._delay_s + self._random.random() * self._jitter_s
                 heapq.heappush(under_way, (due, number, self._other[end], frame))
             while under_way and under_way[0][0] <= time.monotonic():
                 _, _, end, frame = heapq.heappop(under_way)
@@ -112,8 +120,9 @@ class Cable:
 class Network:
     """A namespace for the server and one for each rank, each joined to the server's by a cable of its own."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, cable: Callable[..., Cable] = Cable) -> None:
         self.ranks = ranks
+        self._cable = cable
         self.prefix = f"fs{os.getpid()}"
         self.server = f"{self.prefix}s"
         self.cables: dict[int, Cable] = {}
@@ -127,7 +136,7 @@ class Network:
                 ip("-n", self.space(rank), "link", "set", "lo", "up")
                 near = self._plug(f"fs{rank}s", self.server, f"10.213.{rank}.1/24")
                 far = self._plug(f"fs{rank}c", self.space(rank), f"10.213.{rank}.2/24")
-                self.cables[rank] = Cable(near, far, seed=rank)
+                self.cables[rank] = self._cable(near, far, seed=rank)
         except BaseException:
             self.__exit__()
             raise

@@ -40,7 +40,7 @@ OF_THE_SERVER = [
     "--join-token-file=token", "--supernode-public-key=1.pub", "--supernode-public-key=2.pub", "--verbose",
     "--log-format=json", "--split-learning=sfl-v1", "--exchange-dir=shared", "--upper-trainers=2",
     "--buffer=2", "--merge-after=3", "--max-staleness=4", "--staleness=constant", "--mix-states", "--server-lr=0.5",
-    "--balance", "--verify=always",
+    "--balance", "--verify=always", "--wire=head.*=delta+zstd", "--wire=delta+int8",
 ]  # fmt: skip
 SCRIPT = """
 import os, signal, sys, time

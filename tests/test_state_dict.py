@@ -136,7 +136,7 @@ def test_scales_of_eight_bits_travel():
 
 def test_a_dtype_that_torch_lacks_is_refused_by_name(monkeypatch):
     content = payload({"a": torch.ones(2, dtype=torch.float8_e5m2)})
-    monkeypatch.delitem(state_dict._DTYPES, "F8_E5M2")
+    monkeypatch.delitem(state_dict.DTYPES, "F8_E5M2")
     with pytest.raises(RecordError, match=r"server: entry 'a' has dtype F8_E5M2, which torch \S+ lacks"):
         decode(bytearray(content), "server")
 

@@ -124,7 +124,7 @@ class AsyncRounds(Rounds):
     def _begin_training(self, task: Task) -> None:
         with self._changed:
             self._buffer.begin(task)
-            self._keep(task.base_round, [task.state.digest])
+            self._keep(task.base_round, [task.state.digest, *([task.short.digest] if task.short else [])])
         self._spawn(self._let_train, task)
 
     def _let_train(self, task: Task) -> None:
@@ -277,5 +277,5 @@ class AsyncRounds(Rounds):
             context=self._context(self.settings.round_timeout), rank=rank, state=state, base=base,
             base_round=base_round,
             request=self._request("train", base_round + 1, config),
-            extra_bytes=self._extra_bytes(), client=RankProxy(rank),
+            short=self._compression.short(state), extra_bytes=self._extra_bytes(), client=RankProxy(rank),
         )  # fmt: skip

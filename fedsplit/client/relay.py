@@ -301,6 +301,8 @@ class Relay(Client):
         }  # fmt: skip
         if result.status == "step":
             reply["handed_s"] = time.monotonic() - self._since[2]
+        if result.holds:
+            reply["holds"] = result.holds
         if result.local_entries:
             reply["local_entries"] = dict(result.local_entries)
         blobs: list[bytes] = []

@@ -55,6 +55,10 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
         help="how states travel. auto: as files, with clients that see this machine's disk, else in messages; none: "
         "always in messages; URL: as files at a place that fsspec knows, such as s3://bucket/prefix, with clients that "
         "were given the same URL")  # fmt: skip
+    add("--wire", action="append", default=[], metavar="CODECS",
+        help="how states and updates travel in messages, in both directions: [PATTERN=]CODEC[+CODEC] of delta, "
+        "top-k(fraction=F), bfloat16, float16, int8 and zstd; repeatable, the first that matches an entry wins "
+        "(default: as they are)")  # fmt: skip
     add("--tracker", action="append", default=[], metavar="NAME[:PLACE]",
         help="also write metrics to tensorboard or mlflow; PLACE is a directory or a tracking URI (default: inside "
         "--checkpoint-dir); repeatable")  # fmt: skip

@@ -41,6 +41,7 @@ def open_server(
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
     from fedsplit.aggregation.staleness import check_staleness
+    from fedsplit.codecs.spec import check_installed
     from fedsplit.disk.remote_store import open_remote
     from fedsplit.run.directory import Run
     from fedsplit.server.server import Server, make_strategy
@@ -54,6 +55,7 @@ def open_server(
     )
     strategy = None if is_built_in else make_strategy(settings)
     check_staleness(settings.staleness)
+    check_installed(settings.wire)
     shown = {**settings.to_run_config(), "engine": engine.name}
     shown |= {"split-learning": upper.mode} if upper else {}
     run = Run(

@@ -22,7 +22,7 @@ _LIMIT = 2**63 - 1
 
 Kind = Annotated[str, Meta(pattern=r"^(initialize|train|evaluate)\Z")]
 # ``step``: what the other half of a model needs, and the task goes on. ``again``: this process did not do the steps
-# before this one.
+# before this one, or does not hold the state that the task's payload differs from.
 Status = Annotated[str, Meta(pattern=r"^(ok|error|step|again)\Z")]
 # What a metric may be, on the way from a trainer to the history: limits that a trainer meets at once, by name.
 MOST_METRICS, MOST_NAME, MOST_TEXT = 1_000, 200, 10_000
@@ -71,6 +71,8 @@ class Request:
     # Of a task that is done in steps, with the other half of the model: how many were answered before this one. The
     # payload is then what the other half gave, but for step 0. None for a task that is answered once.
     step: Count | None = None
+    # What the answer may travel as: the server's ``--wire``. Empty where payloads travel as they are.
+    wire: tuple[Annotated[str, Meta(max_length=MOST_NAME)], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,8 @@ class ResultRecord:
     local_entries: LocalEntries = field(default_factory=dict)
     error: Mapping[str, str] | None = None
     seconds: Seconds = 0.0
+    # SHA-256 of the state that the trainer holds: the next task's payload need not be more than what differs from it.
+    holds: Digest | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.payload, f"result-{self.version}.safetensors")

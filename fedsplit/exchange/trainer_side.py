@@ -50,7 +50,7 @@ class TrainerSide:
         self, task: TaskRecord, chunks: Iterable[files.Buffer] | None = None, *, num_examples: int = 0,
         loss: float | None = None, metrics: Mapping[str, Scalar] | None = None,
         local_entries: LocalEntries | None = None, error: Mapping[str, str] | None = None, seconds: float = 0.0,
-        status: Literal["ok", "step", "again"] = "ok",
+        status: Literal["ok", "step", "again"] = "ok", holds: str | None = None,
     ) -> bool:  # fmt: skip
         """Answer a task; False if it has an answer, or nobody waits for one any more: then nothing is offered.
 
@@ -68,6 +68,7 @@ class TrainerSide:
             version=task.version, run_id=task.run_id, kind=task.kind, server_round=task.server_round,
             status=status if error is None else "error", step=task.step, payload=payload, num_examples=num_examples,
             loss=loss, metrics=metrics or {}, local_entries=local_entries or {}, error=error, seconds=seconds,
+            holds=holds,
         )  # fmt: skip
         try:
             with self.exchange.handoff():

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedsplit.disk.digest import bytes_digest
@@ -93,6 +93,11 @@ class Conversation:
     request: Request
     # What the task starts from; None for ``initialize``.
     state: StoredPayload | None = None
+    # What that state can be made of, with the one before, and whether the rank said that it holds that one.
+    short: StoredPayload | None = None
+    can_unpack: bool = False
+    # How much was sent, of either of the two.
+    sent_bytes: int = 0
     # What an update may have beside the state's entries.
     extra_bytes: int = 0
     then: Request | None = None
@@ -123,7 +128,11 @@ class Conversation:
             while True:
                 peer = self._find_peer()
                 try:
-                    return self._ask(peer)
+                    reply = self._ask(peer)
+                    if reply.status != "again" or self.short is None:
+                        return reply
+                    # It does not hold the state before, after all.
+                    self.short = None
                 except PeerLostError:
                     context.roster.drop(peer)
                 context.check_time()
@@ -157,7 +166,10 @@ class Conversation:
             reply = self._until_answered()
 
     def _ask(self, peer: Peer) -> Reply:
-        context, state = self.context, self.state
+        context, state, request, then = self.context, self._to_send(peer), self.request, self.then
+        if peer.sees_store:
+            # Nothing has to be small that does not travel.
+            request, then = replace(request, wire=()), then and replace(then, wire=())
         digest, size = (state.digest, state.bytes) if state else (None, 0)
         sends = not (peer.sees_store or peer.held == digest)
         while True:
@@ -167,9 +179,10 @@ class Conversation:
                 # Without the state no trainer has begun.
                 context.check_time()
                 blob = self._bring(peer, state)
+                self.sent_bytes += size
             hold_s = min(context.engine.hold_s, context.left_s)
             record = ask_record(
-                self.request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=self.then,
+                request, digest=digest, payload_bytes=size, hold_s=hold_s, cancel=cancel, then=then,
                 identity=state.identity if state and context.store.trusts else None,
             )  # fmt: skip
             reply = peer.ask(record, blob, most_s=context.left_s + _LATE_S)
@@ -196,6 +209,14 @@ class Conversation:
                 self._seen_at = self._heard_at
             # A client holds the question itself; one that does not must not make the server ask without a pause.
             context.stop.wait(hold_s - took_s)
+
+    def _to_send(self, peer: Peer) -> StoredPayload | None:
+        """Return what the task starts from, as this client is asked: the whole, or what has changed."""
+        state, short = self.state, self.short
+        if state is None or short is None or peer.sees_store or not short.path.exists():
+            return state
+        # What the client has already, its trainer may be at work on.
+        return short if peer.held == short.digest or (self.can_unpack and peer.held != state.digest) else state
 
     def _bring(self, peer: Peer, state: StoredPayload) -> bytes | None:
         """Bring the state to a client: returns a small one, to go along with the question, and sends a large one."""

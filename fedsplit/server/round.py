@@ -37,6 +37,7 @@ from fedsplit.run.history import Line, weighted_mean
 from fedsplit.run.time_account import Stages, describe_round
 from fedsplit.server.balance import Balance
 from fedsplit.server.beginning import Beginning, ask_for_initial_state
+from fedsplit.server.compression import Compression
 from fedsplit.server.conversation import Conversation, RoundContext
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Reply
@@ -45,7 +46,8 @@ from fedsplit.server.settings import ServerSettings
 from fedsplit.server.state import GlobalState
 from fedsplit.server.strategy import EvaluateFailures, FitFailures, Merge, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
-from fedsplit.states.state_dict import StateDict, encode, named
+from fedsplit.states.extra import MOST_BYTES, MOST_STATES
+from fedsplit.states.state_dict import StateDict, named
 from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
@@ -54,8 +56,6 @@ log = logging.getLogger("fedsplit")
 # that is stopped waits at most that long for the ranks.
 _RANK_HOLD_S, _MANY_HOLD_S = 0.05, 5.0
 _FAREWELL_S = 10.0
-# Extra tensors of an update, for rules that read them: at most so much, and so many times the state.
-_EXTRA_BYTES, _EXTRA_STATES = 64_000_000, 4
 
 
 @dataclass(kw_only=True)
@@ -72,6 +72,8 @@ class Task(Conversation):
     reply: Reply = field(init=False)
     refused: str | None = None
     update_bytes: int = 0
+    # What a packed update came to; 0 if it was not packed.
+    plain_bytes: int = 0
     stages: Stages = field(default_factory=Stages)
 
 
@@ -93,6 +95,7 @@ class Rounds:
     def __post_init__(self) -> None:
         self.run.payloads.trusts = self.settings.verify == "auto"
         self._state = GlobalState(self.run.payloads, self.remote)
+        self._compression = Compression(self.settings.wire, self._state, self.run.payloads)
         # What came along with the evaluation of the round before.
         self._ahead: dict[int, Reply] = {}
         # Held by the rank that was first to have its extra tensors named in the log.
@@ -166,17 +169,19 @@ class Rounds:
         # Only now: ranks with the same result share one payload.
         self._drop_payloads(tasks)
         if state is not None:
-            self._state.put(encode(self._next(state)))
+            self._compression.put(self._next(state), tasks)
         central = self._evaluate_centrally(server_round)
         stages.end("merge")
         good = [task for task in tasks if not task.refused]
-        return {
+        line = {
             "train": _mean(good) | {**metrics}, "evaluate": {},
             "clients": {str(task.rank): self._client(task) for task in good}, "asked": len(tasks),
             "accepted": len(good), "merged": state is not None,
             "refused": {str(task.rank): task.refused for task in tasks if task.refused},
             **strategy.line_entries(), **central,
         }  # fmt: skip
+        self._compression.note(line, tasks)
+        return line
 
     def _next(self, merged: StateDict) -> StateDict:
         """Return the next state, of what the strategy made of the updates."""
@@ -213,6 +218,7 @@ class Rounds:
         """Ask until there is an answer, unless it came along with the evaluation of the round before."""
         ahead = self._ahead.pop(task.rank, None)
         task.reply = ahead or task.until_done()
+        self._compression.holds[task.rank] = task.reply.holds
         task.stages.end("hand-off", waiting=task.waited_s, training=task.reply.seconds)
         if not task.reply.failure:
             self.observer.answered(task.rank, None)
@@ -238,7 +244,8 @@ class Rounds:
             if asks_ahead:
                 task.then = replace(task.request, kind="train", server_round=server_round + 1)
             reply = task.reply = task.until_done()
-            if reply.ahead:
+            self._compression.holds[task.rank] = reply.holds
+            if reply.ahead and reply.ahead.status != "again":
                 self._ahead[task.rank] = reply.ahead
             if reason := reply.failure or (None if reply.num_examples > 0 else "it evaluated no examples"):
                 self._refuse(task, reason)
@@ -256,6 +263,7 @@ class Rounds:
         if loss is not None and not math.isnan(loss):
             line["evaluate"]["loss"] = loss
         line["evaluate"] |= metrics
+        self._compression.note(line, tasks)
         for task in tasks:
             rank = str(task.rank)
             if task.refused:
@@ -285,7 +293,7 @@ class Rounds:
     def _save(self, server_round: int, line: Line) -> None:
         """Write a round's checkpoint beside what follows; waits only if the one before is still being written."""
         state, memory, best = self._state.payload, self.strategy.dump_memory(), self.run.history.best_round()
-        files: dict[str, Any] = {STATE_FILE: state.path}
+        files: dict[str, Any] = {STATE_FILE: state.path, **self._compression.files()}
         if memory is not None:
             files[self.strategy.memory_file] = [memory]
         metrics = {key: line.get(key, {}) for key in ("train", "evaluate")}
@@ -304,7 +312,7 @@ class Rounds:
     def _request(self, kind: str, server_round: int, config: Mapping[str, Any]) -> Request:
         return Request(
             run_id=self.run.run_id, kind=kind, server_round=server_round, total_rounds=self.settings.rounds,
-            config=dict(config), split=self.settings.local_patterns,
+            config=dict(config), split=self.settings.local_patterns, wire=self.settings.wire,
         )  # fmt: skip
 
     def _tasks(
@@ -323,8 +331,10 @@ class Rounds:
                 request=replace(
                     self._request(kind, server_round, ins.config | self._work(rank)), refused=self._refused.get(rank)
                 ),
-                state=self._state.payload_of(ins.parameters), extra_bytes=extra_bytes, client=client,
-                base=self._state.entries, base_round=server_round - (kind == "train"),
+                state=(state := self._state.payload_of(ins.parameters)), extra_bytes=extra_bytes, client=client,
+                short=self._compression.short(state),
+                can_unpack=self._compression.can_unpack(rank), base=self._state.entries,
+                base_round=server_round - (kind == "train"),
             )
             for client, ins in chosen
         ]  # fmt: skip
@@ -338,7 +348,7 @@ class Rounds:
         return {WORK_SHARE: self._balance.share(rank)} if self._balance else {}
 
     def _extra_bytes(self) -> int:
-        return _EXTRA_BYTES + _EXTRA_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
+        return MOST_BYTES + MOST_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
 
     def _fetch(self, task: Task, *, retains: bool) -> Update | str:
         """Get an update and check it; returns why it is refused if it is."""
@@ -352,7 +362,8 @@ class Rounds:
             content = self.run.payloads.map(self.run.payloads.put([content]).digest, own=True)
         task.stages.end("transfer")
         reply = task.reply
-        update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, task.base)
+        reader = self._compression.reader(task)
+        update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, task.base, reader)
         task.stages.end("checking")
         if not isinstance(update, Update):
             return update
@@ -400,6 +411,7 @@ class Rounds:
             state=self._state, ask=self._ask_for_initial_state,
         )  # fmt: skip
         beginning.take_up()
+        self._compression.begin(self.run.resumed, self.settings.payload_store)
         if self.run.resumed is None:
             self._save(0, {})
             if found := self._evaluate_centrally(0):

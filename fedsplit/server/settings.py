@@ -22,11 +22,12 @@ from fedsplit.aggregation.grammar import parse_call
 from fedsplit.aggregation.spec import RuleSpec, parse_rules
 from fedsplit.aggregation.staleness import parse_staleness
 from fedsplit.cli import key_scalar
+from fedsplit.codecs.spec import parse_wire
 from fedsplit.disk.identity import Verify
 from fedsplit.errors import UsageError
 from fedsplit.exchange.records import Scalar
 
-_REPEATABLE = ("aggregate", "tracker", "train_config")
+_REPEATABLE = ("aggregate", "tracker", "train_config", "wire")
 _ABSENT: dict[str, Scalar] = {
     "initial_checkpoint": "", "round_timeout": 0, "strategy": "", "buffer": 0, "merge_after": 0, "max_staleness": -1,
 }  # fmt: skip
@@ -57,6 +58,8 @@ class ServerSettings:
     seed: int = 0
     tracker: tuple[str, ...] = ()
     balance: bool = False
+    # How states and updates travel in messages.
+    wire: tuple[str, ...] = ()
     # Asynchronous rounds: a merge after so many updates, or a round that ends with the first so many.
     buffer: int | None = None
     merge_after: int | None = None
@@ -84,7 +87,9 @@ class ServerSettings:
                     f"--{_key(beside[0])} cannot go with --strategy: the strategy itself decides who trains and how "
                     "updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
                 )
-        _ = self.rules
+        secure = [spec for spec in self.rules if spec.name == "secure"]
+        if parse_wire(self.wire) and secure:
+            raise UsageError(f"--wire cannot go with {secure[0]}: what is masked packs no better than noise")
         self._check_asynchronous()
 
     def _check_asynchronous(self) -> None:

@@ -11,7 +11,7 @@ import logging
 import math
 import random
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -335,14 +335,15 @@ class Strategy(StreamingStrategy):
 
 
 def read_update(
-    rank: int, content: Any, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
-) -> Update | str:
+    rank: int, content: Any, num_examples: int, metrics: Mapping[str, Any], reference: StateDict,
+    read: Callable[[Any, str], StateDict] = decode,
+) -> Update | str:  # fmt: skip
     """Read an update of the state ``reference`` and look at every number in it; returns why it is refused if it is.
 
-    The buffer ``content`` must not change or go while the update is used.
+    The buffer ``content`` must not change or go while the update is used; ``read`` lays a state's tensors over it.
     """
     try:
-        state = decode(content, f"the update of rank {rank}")
+        state = read(content, f"the update of rank {rank}")
     except RecordError as exc:
         return str(exc)
     return _checked(rank, state, num_examples, metrics, reference)

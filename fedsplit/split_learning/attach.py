@@ -37,6 +37,11 @@ class UpperHalf:
             )
         if settings.balance:
             raise UsageError("--split-learning cannot go with --balance: all ranks train the upper part batch by batch")
+        if settings.wire:
+            raise UsageError(
+                "--split-learning cannot go with --wire: a state travels once a round there, activations with every "
+                "batch; see --cut-dtype of the trainers"
+            )
         if settings.is_asynchronous:
             raise UsageError(
                 "--split-learning cannot go with --buffer or --merge-after: the upper part is trained step by step "

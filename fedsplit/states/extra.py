@@ -9,8 +9,10 @@ from collections.abc import Mapping
 import torch
 
 from fedsplit.errors import UsageError
+from fedsplit.states.header import PREFIX
 
-PREFIX = "extra:"
+# Of those that are read beside a state: at most so much, and so many times the state.
+MOST_BYTES, MOST_STATES = 64_000_000, 4
 _Tensors = dict[str, torch.Tensor]
 
 

@@ -27,6 +27,8 @@ from fedsplit.disk.files import open_regular
 from fedsplit.errors import RecordError
 
 MAX_HEADER_BYTES = 100_000_000
+# How the names of extra tensors begin: `fedsplit.states.extra`.
+PREFIX = "extra:"
 _MAX_DIMENSIONS = 64
 _LIMIT = 2**63
 ITEM_BYTES = {

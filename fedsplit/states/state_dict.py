@@ -27,7 +27,7 @@ ModelSource = (
     torch.nn.Module | Mapping[str, torch.Tensor] | Callable[[], "torch.nn.Module | Mapping[str, torch.Tensor]"]
 )
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
     "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
@@ -35,8 +35,8 @@ _DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
-    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHOWN_KEYS = 3
 # Only a whole component of the name: a submodule may be called my_orig_mod.
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
@@ -52,8 +52,8 @@ def encode(state_dict: Mapping[str, torch.Tensor]) -> list[Buffer]:
     entry, for what cannot travel.
     """
     ties = find_ties(state_dict)
-    tensors = {name: _plain(name, tensor) for name, tensor in state_dict.items() if name not in ties}
-    sizes = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    tensors = {name: plain(name, tensor) for name, tensor in state_dict.items() if name not in ties}
+    sizes = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     header, order = build_header(sizes, ties)
     return [header, *(tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in order)]
 
@@ -73,7 +73,7 @@ def decode(payload: Buffer | mmap.mmap, where: str = "payload") -> StateDict:
             found[name] = laid[entry]
             continue
         raw = flat[entry.begin : entry.end]
-        dtype = _DTYPES.get(entry.dtype)
+        dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise RecordError(f"{where}: entry {name!r} has dtype {entry.dtype}, which torch {torch.__version__} lacks")
         if entry.begin % dtype.itemsize:  # other writers of the format need not align
@@ -177,7 +177,7 @@ def describe_state(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, tu
 
 def described_state(entries: Mapping[str, tuple[str, Sequence[int]]]) -> StateDict:
     """Return tensors without data for what `describe_state` returned; raises RecordError if there is no such tensor."""
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _NAMES}
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
     found = {}
     for name, (dtype, shape) in entries.items():
         try:
@@ -187,10 +187,11 @@ def described_state(entries: Mapping[str, tuple[str, Sequence[int]]]) -> StateDi
     return found
 
 
-def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it travels: dense, contiguous, on the CPU; raises UsageError, naming it, if that cannot be."""
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(f"entry {name!r} of the state_dict is a {type(tensor).__name__}; only tensors can travel")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in _NAMES:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NAMES:
         raise UsageError(
             f"entry {name!r} of the state_dict cannot travel (layout {tensor.layout}, {tensor.dtype}, "
             f"device {tensor.device}); expected a dense tensor of a dtype that safetensors knows"

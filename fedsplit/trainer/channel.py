@@ -7,12 +7,13 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
+from fedsplit.codecs.held import Held
 from fedsplit.disk.files import wait_for_space
 from fedsplit.errors import PeerMissingError, RecordError, SchemaError
 from fedsplit.exchange.directory import Exchange
@@ -66,6 +67,12 @@ class Channel(Protocol):
     def read_state(self, record: TaskRecord) -> StateDict:
         """Return the state that the newest task came with; writing to it changes nothing elsewhere."""
 
+    def pack(
+        self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]
+    ) -> tuple[StateDict, StateDict]:
+        """Return what of a trained state travels, and what it lacks: that is carried over to the next time."""
+        return state, {}
+
     def is_wanted(self, record: TaskRecord) -> bool:
         """Tell whether somebody still waits for the answer; cheap enough to ask for every batch."""
 
@@ -83,11 +90,13 @@ class Channel(Protocol):
 class ExchangeChannel(Channel):
     """Tasks and answers through the exchange directory, to and from the client of the same rank.
 
-    `client_wait_s` are seconds to wait for a client to be there; None waits for ever.
+    `client_wait_s` are seconds to wait for a client to be there; None waits for ever. States that tasks come with as
+    differences are put together in `held`.
     """
 
-    def __init__(self, exchange: Exchange, client_wait_s: float | None = None) -> None:
+    def __init__(self, exchange: Exchange, held: Held, client_wait_s: float | None = None) -> None:
         self._exchange = exchange
+        self._held = held
         self._side = TrainerSide(exchange)
         self._client_wait_s = client_wait_s
         self._watch = Watch(exchange.task_path, exchange.finished_path)
@@ -110,7 +119,9 @@ class ExchangeChannel(Channel):
                     if found := self._side.next():
                         if isinstance(found, FinishedRecord):
                             wait_for_space(partial(self._side.leave, found))
-                        return found
+                        if isinstance(found, FinishedRecord) or wait_for_space(partial(self._takes, found)):
+                            return found
+                        self._side.answer(found, status="again")
                     bad_since = None
             except SchemaError:
                 raise
@@ -132,8 +143,22 @@ class ExchangeChannel(Channel):
                     reminded, self._awaited = now, whom
             self._watch.sleep()
 
+    def _takes(self, record: TaskRecord) -> bool:
+        """Tell whether the state of a task can be had: else it differs from one that is not here."""
+        self._held.digest = None
+        if not record.wire or record.payload is None:
+            return True
+        return self._held.take(self._exchange.directory / record.payload.file, record.payload.digest)
+
     def read_state(self, record: TaskRecord) -> StateDict:
-        return {} if record.payload is None else map_file(self._exchange.directory / record.payload.file)
+        if record.payload is None:
+            return {}
+        return self._held.state() if self._held.digest else map_file(self._exchange.directory / record.payload.file)
+
+    def pack(
+        self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]
+    ) -> tuple[StateDict, StateDict]:
+        return self._held.pack(state, record.wire, carried) if record.kind == "train" else (state, {})
 
     def is_wanted(self, record: TaskRecord) -> bool:
         if time.monotonic() - self._looked_at < _STOP_CHECK_S:
@@ -147,6 +172,7 @@ class ExchangeChannel(Channel):
             lambda: self._side.answer(
                 record, chunks, num_examples=answer.num_examples, loss=answer.loss, metrics=answer.metrics,
                 local_entries=answer.local_entries, seconds=answer.seconds, status=answer.status,
+                holds=self._held.digest,
             )
         )  # fmt: skip
 

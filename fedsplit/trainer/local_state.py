@@ -28,6 +28,7 @@ log = logging.getLogger("fedsplit")
 KEEP_ROUNDS = 5
 _LOCAL_STATE = "local_state.pt"
 _LOCAL_PART = "local.safetensors"
+_RESIDUAL = "residual.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ class Base:
         """Return the entries of the state_dict that stayed at home, or None if none are kept."""
         path = self._path(_LOCAL_PART)
         return None if path is None else map_file(path)
+
+    def load_residual(self) -> StateDict:
+        """Return what the answer of that round lacked, as it travelled in fewer bytes."""
+        path = self._path(_RESIDUAL)
+        return {} if path is None else map_file(path)
 
     def _path(self, name: str) -> Path | None:
         return self.checkpoint.path(name) if self.checkpoint and name in self.checkpoint.files else None
@@ -105,7 +111,9 @@ class LocalStates:
             self._position = None
         return Base(checkpoint=checkpoint, restore=restore or self._reset)
 
-    def save(self, record: TaskRecord, base: Base, local_part: StateDict, local_state: Any) -> bool:
+    def save(
+        self, record: TaskRecord, base: Base, local_part: StateDict, local_state: Any, residual: StateDict
+    ) -> bool:
         """Keep what belongs to a round, if it was trained; returns False if there is nothing to keep.
 
         It is kept before the result is offered: whoever sees the result can rely on the state that made it.
@@ -117,6 +125,8 @@ class LocalStates:
             files[_LOCAL_STATE] = [_dump(local_state)]
         if local_part:
             files[_LOCAL_PART] = encode(local_part)
+        if residual:
+            files[_RESIDUAL] = encode(residual)
         # Several processes save each round or none, even if only one of them has something to keep.
         if not files and not self._store.rounds() and self._channel.processes == 1:
             return False

@@ -105,6 +105,11 @@ class ProcessGroupChannel(Channel):
     def read_state(self, record: TaskRecord) -> StateDict:
         return self._newest[1] if self._newest and self._newest[0].version == record.version else {}
 
+    def pack(
+        self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]
+    ) -> tuple[StateDict, StateDict]:
+        return self._inner.pack(record, state, carried) if self.process == 0 else (state, {})
+
     def is_wanted(self, record: TaskRecord) -> bool:
         # A collective, like a gradient's all-reduce but tiny.
         return bool(self._step("should_stop()", int(self._inner.is_wanted(record)) if self.process == 0 else 0))

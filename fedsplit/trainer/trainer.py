@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ from typing import Any, Literal, Self
 
 import torch
 
+from fedsplit.codecs.held import Held
 from fedsplit.disk.identity import Verify
 from fedsplit.errors import FedSplitError, RecordError, TaskOverError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange, Place, place_name
@@ -322,7 +324,10 @@ class Trainer:
         self.state = state
         self.outcome: FinishedRecord | None = None
         self._has_model = model is not None
-        own = StandaloneChannel(standalone_rounds) if standalone else ExchangeChannel(self.exchange, client_wait_s)
+        held = Held(Path(checkpoint_dir) / place_name(rank) / "held")
+        own = (
+            StandaloneChannel(standalone_rounds) if standalone else ExchangeChannel(self.exchange, held, client_wait_s)
+        )
         self._channel = _for_all_processes(own)
         self.process, self.processes = self._channel.process, self._channel.processes
         self._stack = ExitStack()
@@ -383,7 +388,12 @@ class Trainer:
 
     def _answer(self, task: Task, answer: Answer, local_part: StateDict, local_state: Any) -> None:
         kept = local_state.state_after(task) if isinstance(local_state, Kept) else local_state
-        saved = self._local.save(task._record, task._base, local_part, kept)
+        residual = StateDict()
+        if answer.state is not None:
+            carried = dict if self.state == "reset" else task._base.load_residual
+            state, residual = self._channel.pack(task._record, answer.state, carried)
+            answer = replace(answer, state=state)
+        saved = self._local.save(task._record, task._base, local_part, kept, residual)
         try:
             accepted = self._channel.answer(task._record, answer)
         except RecordError:  # nobody could read it, so nothing was offered

@@ -99,6 +99,8 @@ class Answer(Said):
     seconds: Seconds = 0.0
     payload: ResultPayload | None = None
     local_entries: LocalEntries = field(default_factory=dict)
+    # The state that its trainer holds, which the next one may be sent as a difference from.
+    holds: Digest | None = None
     # Of a task that is ``working``: who is missing.
     waiting_for: WaitingFor = None
     # How the task that was asked for next ended, and for how long the answer was held for it.
