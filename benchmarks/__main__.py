@@ -4,6 +4,7 @@
     python -m benchmarks --quick                      fewer repeats
     python -m benchmarks round merge                  only these topics
     python -m benchmarks stragglers                   slow ranks by a simulated clock; only if named
+    python -m benchmarks secure                       secure sums, and Flower's; only if named
     python -m benchmarks algorithms                   examples/algorithms; 72 runs of 20 s and more, only if named
 
 Exit code 0 also where a target is missed: the table says so, and a busy machine is no fault of the code's.
@@ -33,6 +34,7 @@ from benchmarks import (
     noticing,
     rounds,
     scaling,
+    secure,
     split,
     startup,
     stragglers,
@@ -43,7 +45,7 @@ from benchmarks.common import RESULTS, Figure, Options, machine, spread
 MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, split, superlink, large)
 USUAL = {module.TOPIC: module for module in MODULES}
 # Accuracies are no figures of this project's speed.
-TOPICS = {**USUAL, algorithms.TOPIC: algorithms, stragglers.TOPIC: stragglers}
+TOPICS = {**USUAL, algorithms.TOPIC: algorithms, stragglers.TOPIC: stragglers, secure.TOPIC: secure}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "topics",
         nargs="*",
         metavar="TOPIC",
-        help=f"any of {', '.join(TOPICS)} (default: all but algorithms and stragglers)",
+        help=f"any of {', '.join(TOPICS)} (default: all but algorithms, stragglers and secure)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs; the figures mean nothing")

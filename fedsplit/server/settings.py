@@ -23,7 +23,7 @@ from fedsplit.aggregation.spec import RuleSpec, parse_rules
 from fedsplit.aggregation.staleness import parse_staleness
 from fedsplit.cli import key_scalar
 from fedsplit.errors import UsageError
-from fedsplit.exchange.records import Scalar
+from fedsplit.exchange.records import Scalar, SecureTerms
 
 _REPEATABLE = ("aggregate", "tracker", "train_config")
 _ABSENT: dict[str, Scalar] = {
@@ -84,6 +84,11 @@ class ServerSettings:
                 )
         _ = self.rules
         self._check_asynchronous()
+        if self.secure_terms and self.is_asynchronous:
+            raise UsageError(
+                f"{self._first_secure} cannot go with --buffer or --merge-after: the masks of a sum cancel out only "
+                "when all its updates are of one round"
+            )
 
     def _check_asynchronous(self) -> None:
         parse_staleness(self.staleness)
@@ -125,6 +130,30 @@ class ServerSettings:
     def local_patterns(self) -> tuple[tuple[str, bool], ...]:
         """``(pattern, local)`` for every rule in order: what a trainer needs to know of the split."""
         return tuple((spec.part, spec.name == "local") for spec in self.rules)
+
+    @cached_property
+    def secure_terms(self) -> SecureTerms | None:
+        """How the parts of ``secure`` rules are summed; None without one."""
+        specs = [spec for spec in self.rules if spec.name == "secure"]
+        if not specs:
+            return None
+        threshold, neighbours = (
+            {spec.params.get(name, default) for spec in specs}
+            for name, default in (("threshold", 2 / 3), ("neighbours", 0))
+        )
+        if len(threshold) > 1 or len(neighbours) > 1:
+            raise UsageError(
+                f"{specs[0]} and {specs[1]} differ in threshold or neighbours: there is one sum of all secure parts; "
+                "give them the same, only the ranges may differ"
+            )
+        return SecureTerms(
+            ranges={spec.part: float(spec.params["range"]) for spec in specs}, threshold=float(threshold.pop()),
+            neighbours=neighbours.pop(),
+        )  # fmt: skip
+
+    @property
+    def _first_secure(self) -> str:
+        return next(str(spec) for spec in self.rules if spec.name == "secure")
 
     def is_evaluated(self, server_round: int) -> bool:
         """Tell whether a round ends with an evaluation."""
