@@ -161,6 +161,9 @@ def test_a_rank_gives_no_shares_for_a_sum_of_too_few_or_for_shares_that_were_cha
 @pytest.mark.parametrize("public", [bytes(32), b"\1" + bytes(31)])
 def test_a_public_key_that_gives_everybody_the_same_secret_is_refused(public: bytes) -> None:
     group = group_of([1, 2, 3])
+    protocol.check_keys(group.adverts[1])
+    with pytest.raises(RecordError, match="a public key is none"):
+        protocol.check_keys(protocol.Advert(channel=group.adverts[1].channel, mask=public, weight=1))
     adverts = {**group.adverts, 3: protocol.Advert(channel=public, mask=public[:-1] + b"\x80", weight=1)}
     with pytest.raises(RecordError, match="a public key is none"):
         protocol.deal(seeded(1), 1, Group(context="run/1", adverts=adverts, threshold=3))

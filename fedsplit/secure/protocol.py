@@ -189,6 +189,12 @@ def check_own(secrets: Secrets, rank: int, group: Group) -> None:
 # -- the server --------------------------------------------------------------------------------------------------------
 
 
+def check_keys(advert: Advert) -> None:
+    """Raise RecordError for public keys with which every other rank would refuse the whole group."""
+    for key in (advert.channel, advert.mask):
+        _agree(Secrets.new().channel, key, b"")
+
+
 def unmask(
     group: Group, dealt: Collection[int], survivors: Collection[int], revealed: Mapping[int, Mapping[int, bytes]],
     total: Words,

@@ -193,6 +193,7 @@ class SecureRounds(Rounds):
         row = messages.read_rows(state, messages.LENGTHS[0]).get(task.rank)
         if row is None or messages.of_row(row).weight != task.reply.num_examples:
             raise RecordError("its keys are not with the number of its examples")
+        protocol.check_keys(messages.of_row(row))
         return row
 
     def _take_rows(self, step: int, state: StateDict, ranks: set[int]) -> dict[int, bytes]:
