@@ -55,6 +55,9 @@ def _programs(size: int, rounds: int, rule: str) -> Callable[[Path], Sequence[fl
 def _protocols(size: int, repeats: int, label: str) -> list[Figure]:
     seconds: dict[str, list[float]] = {"ours": [], "flower": []}
     sent: dict[str, list[float]] = {"ours": [], "flower": []}
+    for measure in (ours, flowers):
+        # What it imports is no part of it.
+        measure([_update(4_000, rank) for rank in range(1, RANKS + 1)])
     updates = [_update(size, rank) for rank in range(1, RANKS + 1)]
     for _ in range(repeats):
         for side, measure in (("ours", ours), ("flower", flowers)):
