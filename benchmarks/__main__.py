@@ -5,6 +5,7 @@
     python -m benchmarks round merge                  only these topics
     python -m benchmarks stragglers                   slow ranks by a simulated clock; only if named
     python -m benchmarks wire                         --wire: bytes, accuracy, a slow link; needs root; only if named
+    python -m benchmarks secure                       secure sums, and Flower's; only if named
     python -m benchmarks algorithms                   examples/algorithms; 72 runs of 20 s and more, only if named
 
 Exit code 0 also where a target is missed: the table says so, and a busy machine is no fault of the code's.
@@ -34,6 +35,7 @@ from benchmarks import (
     noticing,
     rounds,
     scaling,
+    secure,
     split,
     startup,
     stragglers,
@@ -45,7 +47,9 @@ from benchmarks.common import RESULTS, Figure, Options, machine, spread
 MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, split, superlink, large)
 USUAL = {module.TOPIC: module for module in MODULES}
 # Accuracies are no figures of this project's speed.
-TOPICS = {**USUAL, algorithms.TOPIC: algorithms, stragglers.TOPIC: stragglers, wire.TOPIC: wire}
+TOPICS = {
+    **USUAL, algorithms.TOPIC: algorithms, stragglers.TOPIC: stragglers, wire.TOPIC: wire, secure.TOPIC: secure,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "topics",
         nargs="*",
         metavar="TOPIC",
-        help=f"any of {', '.join(TOPICS)} (default: all but algorithms, stragglers and wire)",
+        help=f"any of {', '.join(TOPICS)} (default: all but algorithms, stragglers, wire and secure)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs; the figures mean nothing")

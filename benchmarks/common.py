@@ -334,6 +334,7 @@ class Federation:
     store: str = "auto"
     engine: str = "embedded"
     workload: Sequence[str] = field(default_factory=tuple)
+    rules: Sequence[str] = ()
 
     def run(self, timeout_s: float = 600.0) -> tuple[list[float], Programs]:
         """Run to the end; returns the seconds of each full round but the first, and the programs."""
@@ -355,7 +356,7 @@ class Federation:
         programs.start(
             "server", "server_main.py", "--address", address, "--rounds", str(self.rounds),
             "--min-clients", str(self.ranks), "--checkpoint-dir", str(checkpoints), "--payload-store", self.store,
-            "--engine", self.engine,
+            "--engine", self.engine, *(text for rule in self.rules for text in ("--aggregate", rule)),
         )  # fmt: skip
         for rank in ranks:
             programs.start(

@@ -5,6 +5,7 @@ before it exits is enough to go on. The tree::
 
     FedSplitError                 1
     ├── UsageError                2   a flag or an argument cannot work (also a ValueError)
+    │   ├── OutOfRangeError       2   an update is beyond the range of its secure rule
     │   └── MissingPackageError   2   an optional package is needed and not installed
     ├── ExchangeError             3   the exchange directory cannot be used: permissions, space, ownership
     │   ├── RoleTakenError        4   a live process already holds this role of this rank
@@ -38,6 +39,10 @@ class FedSplitError(Exception):
 
 class UsageError(FedSplitError, ValueError, exit_code=2):
     """A flag or an argument cannot work."""
+
+
+class OutOfRangeError(UsageError):
+    """An update is beyond the range of its secure rule."""
 
 
 class MissingPackageError(UsageError):

@@ -208,6 +208,7 @@ def test_a_toml_file_that_cannot_be_is_refused(tmp_path: Path, content, says):
 def test_the_table_of_parameters_is_that_of_the_functions():
     known = {name: set(params) for name, params in BUILTIN_RULES.items()}
     assert known.pop("local") == set()
+    assert known.pop("secure") == {"range", "threshold", "neighbours"}
     assert known.pop("dp") == set(inspect.signature(private_rule).parameters) - {"name", "inner", "averages"}
     actual = {
         name: {p.name for p in inspect.signature(r.function).parameters.values() if p.kind is p.KEYWORD_ONLY}

@@ -23,6 +23,7 @@ NEVER = {
     "exchange": FLOWER_SIDE,
     "states": FLOWER_SIDE,
     "disk": FLOWER_SIDE,
+    "secure": FLOWER_SIDE,
     "server": frozenset({"engines", "watch", "commands"}),
 }
 # Rooms that an interpreter may import without loading these packages.

@@ -47,9 +47,23 @@ BUILTIN_RULES: Mapping[str, Mapping[str, Param]] = {
         "noise": Param("a number, 0 or more", lambda x: x >= 0, required=True),
         "delta": Param("a number between 0 and 1", lambda x: 0 < x < 1),
     },
+    "secure": {
+        "range": _POSITIVE._replace(required=True),
+        "threshold": Param(
+            "a whole number of ranks, 2 or more, or a share of them from 0.5 to below 1",
+            lambda x: 0.5 <= x < 1 or (isinstance(x, int) and x >= 2),
+        ),
+        "neighbours": Param("an even whole number, 4 or more", lambda n: isinstance(n, int) and n >= 4 and n % 2 == 0),
+    },
 }  # fmt: skip
-# The entries of `local` never reach the server, `frozen` releases nothing, and a second `dp` would count noise twice.
-_NOT_INSIDE_DP = frozenset({"local", "frozen", "dp"})
+# The entries of `local` never reach the server, `frozen` releases nothing, a second `dp` would count noise twice, and
+# `secure` leaves no single update to be clipped.
+_NOT_INSIDE_DP = frozenset({"local", "frozen", "dp", "secure"})
+# These need nothing but the weighted mean of the updates.
+OF_THE_MEAN = (
+    "fedavg", "flower.FedAvg", "flower.FedAvgM", "flower.FedAdagrad", "flower.FedAdam", "flower.FedYogi",
+    "flower.FedOpt",
+)  # fmt: skip
 
 # flower.<Strategy>, or package.module:function
 _OTHER_RULE = re.compile(r"flower\.[A-Za-z_]\w*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -65,7 +79,7 @@ class RuleSpec:
     pattern: str | None = None  # glob over keys, or <glob over types>; None takes all keys that no pattern matches
     name: str  # in BUILTIN_RULES, flower.<Strategy>, or package.module:function
     params: Mapping[str, Any] = field(default_factory=dict)
-    inner: RuleSpec | None = None  # the rule inside dp
+    inner: RuleSpec | None = None  # the rule inside dp or secure
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
@@ -126,12 +140,18 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _check_inner(name: str, inner: RuleSpec | None) -> None:
-    if inner and name != "dp":
-        raise UsageError(f"{name} takes no rule inside; only dp does")
-    if name == "dp" and not inner:
-        raise UsageError("dp needs a rule as its first argument: dp(fedavg, …)")
-    if inner and inner.name in _NOT_INSIDE_DP:
+    if inner and name not in ("dp", "secure"):
+        raise UsageError(f"{name} takes no rule inside; only dp does, and secure")
+    if name in ("dp", "secure") and not inner:
+        raise UsageError(f"{name} needs a rule as its first argument: {name}(fedavg, …)")
+    if inner and name == "dp" and inner.name in _NOT_INSIDE_DP:
         raise UsageError(f"dp cannot wrap {inner.name}")
+    if inner and name == "secure" and inner.name not in OF_THE_MEAN:
+        why = (
+            "dp clips single updates and adds noise on the server, which sees only their sum"
+            if inner.name == "dp" else f"{inner.name} needs single updates, and the server sees only their mean"
+        )  # fmt: skip
+        raise UsageError(f"secure cannot wrap {inner.name}: {why}; it goes with {', '.join(OF_THE_MEAN)}")
 
 
 def _check_params(name: str, params: Mapping[str, Literal]) -> None:

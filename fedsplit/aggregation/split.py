@@ -231,6 +231,10 @@ def check_rules(specs: Sequence[RuleSpec]) -> None:
 
 def load_rule(spec: RuleSpec) -> Rule:
     """Bind a rule other than `local`; raises UsageError if a function, class, parameter or package is not there."""
+    if spec.inner is not None and spec.name == "secure":
+        # Once the sum is there every update has the mean in its place (`fedsplit.server.secure_rounds`).
+        threshold = spec.params.get("threshold", 2)
+        return replace(load_rule(spec.inner), name=spec.rule, min_updates=threshold if threshold >= 2 else 2)
     if spec.inner is not None:
         from fedsplit.aggregation.privacy import private_rule
 

@@ -57,6 +57,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="keep: optimizer and generators go on from round to round; reset: each round starts fresh")  # fmt: skip
     add("--client-wait", type=cli.seconds, metavar="S",
         help="seconds to wait for this rank's client (default: forever)")  # fmt: skip
+    add("--secure-only", action="store_true",
+        help="send updates only into secure sums; one that the server asks for openly is refused")  # fmt: skip
     cli.make_program(parser, "trainer", run)
 
 
@@ -138,6 +140,7 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
     trainer = Trainer(
         place, model, exchange_dir=arguments.exchange_dir, checkpoint_dir=arguments.checkpoint_dir,
         state=arguments.state, client_wait_s=arguments.client_wait, verify=arguments.verify,
+        secure_only=arguments.secure_only,
     )  # fmt: skip
     with trainer:
         answer_all(trainer, progress=Progress(arguments.rank, shown=trainer.process == 0))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.disk.files import Buffer
-from fedsplit.errors import MissingPackageError
+from fedsplit.errors import MissingPackageError, UsageError
 from fedsplit.watch.plot import write_plot
 from fedsplit.watch.trackers import TrackerThread, parse_tracker
 
@@ -48,6 +48,11 @@ def open_server(
 
     for text in settings.tracker:
         parse_tracker(text)
+    if upper and settings.secure_terms:
+        raise UsageError(
+            "secure(…) cannot go with --split-learning: the upper part is trained beside the server, which sees the "
+            "activations of every rank"
+        )
     # What is not built in is made before the run is opened: opening puts the earlier run aside, and a mistake must not
     # do that. The built-in rules were checked with the flags; to make them imports torch, and clients would wait.
     is_built_in = settings.strategy is None and all(
@@ -67,7 +72,7 @@ def open_server(
         remote = open_remote(settings.payload_store)
         server = Server(
             run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
-            rounds=rounds or (upper.rounds if upper else _async_rounds if settings.is_asynchronous else None),
+            rounds=rounds or (upper.rounds if upper else _rounds_of(settings)),
         )  # fmt: skip
         run.note_session(command=shlex.join(command), software=_software())
         with upper.telling(server) if upper else nullcontext(), watching(server, settings, live=live):
@@ -114,11 +119,22 @@ def _software() -> dict[str, str]:
     return versions
 
 
+def _rounds_of(settings: ServerSettings) -> Callable[..., Rounds] | None:
+    """Return what runs the rounds that the settings ask for; None for the ordinary ones."""
+    return _async_rounds if settings.is_asynchronous else _secure_rounds if settings.secure_terms else None
+
+
 def _async_rounds(**parts: Any) -> Rounds:
     # Late: it imports torch, and clients would wait.
     from fedsplit.asynchronous.rounds import AsyncRounds
 
     return AsyncRounds(**parts)
+
+
+def _secure_rounds(**parts: Any) -> Rounds:
+    from fedsplit.server.secure_rounds import SecureRounds
+
+    return SecureRounds(**parts)
 
 
 def _read(path: Path) -> list[Buffer]:

@@ -66,7 +66,7 @@ class ClientSide:
         record = TaskRecord(
             version=version, run_id=request.run_id, kind=request.kind, server_round=request.server_round,
             total_rounds=request.total_rounds, config=request.config, split=request.split, refused=request.refused,
-            payload=payload, step=request.step, wire=request.wire,
+            payload=payload, step=request.step, wire=request.wire, secure=request.secure,
         )  # fmt: skip
         with self.exchange.handoff():
             self.exchange.write(self.exchange.task_path, record)

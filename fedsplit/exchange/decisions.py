@@ -101,7 +101,7 @@ def asks(task: TaskRecord, request: Request, digest: str | None) -> bool:
     return (
         not task.cancelled
         and (task.run_id, task.kind, task.server_round) == (request.run_id, request.kind, request.server_round)
-        and (task.split, task.step) == (request.split, request.step)
+        and (task.split, task.step, task.secure) == (request.split, request.step, request.secure)
         and task.digest == digest
     )
 

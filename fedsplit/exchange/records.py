@@ -55,6 +55,17 @@ class PayloadRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecureTerms:
+    """How the updates of a round are summed so that the server sees none of them; see `fedsplit.secure`."""
+
+    # Which patterns of the split are summed so, and how far an entry of each may move in one round.
+    ranges: Mapping[str, Annotated[float, Meta(gt=0)]]
+    # As in `fedsplit.secure.protocol.Group`.
+    threshold: Annotated[float, Meta(gt=0)]
+    neighbours: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the server asks of a rank: everything about a task but its version and its payload."""
 
@@ -73,6 +84,8 @@ class Request:
     step: Count | None = None
     # What the answer may travel as: the server's ``--wire``. Empty where payloads travel as they are.
     wire: tuple[Annotated[str, Meta(max_length=MOST_NAME)], ...] = ()
+    # Of a training whose update is summed securely: step 0 is the training, the others are the stages after it.
+    secure: SecureTerms | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from fedsplit.cli import key_scalar
 from fedsplit.codecs.spec import parse_wire
 from fedsplit.disk.identity import Verify
 from fedsplit.errors import UsageError
-from fedsplit.exchange.records import Scalar
+from fedsplit.exchange.records import Scalar, SecureTerms
 
 _REPEATABLE = ("aggregate", "tracker", "train_config", "wire")
 _ABSENT: dict[str, Scalar] = {
@@ -91,6 +91,11 @@ class ServerSettings:
         if parse_wire(self.wire) and secure:
             raise UsageError(f"--wire cannot go with {secure[0]}: what is masked packs no better than noise")
         self._check_asynchronous()
+        if self.secure_terms and self.is_asynchronous:
+            raise UsageError(
+                f"{self._first_secure} cannot go with --buffer or --merge-after: the masks of a sum cancel out only "
+                "when all its updates are of one round"
+            )
 
     def _check_asynchronous(self) -> None:
         parse_staleness(self.staleness)
@@ -132,6 +137,30 @@ class ServerSettings:
     def local_patterns(self) -> tuple[tuple[str, bool], ...]:
         """``(pattern, local)`` for every rule in order: what a trainer needs to know of the split."""
         return tuple((spec.part, spec.name == "local") for spec in self.rules)
+
+    @cached_property
+    def secure_terms(self) -> SecureTerms | None:
+        """How the parts of ``secure`` rules are summed; None without one."""
+        specs = [spec for spec in self.rules if spec.name == "secure"]
+        if not specs:
+            return None
+        threshold, neighbours = (
+            {spec.params.get(name, default) for spec in specs}
+            for name, default in (("threshold", 2 / 3), ("neighbours", 0))
+        )
+        if len(threshold) > 1 or len(neighbours) > 1:
+            raise UsageError(
+                f"{specs[0]} and {specs[1]} differ in threshold or neighbours: there is one sum of all secure parts; "
+                "give them the same, only the ranges may differ"
+            )
+        return SecureTerms(
+            ranges={spec.part: float(spec.params["range"]) for spec in specs}, threshold=float(threshold.pop()),
+            neighbours=neighbours.pop(),
+        )  # fmt: skip
+
+    @property
+    def _first_secure(self) -> str:
+        return next(str(spec) for spec in self.rules if spec.name == "secure")
 
     def is_evaluated(self, server_round: int) -> bool:
         """Tell whether a round ends with an evaluation."""

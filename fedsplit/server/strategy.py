@@ -295,7 +295,7 @@ class Strategy(StreamingStrategy):
 
     def line_entries(self) -> dict[str, Any]:
         """Return epsilon and delta over all private parts so far, as ``privacy``; nothing without such a part."""
-        if not any(spec.inner for spec in self.settings.rules):
+        if not any(spec.name == "dp" for spec in self.settings.rules):
             return {}
         from fedsplit.aggregation.privacy import privacy_spent
 
@@ -310,6 +310,8 @@ class Strategy(StreamingStrategy):
                     f"{local[0]}: a client of Flower's own sends all its arrays, so nothing can stay with it; leave "
                     "those arrays out of its get_parameters, or run fedsplit's client and a fedsplit.Trainer"
                 )
+            if self.settings.secure_terms:
+                raise UsageError("secure(…): only fedsplit's own server and trainers sum updates without seeing them")
             self.begin_run(self._reference, {})
 
     def _given(self, cid: str, parameters: Parameters) -> Parameters:

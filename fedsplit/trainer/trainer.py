@@ -18,6 +18,7 @@ run in every process and act as one trainer.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -27,24 +28,27 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
 from fedsplit.codecs.held import Held
 from fedsplit.disk.identity import Verify
-from fedsplit.errors import FedSplitError, RecordError, TaskOverError, TrainingError, UsageError
+from fedsplit.errors import FedSplitError, OutOfRangeError, RecordError, TaskOverError, TrainingError, UsageError
 from fedsplit.exchange.directory import Exchange, Place, place_name
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, printable, scalars
 from fedsplit.states.extra import join, separate
 from fedsplit.states.local_keys import is_local
 from fedsplit.states.module_types import ModuleTypes
-from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, own_state
+from fedsplit.states.state_dict import ModelSource, StateDict, describe_state, load_into, named, own_state
 from fedsplit.states.ties import check_shared
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
 from fedsplit.trainer.keep import Kept
 from fedsplit.trainer.local_state import Base, LocalStates
 from fedsplit.trainer.remote import Given, remote
+
+if TYPE_CHECKING:
+    from fedsplit.trainer.secure_steps import SecureSteps
 
 log = logging.getLogger("fedsplit")
 
@@ -188,8 +192,19 @@ class Task:
         check_shared(state or {}, self.is_local)
         local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
         sent = {name: tensor for name, tensor in (state or {}).items() if name not in local_part}
+        status: Literal["ok", "step"] = "ok"
+        if self.kind == "train" and self._trainer.secure_only:
+            self._check_all_is_summed(sent)
+        if self.kind == "train" and self._record.secure:
+            try:
+                sent, status = self._begin_secure_sum(sent, extra, int(examples)), "step"
+            except OutOfRangeError as exc:
+                # No mistake of the script's: it goes on, and hears of it with the next task.
+                log.warning("%s: this update does not count: %s", self._trainer.exchange.who, exc)
+                self.fail(exc)
+                return
         answer = Answer(
-            state=None if state is None else join(sent, extra or {}),
+            state=None if state is None else join(sent, extra or {}), status=status,
             local_entries=describe_state(local_part) if self.kind == "initialize" else {},
             num_examples=int(examples), loss=None if loss is None else float(loss), seconds=seconds,
             metrics=scalars({name: _plain(value) for name, value in (metrics or {}).items()}, "metrics"),
@@ -198,6 +213,29 @@ class Task:
         self._trainer._answer(self, answer, local_part, local_state)
         # Not before: if the reply cannot be given, the client must hear of that error.
         self.answered = True
+
+    def _check_all_is_summed(self, sent: StateDict) -> None:
+        """Raise UsageError if anything of an update would reach the server openly."""
+        from fedsplit.secure.messages import ranges_of
+
+        terms, is_of_type = self._record.secure, self._trainer._types.is_of_type
+        hidden = ranges_of(sent, self._record.split, terms, is_of_type) if terms else {}
+        if openly := [name for name in sent if name not in hidden]:
+            raise UsageError(
+                f"the server asks for {named(openly)} openly, and this trainer was started to send updates into secure "
+                "sums only; the server's rules must be secure(…), or local, for every entry"
+            )
+
+    def _begin_secure_sum(self, sent: StateDict, extra: object, num_examples: int) -> StateDict:
+        """Keep an update for the stages of its sum, and return what is sent now: keys."""
+        if extra:
+            raise UsageError(
+                "extra tensors would reach the server openly, and with them the update that secure(…) hides"
+            )
+        if self._trainer.processes > 1:
+            raise UsageError("in several processes an update cannot be summed securely yet: start one without torchrun")
+        is_of_type = self._trainer._types.is_of_type
+        return self._trainer._secure.begin(self._record, sent, self.state_dict, num_examples, is_of_type)
 
     def remote(
         self, activations: torch.Tensor, targets: torch.Tensor | None = None, *, generator: bool = False,
@@ -291,6 +329,8 @@ class Trainer:
         Seconds to wait for a client to be there before PeerMissingError is raised; None waits for ever.
     verify
         ``auto``: a received state whose file nobody can have changed is not digested again. ``always``: each is.
+    secure_only
+        Send an update only into secure sums: one that the server asks for openly is refused with UsageError.
     standalone
         Take part in no federation: `standalone_rounds` rounds of training and evaluation are asked for in this
         process, each from what the reply before gave. Uses no directory.
@@ -315,13 +355,14 @@ class Trainer:
         state: Literal["keep", "reset"] = "keep",
         client_wait_s: float | None = None,
         verify: Verify = "auto",
+        secure_only: bool = False,
         standalone: bool = False,
         standalone_rounds: int = 3,
     ) -> None:
         if state not in ("keep", "reset"):
             raise UsageError(f"state must be 'keep' or 'reset', not {state!r}")
         self.exchange = Exchange(exchange_dir, rank, verify)
-        self.state = state
+        self.state, self.secure_only = state, secure_only
         self.outcome: FinishedRecord | None = None
         self._has_model = model is not None
         held = Held(Path(checkpoint_dir) / place_name(rank) / "held")
@@ -334,6 +375,7 @@ class Trainer:
         if standalone:
             checkpoint_dir = self._stack.enter_context(TemporaryDirectory(prefix="fedsplit-standalone-"))
         self._local = LocalStates(Path(checkpoint_dir) / place_name(rank), self._channel, model, reset=state == "reset")
+        self._secure_directory = Path(checkpoint_dir) / place_name(rank) / "secure"
         self._types = ModuleTypes(model)
         self._current: Task | None = None
         # What came while a task waited for the other half of the model, and is not about that task.
@@ -355,6 +397,11 @@ class Trainer:
     def __iter__(self) -> Iterator[Task]:
         while isinstance(record := self._found or self._channel.next(), TaskRecord):
             self._found = None
+            if record.step and record.secure:
+                self._do_secure_step(record)
+                continue
+            # The secrets of the round before are of no use any more, or would be those of another attempt.
+            shutil.rmtree(self._secure_directory, ignore_errors=True)
             if record.step:
                 # This process did not do the steps before: the task has to begin anew.
                 self._channel.answer(record, Answer(state=None, num_examples=0, status="again"))
@@ -384,7 +431,28 @@ class Trainer:
                     f"{task.kind} of round {task.server_round} failed in process {self.process} of {self.processes}; "
                     "the processes are out of step and must be started again: torchrun --max-restarts does it"
                 )
+        if record.outcome == "complete":
+            shutil.rmtree(self._secure_directory, ignore_errors=True)
         self.outcome = record
+
+    @cached_property
+    def _secure(self) -> SecureSteps:
+        # Late: only few runs need it.
+        from fedsplit.trainer.secure_steps import SecureSteps
+
+        return SecureSteps(self._secure_directory, self.exchange.rank)
+
+    def _do_secure_step(self, record: TaskRecord) -> None:
+        """Answer a stage of a secure sum; what is wrong with it is the server's to know, and no end of the script."""
+        began = time.monotonic()
+        try:
+            state = self._secure.answer(record, self._channel.read_state(record))
+        except FedSplitError as exc:
+            log.warning("%s: no answer to stage %s of the sum: %s", self.exchange.who, record.step, exc)
+            self._channel.fail(record, _describe(exc), time.monotonic() - began)
+            return
+        seconds = time.monotonic() - began
+        self._channel.answer(record, Answer(state=state, num_examples=0, seconds=seconds, status="step"))
 
     def _answer(self, task: Task, answer: Answer, local_part: StateDict, local_state: Any) -> None:
         kept = local_state.state_after(task) if isinstance(local_state, Kept) else local_state
