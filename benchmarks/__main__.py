@@ -4,6 +4,8 @@
     python -m benchmarks --quick                      fewer repeats
     python -m benchmarks round merge                  only these topics
     python -m benchmarks stragglers                   slow ranks by a simulated clock; only if named
+    python -m benchmarks long                         memory over 2,000 rounds; some minutes, only if named
+    python -m benchmarks peers                        other federations; some minutes, only if named
     python -m benchmarks algorithms                   examples/algorithms; 72 runs of 20 s and more, only if named
 
 Exit code 0 also where a target is missed: the table says so, and a busy machine is no fault of the code's.
@@ -26,11 +28,14 @@ from rich.table import Table
 from benchmarks import (
     algorithms,
     handoff,
+    idle,
     large,
     limits,
+    long,
     memory,
     merge,
     noticing,
+    peers,
     rounds,
     scaling,
     split,
@@ -40,10 +45,10 @@ from benchmarks import (
 )  # fmt: skip
 from benchmarks.common import RESULTS, Figure, Options, machine, spread
 
-MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, split, superlink, large)
+MODULES = (handoff, noticing, idle, rounds, limits, merge, startup, memory, scaling, split, superlink, large)
 USUAL = {module.TOPIC: module for module in MODULES}
-# Accuracies are no figures of this project's speed.
-TOPICS = {**USUAL, algorithms.TOPIC: algorithms, stragglers.TOPIC: stragglers}
+# Accuracies are no figures of this project's speed, and the last two take long.
+TOPICS = {**USUAL, **{module.TOPIC: module for module in (algorithms, stragglers, long, peers)}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "topics",
         nargs="*",
         metavar="TOPIC",
-        help=f"any of {', '.join(TOPICS)} (default: all but algorithms and stragglers)",
+        help=f"any of {', '.join(TOPICS)} (default: all but algorithms, stragglers, long and peers)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs; the figures mean nothing")
