@@ -43,7 +43,7 @@ def run(options: Options) -> list[Figure]:
     with scratch_directory() as directory:
         samples = in_turns(directory, size, updates, repeats, SIDES)
         many = in_turns(directory, size // 4, 4 * updates, few, ("files",))
-        robust = in_turns(directory, size // 10, 4 * updates, few, ROBUST)
+        robust = in_turns(directory, size // 4, 4 * updates, few, ROBUST)
     label = f"merge of {updates} x {size / 1e6:g} MB"
     seconds = {side: [1000 * sample["seconds"] for sample in taken] for side, taken in samples.items()}
     models = {side: [sample["extra_bytes"] / size for sample in taken] for side, taken in samples.items()}
@@ -58,12 +58,12 @@ def run(options: Options) -> list[Figure]:
                peer="Flower classic FedAvg", peer_samples=models["classic"], target=2.5),
         Figure(topic=TOPIC, name=f"merge of {4 * updates} updates, extra memory", unit="models", samples=fresh,
                target=2.5),
-        *(Figure(topic=TOPIC, name=f"{rule} of {4 * updates} x {size / 1e7:g} MB", unit="ms",
+        *(Figure(topic=TOPIC, name=f"{rule} of {4 * updates} x {size / 4e6:g} MB", unit="ms",
                  samples=[1000 * sample["seconds"] for sample in robust[rule]], peer="numpy.median",
                  peer_samples=[1000 * sample["seconds"] for sample in robust["numpy"]], judged_by="ratio")
           for rule in ROBUST[:2]),
         *(Figure(topic=TOPIC, name=f"{rule} of {4 * updates} updates, extra memory", unit="models",
-                 samples=[sample["extra_bytes"] / (size // 10) for sample in robust[rule]], target=2.5)
+                 samples=[sample["extra_bytes"] / (size // 4) for sample in robust[rule]], target=2.5)
           for rule in ROBUST[:2]),
     ]  # fmt: skip
 
