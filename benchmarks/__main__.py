@@ -6,6 +6,8 @@
     python -m benchmarks stragglers                   slow ranks by a simulated clock; only if named
     python -m benchmarks wire                         --wire: bytes, accuracy, a slow link; needs root; only if named
     python -m benchmarks secure                       secure sums, and Flower's; only if named
+    python -m benchmarks long                         memory over 2,000 rounds; some minutes, only if named
+    python -m benchmarks peers                        other federations; some minutes, only if named
     python -m benchmarks algorithms                   examples/algorithms; 72 runs of 20 s and more, only if named
 
 Exit code 0 also where a target is missed: the table says so, and a busy machine is no fault of the code's.
@@ -28,11 +30,14 @@ from rich.table import Table
 from benchmarks import (
     algorithms,
     handoff,
+    idle,
     large,
     limits,
+    long,
     memory,
     merge,
     noticing,
+    peers,
     rounds,
     scaling,
     secure,
@@ -44,12 +49,10 @@ from benchmarks import (
 )  # fmt: skip
 from benchmarks.common import RESULTS, Figure, Options, machine, spread
 
-MODULES = (handoff, noticing, rounds, limits, merge, startup, memory, scaling, split, superlink, large)
+MODULES = (handoff, noticing, idle, rounds, limits, merge, startup, memory, scaling, split, superlink, large)
 USUAL = {module.TOPIC: module for module in MODULES}
-# Accuracies are no figures of this project's speed.
-TOPICS = {
-    **USUAL, algorithms.TOPIC: algorithms, stragglers.TOPIC: stragglers, wire.TOPIC: wire, secure.TOPIC: secure,
-}  # fmt: skip
+# Accuracies are no figures of this project's speed, and the others take long.
+TOPICS = {**USUAL, **{module.TOPIC: module for module in (algorithms, stragglers, wire, secure, long, peers)}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "topics",
         nargs="*",
         metavar="TOPIC",
-        help=f"any of {', '.join(TOPICS)} (default: all but algorithms, stragglers, wire and secure)",
+        help=f"any of {', '.join(TOPICS)} (default: all but {', '.join(name for name in TOPICS if name not in USUAL)})",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs; the figures mean nothing")

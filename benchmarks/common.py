@@ -222,6 +222,11 @@ class Program:
         """Return what it has printed."""
         return self.log_path.read_text(errors="replace")
 
+    def run_s(self) -> float:
+        """Return the processor time of its threads so far, to the microsecond; of those that have ended nothing."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
     def now_bytes(self) -> int:
         """Return the memory it has now."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
@@ -286,6 +291,12 @@ class Programs:
             self._check_time(deadline, timeout_s)
             time.sleep(0.02)
 
+    def check(self) -> None:
+        """Raise if a program has failed."""
+        for program in self.all.values():
+            if code := program.process.poll():
+                raise BenchmarkError(f"{program.name} ended with exit code {code}\n{self.tails()}")
+
     def wait_for(self, name: str, text: str, timeout_s: float = 120.0) -> None:
         """Wait until a program has printed a text."""
         deadline = time.monotonic() + timeout_s
@@ -325,6 +336,8 @@ class Federation:
         Size of the model.
     store
         ``auto`` or ``none``: by reference, or with the bytes in messages.
+    sleep_s
+        For so long rank 1 sleeps in each training.
     """
 
     directory: Path
@@ -335,6 +348,7 @@ class Federation:
     engine: str = "embedded"
     workload: Sequence[str] = field(default_factory=tuple)
     rules: Sequence[str] = ()
+    sleep_s: float = 0.0
 
     def run(self, timeout_s: float = 600.0) -> tuple[list[float], Programs]:
         """Run to the end; returns the seconds of each full round but the first, and the programs."""
@@ -351,7 +365,8 @@ class Federation:
         ranks = [str(rank) for rank in range(1, self.ranks + 1)]
         workload = self.workload or (
             "--workload", "benchmarks.noop:noop", "--workload-option", f"bytes={self.model_bytes}",
-            "--workload-option", f"stamps={self.directory}", "--threads", "1",
+            "--workload-option", f"stamps={self.directory}", "--workload-option", f"sleep={self.sleep_s}",
+            "--threads", "1",
         )  # fmt: skip
         programs.start(
             "server", "server_main.py", "--address", address, "--rounds", str(self.rounds),

@@ -7,6 +7,7 @@ Training changes one number, as otherwise every state would have the digest of t
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -30,11 +31,13 @@ class Noop:
         self.model.register_buffer("num_batches_tracked", torch.tensor(0))
         self._rank = context.rank
         self._stamps = context.options.get("stamps")
+        self._sleep_s = float(context.options.get("sleep", 0)) if context.rank == 1 else 0.0
 
     def train(self, task: object) -> TrainResult:
         """Change one number."""
         if self._stamps:
             stamp(Path(self._stamps), self._rank)
+        time.sleep(self._sleep_s)
         with torch.no_grad():
             self.model.get_parameter("layer0")[0] += 1
         return TrainResult(1)
@@ -45,5 +48,8 @@ class Noop:
 
 
 def noop(context: WorkloadContext) -> Noop:
-    """Make the workload; options: ``bytes`` of the model, ``stamps`` the directory where calls are noted."""
+    """Make the workload; options: ``bytes`` of the model, ``stamps`` the directory where calls are noted.
+
+    Rank 1 sleeps for ``sleep`` seconds in each training.
+    """
     return Noop(context)

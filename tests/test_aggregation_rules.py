@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fedsplit.aggregation import (
@@ -22,10 +22,11 @@ from fedsplit.aggregation import (
     krum,
     median,
     multi_krum,
+    numeric,
     trimmed_mean,
 )
 from fedsplit.aggregation.base import seeded_generator
-from fedsplit.aggregation.rules import BUILTIN, maximum_of_all, merge
+from fedsplit.aggregation.rules import BUILTIN, MeanAccumulator, maximum_of_all, merge
 from fedsplit.errors import AggregationError
 from tests.depth import scaled
 
@@ -104,6 +105,46 @@ def test_fedavg_is_the_running_lerp_to_the_last_bit():
     expected = torch.lerp(tensors[2], expected, 1 - 4 / 11)
     result = fedavg(updates_of(*({"w": t} for t in tensors), weights=[5, 2, 4]), context())
     assert same_bits(result["w"], expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", FLOATING)
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1000), weights=st.lists(st.integers(1, 50), min_size=1, max_size=6), cut=st.integers(0, 5))
+def test_several_at_once_are_the_same_bits_as_one_after_the_other(monkeypatch, threads, dtype, seed, weights, cut):
+    monkeypatch.setattr(numeric, "_STRETCH", 16)
+    monkeypatch.setattr(numeric, "_WORTH_THREADS", 1 if threads > 1 else 1 << 40)
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex64 if dtype.is_complex else torch.float32
+    states = [
+        {"w": torch.randn(7, 11, generator=generator, dtype=wide).to(dtype).t(),
+         "b": torch.randn((), generator=generator, dtype=wide).to(dtype),
+         "n": torch.tensor(count), "e": torch.empty(0, dtype=dtype)}
+        for count in range(len(weights))
+    ]  # fmt: skip
+    updates = updates_of(*states, weights=weights)
+    accumulator = MeanAccumulator(context())
+    assert all(accumulator.add_all(part) for part in (updates[:cut], updates[cut:]) if part)
+    found, expected = accumulator.result(), fedavg(updates, context())
+    assert found.keys() == expected.keys() and all(same_bits(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("place", [0, 40, -1])
+def test_what_is_not_finite_anywhere_leaves_the_mean_as_it_was(monkeypatch, bad, dtype, place):
+    monkeypatch.setattr(numeric, "_STRETCH", 16)
+    good = [{"v": torch.randn(20), "w": torch.randn(100, dtype=torch.float32).to(dtype)} for _ in range(5)]
+    for heavy in (1, 10**9):  # so heavy that the mean is the last update, to the last bit
+        accumulator = MeanAccumulator(context())
+        assert accumulator.add_all(updates_of(*good[:2]))
+        for position in range(3):
+            batch = [{key: tensor.clone() for key, tensor in each.items()} for each in good[2:]]
+            batch[position]["w"][place] = bad
+            assert not accumulator.add_all(updates_of(*batch, weights=[1, 1, heavy]))
+        assert accumulator.add_all(updates_of(*good[2:]))
+        found, expected = accumulator.result(), fedavg(updates_of(*good), context())
+        assert all(same_bits(found[key], expected[key]) for key in expected)
 
 
 def test_fedavg_adds_halves_up_in_float32():

@@ -182,6 +182,44 @@ def test_a_one_pass_round_really_lets_go_of_each_update():
     assert merger.finish()["body.weight"].unique().tolist() == [1.5]
 
 
+def test_updates_of_one_mean_are_merged_several_at_once_and_the_bad_among_them_are_named():
+    good = [update(rank, rank / 3, num_examples=rank) for rank in range(1, 7)]
+    bad = update(7, 1.0)
+    bad.state_dict["head.bias"].fill_(math.nan)
+    merger = begin(split_of("fedavg"))
+    assert merger.at_once > 1
+    assert merger.add_all(good[:2]) == {}
+    assert merger.add_all([good[2], bad, good[3]]) == {7: "NaN or Inf in 'head.bias'"}
+    assert merger.add_all([bad]) == {7: "NaN or Inf in 'head.bias'"}
+    assert merger.add_all(good[4:]) == {} and merger.count == 6
+    found, expected = merger.finish(), merged(split_of("fedavg"), *good)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_mask_of_the_state_is_no_reason_to_refuse_updates_merged_at_once():
+    previous = {"mask": torch.tensor([0.0, -math.inf]), "w": torch.zeros(2)}
+    updates = [
+        Update(rank=rank, state_dict=previous | {"w": torch.full((2,), float(rank))}, num_examples=1)
+        for rank in (1, 2, 3)
+    ]
+    merger = begin(split_of("fedavg", reference=previous), previous)
+    assert merger.add_all(updates) == {}
+    assert merger.finish()["mask"].tolist() == [0.0, -math.inf] and merger.count == 3
+
+
+def test_how_many_updates_wait_to_be_merged_at_once_goes_by_the_size_of_the_state():
+    def at_once(*texts, size=4):
+        previous = {"a": torch.empty(size // 4, device="meta"), "b": torch.zeros(1)}
+        return begin(split_of(*texts, reference=previous), previous).at_once
+
+    assert at_once("fedavg") == at_once("fedavg", size=50_000_000) == 8
+    assert at_once("fedavg", size=100_000_000) == 5
+    # Of a state that is larger than that no more than one update is in memory.
+    assert at_once("fedavg", size=400_000_000) == 1
+    for texts in (["median"], ["max"], ["a=frozen", "fedavg"], ["dp(fedavg, clip=1.0, noise=0)"]):
+        assert at_once(*texts) == 1
+
+
 def test_the_first_update_is_not_the_memory_the_mean_is_kept_in():
     first = update(1, 1.0)
     merged(split_of("fedavg"), first, update(2, 5.0))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from fedsplit.disk.files import write_json
+from fedsplit.disk.files import overwrite_in_place, write_json
 from fedsplit.exchange import waiting
+from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.waiting import Watch
 from tests.bounds import BOUND_S
 
@@ -70,3 +75,88 @@ def test_without_any_watch_left_it_looks_for_itself(tmp_path, monkeypatch):
     watch.sleep()
     write_json(tmp_path / "task.json", {})
     assert watch.has_changed()
+
+
+@pytest.fixture
+def place(tmp_path) -> Exchange:
+    if waiting.INotify is None:
+        pytest.skip("no inotify on this system")
+    exchange = Exchange(tmp_path, 1)
+    exchange.directory.mkdir(mode=0o700)
+    return exchange
+
+
+def quiet(place: Exchange) -> Watch:
+    """Return a watch that has found the trainer there, and nothing since."""
+    watch = Watch(place.result_path, lock=place.lock_path("trainer"))
+    assert watch.is_look_due() and place.is_held("trainer")
+    watch.looked(0.001, is_near=place.is_near("trainer"))
+    return watch
+
+
+def test_while_a_lock_is_quiet_nobody_looks_and_who_looks_wakes_nobody(place):
+    with place.hold("trainer"):
+        watch = quiet(place)
+        for _ in range(5):
+            assert Exchange(place.directory.parent, 1).is_held("trainer")
+            watch.sleep(0.002)
+            assert not watch.is_look_due()
+
+
+@pytest.mark.parametrize("how", ["leaves", "is killed"])
+def test_who_sleeps_is_told_when_the_trainer_is_gone(place, how):
+    trainer = Thread(place) if how == "leaves" else Process(place)
+    watch = quiet(place)
+    trainer.end()
+    deadline = time.monotonic() + BOUND_S
+    while place.is_held("trainer"):
+        time.sleep(0.001)
+    while not watch.is_look_due() and time.monotonic() < deadline:
+        watch.sleep()
+    assert time.monotonic() < deadline
+    # The lock may be free only after the event: the next looks are not far.
+    watch.looked(0.001, is_near=True)
+    watch.sleep(0.01)
+    assert watch.is_look_due()
+
+
+def test_a_trainer_of_another_machine_is_looked_for_as_often_as_ever(place):
+    with place.hold("trainer"):
+        owner = json.loads(place.lock_path("trainer").read_text())
+        overwrite_in_place(place.lock_path("trainer"), json.dumps(owner | {"host": "elsewhere"}))
+        watch = quiet(place)
+        for _ in range(3):
+            watch.sleep(0.01)
+            assert watch.is_look_due()
+            watch.looked(0.001, is_near=place.is_near("trainer"))
+
+
+class Thread:
+    """A trainer whose process lives on when it leaves."""
+
+    def __init__(self, place: Exchange) -> None:
+        self._stack = ExitStack()
+        self._stack.enter_context(place.hold("trainer"))
+
+    def end(self) -> None:
+        self._stack.close()
+
+
+class Process:
+    """A trainer that is killed."""
+
+    def __init__(self, place: Exchange) -> None:
+        ours, theirs = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            with Exchange(place.directory.parent, 1).hold("trainer"):
+                os.write(theirs, b"here")
+                time.sleep(BOUND_S)
+            os._exit(0)
+        os.read(ours, 4)
+        os.close(ours)
+        os.close(theirs)
+
+    def end(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)

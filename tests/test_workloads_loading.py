@@ -116,6 +116,25 @@ def test_an_unknown_option_is_refused_before_any_data_is_read(name: str, tmp_pat
 
 
 @pytest.mark.slow
+def test_the_digits_train_without_an_import_of_torchs_compiler() -> None:
+    program = (
+        "import sys, fedsplit, fedsplit.workloads as w\n"
+        "digits = w.create_workload('digits', w.WorkloadContext(rank=1))\n"
+        "with fedsplit.Trainer(1, digits.model, standalone=True, standalone_rounds=1) as trainer:\n"
+        "    for task in trainer:\n"
+        "        task.load_into(digits.model)\n"
+        "        if task.kind == 'evaluate':\n"
+        "            task.reply(loss=digits.evaluate(task).loss, num_examples=1)\n"
+        "        else:\n"
+        "            task.reply(digits.model, num_examples=digits.train(task).num_examples)\n"
+        "digits.load_local_state(digits.local_state())\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.slow
 def test_the_package_loads_no_torch_and_digits_neither_sklearn_nor_torchvision() -> None:
     program = (
         "import sys, fedsplit.workloads as w\n"

@@ -8,14 +8,22 @@ do not count it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 # torch cannot compare these; each fits into the signed type beside it. `maximum` itself handles uint64.
 _SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64}
-_CHUNK = 1 << 14
+# Elements, so few that they stay in the processor's cache: of a mean, and of each of many rows.
+_STRETCH, _CHUNK = 1 << 18, 1 << 14
+_WORTH_THREADS = 1 << 20
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 def is_floating(tensor: Tensor) -> bool:
@@ -44,7 +52,7 @@ class RunningMean:
 
     def __init__(self, first: Tensor, weight: float) -> None:
         self._dtype, self._total = first.dtype, weight
-        # A contiguous copy: lerp below must never write into what a client sent.
+        # A contiguous copy: the steps below must never write into what a client sent.
         self._mean = first.detach().to(_wide_dtype(first.dtype), copy=True, memory_format=torch.contiguous_format)
         # If the first tensor has elements that are not finite: a copy of it, and where all so far agree in them.
         self._agreed: tuple[Tensor, Tensor] | None = None
@@ -61,12 +69,7 @@ class RunningMean:
             tensor, mean = real_view(tensor), real_view(mean)
             values, agree = self._agreed
             agree &= same(tensor, values)
-        # With a weight of at least 0.5, torch computes `end - (end - start) * …`, which leaves identical inputs as they
-        # are bit for bit, -0.0 too; `start + …` would make it 0.0.
-        if share < 0.5:
-            torch.lerp(tensor, mean, 1 - share, out=mean)
-        else:
-            mean.lerp_(tensor, share)
+        _step(mean, tensor, share, mean)
 
     def result(self) -> Tensor:
         """Return the mean so far, in the type of the first tensor."""
@@ -75,6 +78,71 @@ class RunningMean:
             values, agree = self._agreed
             real_view(self._mean)[agree] = values[agree]
         return self._mean.to(self._dtype)
+
+    @classmethod
+    def after(
+        cls, means: Mapping[str, Self], states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+    ) -> dict[str, Self] | None:
+        """Return the means of several states' floating entries after ``means``; None if an element is not finite then.
+
+        Nothing that is given changes, and each state is read once: a NaN or infinity never leaves a running mean again,
+        so that to look at the result is to look at every state. The bits are those of `add` for one after the other.
+        """
+        found, jobs = {}, []
+        for key in floating_keys(states[0]):
+            mean, new, first = means.get(key), cls.__new__(cls), states[0][key]
+            totals = list(accumulate(weights, initial=mean._total if mean else 0))[1:]
+            new._dtype, new._total, new._agreed = first.dtype, totals[-1], None
+            new._mean = torch.empty(first.shape, dtype=_wide_dtype(first.dtype))
+            tensors = [*([mean._mean] if mean else []), *(state[key] for state in states)]
+            shares = [weight / total for weight, total in zip(weights, totals, strict=True)][0 if mean else 1 :]
+            rows = [torch.split(tensor.detach().reshape(-1), _STRETCH) for tensor in (new._mean, *tensors)]
+            jobs += [(stretch, shares) for stretch in zip(*rows, strict=True)]
+            found[key] = new
+        elements = sum(job[0][0].numel() for job in jobs) * len(states)
+        return found if all(side_by_side(_after, jobs, elements)) else None
+
+
+def _after(job: tuple[tuple[Tensor, ...], list[float]]) -> bool:
+    (out, first, *rest), shares = job
+    mean = _as(first, out) if rest else out.copy_(first)
+    for row, share in zip(rest, shares, strict=True):
+        _step(mean, _as(row, out), share, out)
+        mean = out
+    return surely_finite(out)
+
+
+def _as(row: Tensor, out: Tensor) -> Tensor:
+    # Even to find that there is nothing to do takes `to` a quarter as long as the step.
+    return row if row.dtype == out.dtype else row.to(out.dtype)
+
+
+def _step(mean: Tensor, tensor: Tensor, share: float, out: Tensor) -> None:
+    # With a weight of at least 0.5, torch computes `end - (end - start) * …`, which leaves identical inputs as they
+    # are bit for bit, -0.0 too; `start + …` would make it 0.0.
+    if share < 0.5:
+        torch.lerp(tensor, mean, 1 - share, out=out)
+    else:
+        torch.lerp(mean, tensor, share, out=out)
+
+
+def side_by_side(job: Callable[[Item], Done], items: Sequence[Item], elements: int) -> list[Done]:
+    """Do a job for every item, for many elements in all in as many threads as torch has; returns what they gave.
+
+    Each thread does the job alone. To have torch share out each step is a barrier a step, where it spins: on a machine
+    with other work that takes 20 times as long (measured on two cores).
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or elements < _WORTH_THREADS:
+        return [job(item) for item in items]
+    share = -(-len(items) // threads)
+    parts = [items[start : start + share] for start in range(0, len(items), share)]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return [done for part in pool.map(lambda part: [job(item) for item in part], parts) for done in part]
+    finally:
+        # It is a number of the calling thread, and of all threads that are yet to begin.
+        torch.set_num_threads(threads)
 
 
 def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -110,7 +178,8 @@ def squared_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor], ke
     """Return the squared Euclidean distance of two states over `keys`."""
     total = 0.0
     for key in keys:
-        for one, other in _chunks([left[key], right[key]]):
+        for stretch in _chunks([left[key], right[key]]):
+            one, other = map(widened, stretch)
             norm = float(torch.linalg.vector_norm(one - other, dtype=torch.float64))
             if not math.isfinite(norm):
                 apart = torch.where(same(one, other), 0, one - other)
@@ -129,24 +198,26 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the same stretch of each tensor, flat and in the wide type, short enough for the processor's cache."""
-    rows = [real_view(tensor.detach()).reshape(-1) for tensor in tensors]
-    for start in range(0, max(1, rows[0].numel()), _CHUNK):
-        yield [widened(row[start : start + _CHUNK]) for row in rows]
+def _chunks(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Return the stretches of all tensors, flat, each short enough for the processor's cache."""
+    rows = [torch.split(real_view(tensor.detach()).reshape(-1), _CHUNK) for tensor in tensors]
+    return list(zip(*rows, strict=True))
 
 
 def by_coordinate(tensors: Sequence[Tensor], merge_sorted: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """Merge each coordinate by its values in ascending order. A NaN among them gives NaN, as with `numpy.median`.
 
     `merge_sorted` makes one row of one for each client, of which the first holds the smallest values. Complex entries
-    are merged as pairs of real numbers.
+    are merged as pairs of real numbers. Besides the result no more than a few stretches are in memory.
     """
-    dtype, shape = tensors[0].dtype, tensors[0].shape
-    flat = torch.cat([merge_sorted(_sorted_rows(rows)) for rows in _chunks(tensors)])
-    if dtype.is_complex:
-        return torch.view_as_complex(flat.view(*shape, 2)).to(dtype)
-    return flat.to(dtype).view(shape)
+    result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
+
+    def merge(stretch: tuple[Tensor, ...]) -> None:
+        out, *rows = stretch
+        out.copy_(merge_sorted(_sorted_rows([widened(row) for row in rows])))
+
+    side_by_side(merge, _chunks([result, *tensors]), result.numel() * len(tensors))
+    return result
 
 
 def _sorted_rows(rows: list[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ papers, and assume that honest clients hold similar data.
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -45,6 +46,17 @@ class MeanAccumulator:
                 # The first is copied, as a view would keep the whole payload of that client alive.
                 largest = self._largest.get(key)
                 self._largest[key] = tensor.clone() if largest is None else numeric.maximum(largest, tensor)
+
+    def add_all(self, updates: Sequence[Update]) -> bool:
+        """Take several updates, reading each once; returns False, and has taken none, if a mean is not finite then."""
+        states, weights = [update.state_dict for update in updates], [update.num_examples for update in updates]
+        means = numeric.RunningMean.after(self._means, states, weights)
+        if means is None:
+            return False
+        self._means = means
+        for update in updates:
+            self.add(replace(update, state_dict={key: t for key, t in update.state_dict.items() if key not in means}))
+        return True
 
     def result(self) -> StateDict:
         return {key: mean.result() for key, mean in self._means.items()} | self._largest

@@ -22,13 +22,16 @@ from typing import Any, cast
 from torch import Tensor
 
 from fedsplit.aggregation.base import AggregationContext, Rule, StateDict, Update, seeded_generator
-from fedsplit.aggregation.rules import BUILTIN
+from fedsplit.aggregation.rules import BUILTIN, MeanAccumulator
 from fedsplit.aggregation.spec import RuleSpec, first_match
-from fedsplit.aggregation.validation import Watched, check_memory, check_output, extra_reason
+from fedsplit.aggregation.validation import Watched, check_memory, check_numbers, check_output, extra_reason
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.history import PartRow
 from fedsplit.states.state_dict import named
 from fedsplit.states.ties import find_ties
+
+# As many updates are merged in one pass over the mean, in so much memory.
+_AT_ONCE, _AT_ONCE_BYTES = 8, 1 << 29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,8 @@ class RoundMerger:
     """The merging of one round: an accumulator for each part, and the watch over what its rule does to its inputs.
 
     `count` is how many updates were added. `retains` tells whether they are kept until `finish`; if not, the server may
-    drop each payload after `add`. `extra` and `rank_extra` are the extra tensors, as the rules leave them.
+    drop each payload after `add`. `at_once` is how many updates to give to `add_all` instead; 1 if none. `extra` and
+    `rank_extra` are the extra tensors, as the rules leave them.
     """
 
     def __init__(
@@ -159,6 +163,28 @@ class RoundMerger:
             watched = [Watched("the previous global state", context.previous)]
             with _naming(rule, context):
                 self._parts.append((rule, context, rule.accumulator(context), watched))
+        size = sum(tensor.nbytes for tensor in previous.values())
+        is_mean = len(rules) == 1 and rules[0][0].accumulator is MeanAccumulator
+        self.at_once = max(1, min(_AT_ONCE, _AT_ONCE_BYTES // max(1, size))) if is_mean else 1
+
+    def add_all(self, updates: Sequence[Update]) -> dict[int, str]:
+        """Merge updates whose numbers nobody has looked at; returns the ranks refused for them, and why."""
+        ((rule, context, accumulator, _),) = self._parts
+        parts = [
+            replace(update, state_dict={key: update.state_dict[key] for key in context.previous}) for update in updates
+        ]
+        with _naming(rule, context):
+            if cast(MeanAccumulator, accumulator).add_all(parts):
+                self.count += len(updates)
+                return {}
+        # Something is not finite, perhaps rightly so: one by one, each looked at before it is merged.
+        refused = {}
+        for update in updates:
+            if reason := check_numbers(update.state_dict, self._previous):
+                refused[update.rank] = reason
+            else:
+                self.add(update)
+        return refused
 
     def add(self, update: Update) -> None:
         """Merge, or keep, one update; raises AggregationError, naming rule and part, if a rule fails on it."""

@@ -14,11 +14,12 @@ from fedsplit.states.state_dict import named
 from fedsplit.states.ties import broken_tie, find_ties
 
 
-def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
+def check_update(update: Update, reference: Mapping[str, Tensor], *, numbers: bool = True) -> str | None:
     """Return in one line why an update must be refused, or None if it may be merged.
 
     `reference` is the global state the round started from, without the parts that stay with the clients. A NaN or
-    infinity is a reason unless the reference has the same in the same place, as an attention mask of -inf.
+    infinity is a reason unless the reference has the same in the same place, as an attention mask of -inf; without
+    ``numbers`` they are not looked at.
     """
     state, examples = update.state_dict, update.num_examples
     if not isinstance(examples, int) or isinstance(examples, bool):
@@ -32,8 +33,13 @@ def check_update(update: Update, reference: Mapping[str, Tensor]) -> str | None:
             return f"{key!r} {reason}"
     if broken := broken_tie(find_ties(reference), state, expected="the global state", found="it"):
         return broken
+    return (check_numbers(state, reference) if numbers else None) or extra_reason(update.extra)
+
+
+def check_numbers(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
+    """Return in one line where a state has a NaN or infinity that the reference has not in the same place, or None."""
     bad = [key for key, tensor in state.items() if _new_non_finite(tensor, reference[key])]
-    return f"NaN or Inf in {named(bad)}" if bad else extra_reason(update.extra)
+    return f"NaN or Inf in {named(bad)}" if bad else None
 
 
 def extra_reason(extra: Mapping[str, Tensor]) -> str | None:

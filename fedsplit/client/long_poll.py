@@ -14,7 +14,7 @@ from fedsplit.exchange.waiting import Watch
 
 log = logging.getLogger("fedsplit")
 
-_TRAINER_CHECK_S = 0.08
+_TRAINER_CHECK_S, _LATE_CHECK_S = 0.08, 0.5
 _BAD_RESULT_S = 5.0
 
 
@@ -25,8 +25,7 @@ class LongPoll:
         self._side = side
         self._exchange = side.exchange
         self._trainer_wait_s = trainer_wait_s
-        self._watch = Watch(self._exchange.result_path)
-        self._trainer_checked = 0.0
+        self._watch = Watch(self._exchange.result_path, lock=self._exchange.lock_path("trainer"))
         # `time.monotonic` since when no trainer was there, while a task waits for one.
         self.missing_since: float | None = None
 
@@ -48,12 +47,11 @@ class LongPoll:
                 bad_since = bad_since or now
                 if now - bad_since > min(hold_s, _BAD_RESULT_S):
                     raise RecordError(f"the trainer's answer cannot be read: {exc}") from exc
-            if now - self._trainer_checked >= _TRAINER_CHECK_S:
-                self._trainer_checked = now
+            if self._watch.is_look_due():
                 self._check_trainer(now)
             if now - began >= hold_s:
                 return None
-            self._watch.sleep()
+            self._watch.sleep(began + hold_s - now)
 
     def _check_trainer(self, now: float) -> None:
         who, lock = self._exchange.who, self._exchange.lock_path("trainer")
@@ -61,7 +59,11 @@ class LongPoll:
             if self.missing_since is not None:
                 log.info("%s: a trainer is here (%s)", who, self._exchange.owner("trainer"))
             self.missing_since = None
-        elif self.missing_since is None:
+            self._watch.looked(_TRAINER_CHECK_S, is_near=self._exchange.is_near("trainer"))
+            return
+        missing_s = now - (self.missing_since or now)
+        self._watch.looked(max(_TRAINER_CHECK_S, min(missing_s / 20, _LATE_CHECK_S)), is_near=False)
+        if self.missing_since is None:
             self.missing_since = now
             wait_s = self._trainer_wait_s
             log.warning("%s: no trainer holds %s; waiting up to %g s for one to start", who, lock, wait_s)

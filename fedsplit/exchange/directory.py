@@ -13,6 +13,8 @@ Not promised: that a hand-off survives the death of the machine (nothing is fsyn
 any order by time stamps (there are none).
 """
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -144,12 +146,13 @@ class Exchange:
         if not self.directory.is_dir():
             self.check_is_there()
             return False
-        with self.handoff():
-            lock = self._lock_of(role)
-            if not _take(lock, 0.0):
-                return True
-            lock.release()
-            return False
+        with self.handoff(), files.explained(self.lock_path(role), "lock"):
+            return _is_locked(self.lock_path(role))
+
+    def is_near(self, role: Role) -> bool:
+        """Tell whether who holds a role, or was the last to, is on this machine."""
+        owner = self.owner(role)
+        return owner is not None and owner.host == socket.gethostname()
 
     def owner(self, role: Role) -> Owner | None:
         """Return the process that last wrote its name into a role's lock, or None."""
@@ -310,6 +313,23 @@ def forgive(read: Callable[[], Found | None]) -> Found | None:
     except RecordError as exc:
         log.warning("%s; taken as not there", exc)
         return None
+
+
+def _is_locked(path: Path) -> bool:
+    # Opened for reading only: to close what could be written to would wake whoever waits for the owner to close it.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _take(lock: FileLock, timeout_s: float) -> bool:

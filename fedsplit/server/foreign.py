@@ -14,7 +14,7 @@ Between rounds its attributes are kept in the checkpoints, those that `fedsplit.
 import inspect
 import logging
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -259,10 +259,14 @@ class _Collected:
     """The updates of a round, all kept until the strategy takes them."""
 
     retains = True
+    at_once = 1
 
     def __init__(self) -> None:
         self.updates: list[Update] = []
         self.add = self.updates.append
+
+    def add_all(self, updates: Sequence[Update]) -> dict[int, str]:
+        raise NotImplementedError  # not while `at_once` is 1
 
 
 def load_strategy(name: str) -> type[FlowerStrategy]:

@@ -190,6 +190,7 @@ class Rounds:
     def _gather(self, server_round: int, tasks: list[Task], merge: Merge) -> list[Task]:
         """Let ranks train, give their updates to the merge, and return the tasks that count for this round."""
         turns = Turns([task.rank for task in tasks])
+        waiting: list[tuple[Task, Update]] = []
 
         def train(task: Task) -> None:
             rank = task.rank
@@ -200,17 +201,22 @@ class Rounds:
                 # it is fetched when at most one other has to be merged before it.
                 turns.wait(rank, ahead=len(tasks) if reply.payload and reply.payload.via == "store" else 1)
                 task.stages.end("turn")
-                update = self._fetch(task, retains=merge.retains)
+                update = self._fetch(task, retains=merge.retains, numbers=merge.at_once == 1)
                 turns.wait(rank)
                 task.stages.end("turn")
                 if isinstance(update, str):
                     self._refuse(task, update)
-                else:
+                elif merge.at_once == 1:
                     self._add(merge, task, update)
+                else:
+                    waiting.append((task, update))
+                    if len(waiting) == merge.at_once:
+                        self._add_all(merge, waiting)
             finally:
                 turns.done(rank)
 
         in_parallel(train, tasks)
+        self._add_all(merge, waiting)
         self._ahead.clear()
         return tasks
 
@@ -227,6 +233,17 @@ class Rounds:
         merge.add(update)
         self._refused.pop(task.rank, None)
         task.stages.end("merging")
+
+    def _add_all(self, merge: Merge, waiting: list[tuple[Task, Update]]) -> None:
+        """Merge the updates that wait for it, whose numbers nobody has looked at, and let go of them."""
+        refused = merge.add_all([update for _, update in waiting]) if waiting else {}
+        for task, _ in waiting:
+            task.stages.end("merging")
+            if reason := refused.get(task.rank):
+                self._refuse(task, reason)
+            else:
+                self._refused.pop(task.rank, None)
+        waiting.clear()
 
     def _evaluate(self, server_round: int, stages: Stages, line: Line) -> None:
         """Let the strategy's choice of ranks evaluate the state, and put their results into the line."""
@@ -350,8 +367,8 @@ class Rounds:
     def _extra_bytes(self) -> int:
         return MOST_BYTES + MOST_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
 
-    def _fetch(self, task: Task, *, retains: bool) -> Update | str:
-        """Get an update and check it; returns why it is refused if it is."""
+    def _fetch(self, task: Task, *, retains: bool, numbers: bool = True) -> Update | str:
+        """Get an update and check it, its ``numbers`` too; returns why it is refused if it is."""
         try:
             content = task.fetch(task.reply)
         except RecordError as exc:
@@ -363,7 +380,9 @@ class Rounds:
         task.stages.end("transfer")
         reply = task.reply
         reader = self._compression.reader(task)
-        update = read_update(task.rank, content, reply.num_examples, reply.shown_metrics, task.base, reader)
+        update = read_update(
+            task.rank, content, reply.num_examples, reply.shown_metrics, task.base, reader, numbers=numbers
+        )
         task.stages.end("checking")
         if not isinstance(update, Update):
             return update

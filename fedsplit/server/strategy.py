@@ -57,8 +57,14 @@ class Merge(Protocol):
     retains: bool
     """Whether updates are kept until the end. If not, the server may drop each payload after `add`."""
 
+    at_once: int
+    """How many updates to give to `add_all` instead, whose numbers need no check before; 1 if it has no such way."""
+
     def add(self, update: Update) -> None:
         """Take an update that was checked; one at a time, in rank order."""
+
+    def add_all(self, updates: Sequence[Update]) -> dict[int, str]:
+        """Take the next few; returns the ranks of those refused for their numbers, and why."""
 
 
 class StreamingStrategy(FlowerStrategy):
@@ -338,25 +344,27 @@ class Strategy(StreamingStrategy):
 
 def read_update(
     rank: int, content: Any, num_examples: int, metrics: Mapping[str, Any], reference: StateDict,
-    read: Callable[[Any, str], StateDict] = decode,
+    read: Callable[[Any, str], StateDict] = decode, *, numbers: bool = True,
 ) -> Update | str:  # fmt: skip
     """Read an update of the state ``reference`` and look at every number in it; returns why it is refused if it is.
 
-    The buffer ``content`` must not change or go while the update is used; ``read`` lays a state's tensors over it.
+    Without ``numbers`` they are for the merge to look at. The buffer ``content`` must not change or go while the update
+    is used; ``read`` lays a state's tensors over it.
     """
     try:
         state = read(content, f"the update of rank {rank}")
     except RecordError as exc:
         return str(exc)
-    return _checked(rank, state, num_examples, metrics, reference)
+    return _checked(rank, state, num_examples, metrics, reference, numbers)
 
 
 def _checked(
-    rank: int, state: StateDict, num_examples: int, metrics: Mapping[str, Any], reference: StateDict
-) -> Update | str:
+    rank: int, state: StateDict, num_examples: int, metrics: Mapping[str, Any], reference: StateDict,
+    numbers: bool = True,
+) -> Update | str:  # fmt: skip
     state, extra = separate(state)
     update = Update(rank=rank, state_dict=state, num_examples=num_examples, metrics=metrics, extra=extra)
-    return check_update(update, reference) or update
+    return check_update(update, reference, numbers=numbers) or update
 
 
 def refusal(reason: str) -> flower.FitRes:

@@ -313,7 +313,7 @@ class SplitRounds(Rounds):
         }  # fmt: skip
         return line
 
-    def _fetch(self, task: Task, *, retains: bool) -> Update | str:
+    def _fetch(self, task: Task, *, retains: bool, numbers: bool = True) -> Update | str:
         """Put a rank's update together: its own entries, and those of the upper part that it trained with."""
         steps, reply = self._steps, task.reply
         try:

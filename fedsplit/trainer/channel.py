@@ -99,9 +99,8 @@ class ExchangeChannel(Channel):
         self._held = held
         self._side = TrainerSide(exchange)
         self._client_wait_s = client_wait_s
-        self._watch = Watch(exchange.task_path, exchange.finished_path)
+        self._watch = Watch(exchange.task_path, exchange.finished_path, lock=exchange.lock_path("client"))
         self._looked_at = 0.0
-        self._client_checked = 0.0
         self._missing_since: float | None = None
         self._awaited = ""
 
@@ -130,8 +129,7 @@ class ExchangeChannel(Channel):
                 if now - bad_since > _BAD_RECORD_S:
                     log.warning("%s; waiting for the client to write it anew", exc)
                     bad_since = now + _REMIND_S
-            if now - self._client_checked > _CLIENT_CHECK_S:
-                self._client_checked = now
+            if self._watch.is_look_due():
                 self._check_client(now)
                 whom = "a client" if self._missing_since else "the server's next task"
                 if now - reminded > _REMIND_S or whom != self._awaited:
@@ -180,7 +178,9 @@ class ExchangeChannel(Channel):
         wait_for_space(lambda: self._side.answer(record, error=error, seconds=seconds))
 
     def _check_client(self, now: float) -> None:
-        if self._exchange.is_held("client"):
+        is_here = self._exchange.is_held("client")
+        self._watch.looked(_CLIENT_CHECK_S, is_near=is_here and self._exchange.is_near("client"))
+        if is_here:
             self._missing_since = None
             return
         self._missing_since = self._missing_since or now

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedsplit.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 class Launch(NamedTuple):
@@ -26,6 +31,29 @@ class Launch(NamedTuple):
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
         return cls(*(int(environment[name]) for name in names))
+
+
+def leave_compiler_out() -> None:
+    """Let optimizers be made without torch's compiler, whose import takes as long as the rest of torch.
+
+    They import it only to tell it to leave four of their methods alone, which nobody compiles here. An attribute of
+    torch's own says that this was done; where another release has none, the compiler is imported as before.
+    """
+    import torch
+
+    if "torch._dynamo" not in sys.modules:
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+            method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+            if method is not None:
+                vars(method).setdefault("__dynamo_disable", method)
+
+
+def step(optimizer: Optimizer) -> None:
+    """Do an optimizer's step without what torch puts around it: hooks, of which none is set, and again the compiler."""
+    import torch
+
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def set_up_torch(device: str, threads: int | None, num_partitions: int, launch: Launch) -> str:

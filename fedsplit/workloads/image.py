@@ -27,6 +27,7 @@ from fedsplit.errors import UsageError, WorkloadError
 from fedsplit.exchange.work import steps_to_do
 from fedsplit.trainer.trainer import Task
 from fedsplit.workloads import EvaluateResult, OptionReader, TrainResult, WorkloadContext
+from fedsplit.workloads.device import leave_compiler_out, step
 from fedsplit.workloads.partition import partition, read_alpha
 
 _EVALUATION_BATCH_SIZE = 256
@@ -107,6 +108,7 @@ class ImageWorkload:
         in_group = distributed.is_available() and distributed.is_initialized()
         self._process, self._processes = (distributed.get_rank(), distributed.get_world_size()) if in_group else (0, 1)
         self._forward = self.model if self._processes == 1 else DistributedDataParallel(self.model)
+        leave_compiler_out()
         # Each round sets its own lr, momentum and weight decay.
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=self._settings.lr)
         rank_seed = np.random.SeedSequence([context.seed, context.rank]).generate_state(1, np.uint64)[0]
@@ -220,7 +222,7 @@ class ImageWorkload:
             objective = objective + proximal * proximal_term(self.model, anchor)
         self._optimizer.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
+        step(self._optimizer)
         if len(labels):
             tally.add(loss, logits, labels)
 
