@@ -260,14 +260,11 @@ def test_an_evaluation_says_what_is_held_too_and_sends_no_state(client: Callable
 # -- what is refused at the start --------------------------------------------------------------------------------------
 
 
-def test_split_learning_and_secure_sums_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_learning_and_secure_sums_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--split-learning cannot go with --wire"):
         UpperHalf(ServerSettings(wire=("zstd",)), "sfl-v1", tmp_path)
-    from fedsplit.aggregation import spec
-
-    monkeypatch.setitem(spec.BUILTIN_RULES, "secure", {})  # type: ignore[index]
     with pytest.raises(UsageError, match="--wire cannot go with secure"):
-        ServerSettings(wire=("zstd",), aggregate=("secure",))
+        ServerSettings(wire=("zstd",), aggregate=("secure(fedavg, range=1.0)",))
 
 
 def test_a_relay_loads_nothing_that_packs() -> None:

@@ -78,6 +78,15 @@ class Beginning:
             asked = self.state.payload
             self.state.put(self._without_local(initial()))
             self.state.drop([asked.digest] if asked.bytes else [])
+        else:
+            self._check_local()
+
+    def _check_local(self) -> None:
+        """Raise UsageError if a trainer gave its whole state, and nothing of it is what the rules keep local."""
+        names = self.state.entries
+        local = [spec.part for spec in self.settings.rules if spec.name == "local" and not spec.by_type]
+        if local and not self.run.local_entries() and not any(is_local(n, self.settings.local_patterns) for n in names):
+            raise UsageError(f"no entry matches the local patterns {named(local)}; there are {named(names)}")
 
     def _without_local(self, chunks: Sequence[Any]) -> list[Any]:
         """Take what stays with the trainers out of a state, and note what that was."""
@@ -101,14 +110,10 @@ def ask_for_initial_state(context: RoundContext, request: Request, run: Run) -> 
         try:
             content = conversation.fetch(reply)
             # Another rank is asked if this one's cannot be read.
-            state = decode(content, "the initial state")
+            decode(content, "the initial state")
             described_state(reply.local_entries)
             if travels := _travelling(reply.local_entries, request.split):
                 raise RecordError(f"it keeps {travels} at home, which the rules do not")
-            if not reply.local_entries and (local := [pattern for pattern, stays in request.split if stays]):
-                raise RecordError(
-                    f"no entry matches the local patterns {named(local)}; there are {printable(named(state))}"
-                )
         except RecordError as exc:
             failures.append(f"rank {rank}: {exc}")
             log.warning("no initial state from %s", failures[-1])
