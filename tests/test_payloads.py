@@ -51,6 +51,13 @@ def test_the_same_payload_twice_is_one_file(store):
     assert len(names_in(store.root)) == 1
 
 
+def test_what_has_to_wait_stays_when_the_same_bytes_are_dropped_and_leaves_no_file(store):
+    stored = store.put([CONTENT])
+    parked = store.park(CONTENT)
+    store.drop(stored.digest)
+    assert parked[:] == CONTENT and not names_in(store.root)
+
+
 @pytest.mark.parametrize("name", NOT_DIGESTS)
 def test_no_name_but_a_digest_is_ever_opened_or_removed(store, name):
     for use in (store.path, store.take, store.map, store.drop):

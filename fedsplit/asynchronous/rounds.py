@@ -239,7 +239,9 @@ class AsyncRounds(Rounds):
             for task in tasks:
                 payload = task.reply.payload
                 self._keep(task.base_round, [task.state.digest, *([payload.digest] if payload else [])])
-            used = {task.base_round for task in (*self._buffer.at_work.values(), *self._buffer.arrived.values())}
+            # An evaluation that is no longer waited for may still be on its way to its rank.
+            busy = (*self._buffer.at_work.values(), *self._buffer.arrived.values(), *self._evaluating.values())
+            used = {task.base_round for task in busy}
             gone = set().union(*(self._kept.pop(base) for base in self._kept.keys() - used))
             kept = self.run.payloads.kept = set().union(*self._kept.values())
         self._state.drop(gone - kept)

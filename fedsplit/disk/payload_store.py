@@ -132,6 +132,18 @@ class PayloadStore:
             temporary.replace(path)
         return StoredPayload(digest=path.name, bytes=size, path=path, identity=identity)
 
+    def park(self, content: files.Buffer) -> mmap.mmap:
+        """Write bytes that have to wait into a file without a name, and map it; they go with the mapping.
+
+        Under the name of their digest they would go when another rank's result of the same bytes is dropped.
+        """
+        temporary = self.root / f"writing-{secrets.token_hex(8)}"
+        try:
+            files.write_chunks(temporary, [content])
+            return files.map_regular(temporary)
+        finally:
+            files.remove(temporary)
+
     def map(self, digest: str, *, own: bool = False, identity: Identity | None = None) -> mmap.mmap:
         """Map a payload after checking its bytes against its name, unless this process wrote or checked them (`own`).
 

@@ -376,7 +376,7 @@ class Rounds:
         task.update_bytes = len(content)
         if retains and isinstance(content, bytes):
             # What has to wait for the others waits in a file, not in memory.
-            content = self.run.payloads.map(self.run.payloads.put([content]).digest, own=True)
+            content = self.run.payloads.park(content)
         task.stages.end("transfer")
         reply = task.reply
         reader = self._compression.reader(task)
