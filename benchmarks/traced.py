@@ -22,7 +22,7 @@ from typing import Any
 ONCE = {
     "server": "fedsplit.split_learning.beyond:Beyond.step",
     "client": "fedsplit.client.relay:Relay.fit",
-    "trainer": "fedsplit.trainer.trainer:Task.hand_over",
+    "trainer": "fedsplit.trainer.task:Task.hand_over",
 }
 
 

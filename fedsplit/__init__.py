@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fedsplit.server.strategy import Strategy
     from fedsplit.trainer.keep import keep
     from fedsplit.trainer.progress import Progress
-    from fedsplit.trainer.trainer import Task, Trainer
+    from fedsplit.trainer.task import Task
+    from fedsplit.trainer.trainer import Trainer
     from fedsplit.workloads import EvaluateResult, TrainResult, WorkloadContext
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 
 _HOMES = {
     "AggregationContext": "aggregation.base", "Update": "aggregation.base", "FedSplitError": "errors",
-    "Strategy": "server.strategy", "Progress": "trainer.progress", "Task": "trainer.trainer",
+    "Strategy": "server.strategy", "Progress": "trainer.progress", "Task": "trainer.task",
     "Trainer": "trainer.trainer", "EvaluateResult": "workloads", "TrainResult": "workloads",
     "WorkloadContext": "workloads", "keep": "trainer.keep",
 }  # fmt: skip

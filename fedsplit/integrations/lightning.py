@@ -24,7 +24,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 
 from fedsplit.errors import TrainingError, UsageError
 from fedsplit.exchange.work import steps_to_do, work_share
-from fedsplit.trainer.trainer import Task, Trainer
+from fedsplit.trainer.task import Task
+from fedsplit.trainer.trainer import Trainer
 
 
 def federate(

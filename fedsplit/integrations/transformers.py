@@ -22,7 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fedsplit.errors import StateMismatchError, TrainingError
 from fedsplit.exchange.work import steps_to_do, work_share
 from fedsplit.states.state_dict import StateDict, describe_difference
-from fedsplit.trainer.trainer import Task, Trainer
+from fedsplit.trainer.task import Task
+from fedsplit.trainer.trainer import Trainer
 
 # What Transformers and this module add to the metrics of an evaluation.
 _NOT_METRICS = {"round", "total_step", "epoch", "runtime", "samples_per_second", "steps_per_second"}

@@ -20,7 +20,7 @@ from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.noise import CutNoise
 from fedsplit.split_learning.workload import SplitWorkload, draws, measured
 from fedsplit.trainer.remote import remote_window
-from fedsplit.trainer.trainer import Task
+from fedsplit.trainer.task import Task
 from fedsplit.workloads import EvaluateResult, StatefulWorkload, TrainResult, WorkloadContext
 
 

@@ -14,7 +14,7 @@ import torch
 
 from fedsplit.disk.files import make_private_directory, open_regular, write_chunks
 from fedsplit.errors import CheckpointError
-from fedsplit.trainer.trainer import Task
+from fedsplit.trainer.task import Task
 
 _FILE, _SECRET_BYTES = "cut-noise.key", 32
 

@@ -23,7 +23,8 @@ from fedsplit.split_learning.workload import SplitWorkload, measured
 from fedsplit.states.state_dict import StateDict, named, own_state
 from fedsplit.trainer.progress import Progress
 from fedsplit.trainer.remote import Given, narrow, pack, unpack, widen
-from fedsplit.trainer.trainer import Task, Trainer
+from fedsplit.trainer.task import Task
+from fedsplit.trainer.trainer import Trainer
 from fedsplit.workloads.runner import run_tasks
 
 log = logging.getLogger("fedsplit")

@@ -19,7 +19,7 @@ import torch
 from fedsplit.errors import UsageError
 
 if TYPE_CHECKING:
-    from fedsplit.trainer.trainer import Task
+    from fedsplit.trainer.task import Task
 
 # The only key of a dict that stands for an object; its value is the kind and what the object is made of.
 _MARK = "fedsplit object"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from fedsplit.trainer.trainer import Task
+from fedsplit.trainer.task import Task
 
 
 class Progress:

@@ -11,7 +11,7 @@ from fedsplit.exchange.records import Scalar
 from fedsplit.states.state_dict import StateDict
 
 if TYPE_CHECKING:
-    from fedsplit.trainer.trainer import Task
+    from fedsplit.trainer.task import Task
 
 Value = TypeVar("Value")
 

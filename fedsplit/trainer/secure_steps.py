@@ -25,7 +25,7 @@ from fedsplit.secure.protocol import Group, Secrets
 from fedsplit.secure.vector import to_fixed, weighted
 from fedsplit.states.extra import join, separate
 from fedsplit.states.local_keys import IsOfType
-from fedsplit.states.state_dict import StateDict, encode, map_file
+from fedsplit.states.state_dict import StateDict, encode, map_file, named
 
 _SESSION = "session.safetensors"
 
@@ -45,6 +45,15 @@ class SecureSteps:
 
     def __init__(self, directory: Path, rank: int) -> None:
         self._directory, self._rank = directory, rank
+
+    def check_nothing_is_open(self, record: TaskRecord, sent: StateDict, is_of_type: IsOfType) -> None:
+        """Raise UsageError if anything of an update would reach the server openly."""
+        hidden = messages.ranges_of(sent, record.split, record.secure, is_of_type) if record.secure else {}
+        if openly := [name for name in sent if name not in hidden]:
+            raise UsageError(
+                f"the server asks for {named(openly)} openly, and this trainer was started to send updates into secure "
+                "sums only; the server's rules must be secure(…), or local, for every entry"
+            )
 
     def begin(
         self, record: TaskRecord, update: StateDict, start: StateDict, weight: int, is_of_type: IsOfType

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fedsplit.errors import UsageError, WorkloadError
 from fedsplit.exchange.work import steps_to_do
-from fedsplit.trainer.trainer import Task
+from fedsplit.trainer.task import Task
 from fedsplit.workloads import EvaluateResult, OptionReader, TrainResult, WorkloadContext
 from fedsplit.workloads.device import leave_compiler_out, step
 from fedsplit.workloads.partition import partition, read_alpha

@@ -16,7 +16,8 @@ from fedsplit.errors import (
     TaskOverError,
 )
 from fedsplit.trainer.progress import Progress
-from fedsplit.trainer.trainer import Task, Trainer
+from fedsplit.trainer.task import Task
+from fedsplit.trainer.trainer import Trainer
 from fedsplit.workloads import StatefulWorkload, Workload
 
 log = logging.getLogger("fedsplit")
