@@ -9,13 +9,11 @@ that were held out from each rank's own part, which is what personalised methods
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.common import RESULTS, Figure, Options, Programs, scratch_directory
+from benchmarks.common import RESULTS, Figure, Options, history_of_run
 
 TOPIC = "algorithms"
 RANKS, ROUNDS = 4, 20
@@ -75,29 +73,15 @@ def run(options: Options) -> list[Figure]:
 
 def _measure(algorithm: Algorithm, alpha: float, seed: int, rounds: int) -> Outcome:
     options = (*algorithm.options, "partition=dirichlet", f"alpha={alpha}")
-    with scratch_directory() as directory, Programs(directory) as programs:
-        try:
-            programs.start(
-                "run", "-m", "fedsplit", "run", "--ranks", str(RANKS), "--rounds", str(rounds), "--seed", str(seed),
-                "--evaluate-every", str(rounds), "--workload", f"{HERE}.{algorithm.workload}",
-                *(f"--aggregate={rule}" for rule in algorithm.rules),
-                *(f"--workload-option={option}" for option in options),
-                "--exchange-dir", str(directory / "exchange"), "--checkpoint-dir", str(directory / "checkpoints"),
-            )  # fmt: skip
-            programs.wait(timeout_s=1200.0)
-        finally:
-            programs.interrupt("run")  # it ends what it has started
-            programs.all["run"].process.wait(60)
-        return _read(directory / "checkpoints" / "server")
-
-
-def _read(server: Path) -> Outcome:
-    lines = [json.loads(line) for line in (server / "history.jsonl").read_text().splitlines()]
+    lines, bytes_down = history_of_run(
+        "--ranks", str(RANKS), "--rounds", str(rounds), "--seed", str(seed), "--evaluate-every", str(rounds),
+        "--workload", f"{HERE}.{algorithm.workload}", *(f"--aggregate={rule}" for rule in algorithm.rules),
+        *(f"--workload-option={option}" for option in options),
+    )  # fmt: skip
     found, sent = lines[-1]["evaluate"], [row["bytes"] for row in lines[-1]["clients"].values()]
-    state = max(server.glob("round-*/state.safetensors"))
     return Outcome(
         accuracy=100 * found["accuracy"], own_accuracy=100 * found["own_accuracy"],
-        bytes_up=statistics.mean(sent), bytes_down=state.stat().st_size,
+        bytes_up=statistics.mean(sent), bytes_down=bytes_down,
     )  # fmt: skip
 
 

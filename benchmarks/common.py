@@ -27,6 +27,7 @@ from typing import Any
 
 from fedsplit.engines.forked import Forked
 from fedsplit.engines.processes import free_port as free_port
+from fedsplit.run.history import read_history
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -324,6 +325,20 @@ class Programs:
         while not self._done.wait(_WATCH_S):
             for program in list(self.all.values()):
                 program.look()
+
+
+def history_of_run(*flags: str, timeout_s: float = 1200.0) -> tuple[list[dict[str, Any]], int]:
+    """Do ``fedsplit run`` with flags in a fresh directory; returns the lines of its history, and the state's bytes."""
+    with scratch_directory() as directory, Programs(directory) as programs:
+        places = ("--exchange-dir", str(directory / "exchange"), "--checkpoint-dir", str(directory / "checkpoints"))
+        try:
+            programs.start("run", "-m", "fedsplit", "run", *flags, *places)
+            programs.wait(timeout_s=timeout_s)
+        finally:
+            programs.interrupt("run")  # it ends what it has started
+            programs.all["run"].process.wait(60)
+        server = directory / "checkpoints" / "server"
+        return read_history(server / "history.jsonl"), max(server.glob("round-*/state.safetensors")).stat().st_size
 
 
 @dataclass(kw_only=True)

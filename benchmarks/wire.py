@@ -10,16 +10,14 @@ built in). The same as Markdown goes to ``benchmarks/results/wire.md``. Only whe
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, Figure, Options, Programs, scratch_directory
+from benchmarks.common import RESULTS, ROOT, Figure, Options, history_of_run, scratch_directory
 from examples.make_certificates import make_certificates
 from fedsplit import EvaluateResult, TrainResult, WorkloadContext
 from tests.test_network import Cable, Distributed, Network, missing
@@ -100,19 +98,10 @@ def run(options: Options) -> list[Figure]:
 
 
 def _train(name: str, wire: Sequence[str], seed: int, rounds: int) -> Outcome:
-    with scratch_directory() as directory, Programs(directory) as programs:
-        try:
-            programs.start(
-                "run", "-m", "fedsplit", "run", "--ranks", str(RANKS), "--rounds", str(rounds), "--seed", str(seed),
-                "--payload-store", "none", *(f"--wire={each}" for each in wire),
-                "--exchange-dir", str(directory / "exchange"), "--checkpoint-dir", str(directory / "checkpoints"),
-                *WORKLOADS[name],
-            )  # fmt: skip
-            programs.wait(timeout_s=1200.0)
-        finally:
-            programs.interrupt("run")  # it ends what it has started
-            programs.all["run"].process.wait(60)
-        lines = _lines(directory / "checkpoints" / "server")
+    lines, _ = history_of_run(
+        "--ranks", str(RANKS), "--rounds", str(rounds), "--seed", str(seed), "--payload-store", "none",
+        *(f"--wire={each}" for each in wire), *WORKLOADS[name],
+    )  # fmt: skip
     sums = {key: sum(line.get("wire", {}).get(key, 0) for line in lines) for key in ("sent", "sent_plain", "received",
                                                                                      "received_plain")}  # fmt: skip
     return Outcome(
@@ -141,14 +130,10 @@ def _slow(wire: Sequence[str], size: int, rounds: int) -> tuple[list[float], flo
             assert set(codes.values()) == {0}, federation.tails()
         finally:
             federation.stop()
-        lines = _lines(federation.checkpoints / "server")[1:]
+        lines = federation.history()[1:]
         whole = federation.final_state().stat().st_size
     moved = [sum(line["wire"][key] for key in ("sent", "received")) for line in lines if "wire" in line]
     return [line["seconds"] for line in lines], statistics.median(moved) / RANKS if moved else 2.0 * whole
-
-
-def _lines(server: Path) -> list[dict[str, dict[str, int]]]:
-    return [json.loads(line) for line in (server / "history.jsonl").read_text().splitlines()]
 
 
 def _has_transformers() -> bool:

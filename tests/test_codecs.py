@@ -75,8 +75,7 @@ def entries(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 def test_what_loses_nothing_comes_back_bit_for_bit_whatever_the_bits(
     pairs: list[tuple[torch.Tensor, torch.Tensor]], codec: str
 ) -> None:
-    base = {f"entry.{index}": first for index, (first, _) in enumerate(pairs)}
-    new = {f"entry.{index}": second for index, (_, second) in enumerate(pairs)}
+    base, new = ({f"entry.{index}": pair[side] for index, pair in enumerate(pairs)} for side in (0, 1))
     assert bits(sent(new, base, *[codec] * bool(codec))) == bits(new)
 
 
@@ -84,8 +83,7 @@ def test_what_loses_nothing_comes_back_bit_for_bit_whatever_the_bits(
 def test_a_receiver_finds_the_bits_that_the_sender_knows_of_and_only_finite_floats_lose_any(
     pairs: list[tuple[torch.Tensor, torch.Tensor]], codec: str
 ) -> None:
-    base = {f"entry.{index}": first for index, (first, _) in enumerate(pairs)}
-    new = {f"entry.{index}": second for index, (_, second) in enumerate(pairs)}
+    base, new = ({f"entry.{index}": pair[side] for index, pair in enumerate(pairs)} for side in (0, 1))
     made = packed(new, base, codec)
     found = received(b"".join(encode(made.entries())), base)
     assert bits(found) == bits(made.state)

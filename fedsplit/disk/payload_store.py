@@ -113,9 +113,11 @@ class PayloadStore:
         except OSError:
             return None
 
-    def give(self, source: Path, digest: str) -> None:
-        """Put a finished file into the store."""
-        files.link_or_copy(source, self.path(digest))
+    def give(self, source: Path, digest: str, identity: Identity | None = None) -> StoredPayload:
+        """Put a finished file into the store; `identity` is what its writer gave."""
+        path = self.path(digest)
+        files.link_or_copy(source, path)
+        return StoredPayload(digest=digest, bytes=source.stat().st_size, path=path, identity=identity)
 
     @property
     def announced_root(self) -> str | None:

@@ -125,10 +125,7 @@ class Run:
 
     def payload_of(self, checkpoint: Checkpoint) -> StoredPayload:
         """Bring a checkpoint's state back into the payload store; its digest was checked when it was read."""
-        source, digest = checkpoint.path(STATE_FILE), checkpoint.files[STATE_FILE]
-        path = self.payloads.path(digest)
-        files.link_or_copy(source, path)
-        return StoredPayload(digest=digest, bytes=source.stat().st_size, path=path)
+        return self.payloads.give(checkpoint.path(STATE_FILE), checkpoint.files[STATE_FILE])
 
     def partial_line(self) -> dict[str, Any]:
         """Return what the resumed round's line had when its state was saved."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedsplit.codecs.packed import describe, pack, unpack
 from fedsplit.codecs.spec import parse_wire
 from fedsplit.disk.checkpoints import Checkpoint
-from fedsplit.disk.files import Buffer, link_or_copy
+from fedsplit.disk.files import Buffer
 from fedsplit.disk.payload_store import PayloadStore, StoredPayload
 from fedsplit.errors import MissingPackageError, RecordError, UsageError
 from fedsplit.run.history import Line
@@ -65,10 +65,7 @@ class Compression:
             self._residual = map_file(resumed.path(_RESIDUAL))
         if wire and resumed and _SHORT in resumed.files:
             # Whoever trains from it must not begin anew.
-            source, digest = resumed.path(_SHORT), resumed.files[_SHORT]
-            path = self._store.path(digest)
-            link_or_copy(source, path)
-            self._note_short(StoredPayload(digest=digest, bytes=source.stat().st_size, path=path))
+            self._note_short(self._store.give(resumed.path(_SHORT), resumed.files[_SHORT]))
 
     def files(self) -> dict[str, list[Buffer] | Path]:
         """Return what belongs into the checkpoint."""

@@ -189,11 +189,7 @@ class Beyond:
             raise RecordError(differs("the trainer of the upper part", self._request, at))
         stored = None
         if payload:
-            self._store.give(self.exchange.directory / payload.file, payload.digest)
-            stored = StoredPayload(
-                digest=payload.digest, bytes=payload.bytes, path=self._store.path(payload.digest),
-                identity=payload.identity,
-            )  # fmt: skip
+            stored = self._store.give(self.exchange.directory / payload.file, payload.digest, payload.identity)
         step.digest, step.is_answered = digest, True
         return Answered(payload=stored, numbers=result.metrics, seconds=result.seconds)
 
