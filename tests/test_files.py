@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,23 @@ def test_a_link_to_what_is_not_there_is_an_error_that_names_both(tmp_path, other
     with pytest.raises(ExchangeError, match=f"cannot link {source} to {target}"):
         link_or_copy(source, target)
     assert not target.exists()
+
+
+def test_a_name_that_always_has_a_file_can_always_be_linked(tmp_path):
+    source, is_over = tmp_path / "source", threading.Event()
+    source.write_bytes(b"content")
+
+    def write_again() -> None:
+        while not is_over.is_set():
+            write_chunks(source, [b"content"])
+
+    with ThreadPoolExecutor(1) as others:
+        others.submit(write_again)
+        try:
+            for number in range(1000):
+                link_or_copy(source, tmp_path / str(number))
+        finally:
+            is_over.set()
 
 
 def test_a_link_into_a_directory_that_is_gone_is_an_error(tmp_path):

@@ -137,10 +137,10 @@ def link_or_copy(source: Path, target: Path) -> None:
         try:
             try:
                 # Whole at once, and without a rename, which would wake those who wait for a record.
-                os.link(source, target, follow_symlinks=False)
+                _link(source, target)
             except FileExistsError:
                 remove(temporary)
-                os.link(source, temporary, follow_symlinks=False)
+                _link(source, temporary)
                 temporary.replace(target)
                 # rename(2) between two names of one inode does nothing and leaves both.
                 remove(temporary)
@@ -150,6 +150,16 @@ def link_or_copy(source: Path, target: Path) -> None:
             with open_regular(source) as reader, atomic_file(target) as writer:
                 while chunk := reader.read(_COPY_BYTES):
                     write_all(writer, chunk)
+
+
+def _link(source: Path, name: Path) -> None:
+    """Link; again if another file took the source's name meanwhile: one without a name left cannot be linked."""
+    while True:
+        try:
+            return os.link(source, name, follow_symlinks=False)
+        except FileNotFoundError:
+            if not (os.path.lexists(source) and name.parent.is_dir()):
+                raise
 
 
 def open_regular(path: Path) -> BufferedReader:

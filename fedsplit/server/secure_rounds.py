@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from fedsplit.aggregation import Update, check_update
+from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.errors import RecordError, UsageError
 from fedsplit.exchange.records import SecureTerms
 from fedsplit.run.history import Line
@@ -149,10 +150,11 @@ class SecureRounds(Rounds):
     ) -> dict[int, Any]:  # fmt: skip
         """Ask ranks for a stage, all at the same time; returns what was taken of their answers, by rank."""
         context, found = self._context(self.settings.round_timeout), dict[int, Any]()
+        payloads = self._put(questions)
 
         def ask(task: Task) -> None:
             try:
-                content = self._train_one(task) if step == 0 else self._ask_one(context, step, task, questions)
+                content = self._ask_one(context, step, task, payloads[task.rank]) if step else self._train_one(task)
                 found[task.rank] = take(task, decode(content, f"the answer of rank {task.rank}"))
             except RecordError as exc:
                 why[task.rank] = f"{_STAGES[step]} did not come: {exc}" if step else str(exc)
@@ -170,17 +172,24 @@ class SecureRounds(Rounds):
             raise RecordError("its trainer knows nothing of secure sums, and sent its update openly; upgrade it")
         return task.fetch(task.reply)
 
-    def _ask_one(self, context: Any, step: int, task: Task, questions: Mapping[int, StateDict]) -> Any:
-        question = self.run.payloads.put(encode(questions[task.rank]))
-        if self.remote:
-            self.remote.give(question.path, question.digest)
+    def _put(self, questions: Mapping[int, StateDict]) -> dict[int, StoredPayload]:
+        """Put questions where ranks find them, one that several are asked only once; returns the payload by rank."""
+        distinct = {id(question): question for question in questions.values()}
+        put = {key: self.run.payloads.put(encode(question)) for key, question in distinct.items()}
+        for payload in put.values():
+            self._sum.payloads.add(payload.digest)
+            if self.remote:
+                self.remote.give(payload.path, payload.digest)
+        return {rank: put[id(question)] for rank, question in questions.items()}
+
+    def _ask_one(self, context: Any, step: int, task: Task, question: StoredPayload) -> Any:
         # Of an update, in any dtype: the words of the summed entries, and the others as they are.
         most = HEADER_BYTES + (self._state.payload.bytes + 4 * self._sum.total.size if step == 2 else 0)
         request = replace(task.request, step=step, config={}, refused=None)
         stage = Stage(context=context, rank=task.rank, request=request, state=question, most_bytes=most)
         reply = stage.until_done()
         with self._sum.lock:
-            self._sum.payloads |= {question.digest} | ({reply.payload.digest} if reply.payload else set())
+            self._sum.payloads |= {reply.payload.digest} if reply.payload else set()
             self._sum.bytes_up += reply.payload.bytes if reply.payload else 0
         if reply.status == "ok":
             raise RecordError("its trainer answered with something else")
