@@ -182,6 +182,25 @@ def test_extra_tensors_travel_as_they_are_unless_a_pattern_names_them() -> None:
             received(b"".join(encode(made.entries())), base, extra_bytes=size - 1)
 
 
+@pytest.mark.parametrize("codec", ["delta+zstd", "delta+int8+zstd", "delta+top-k(fraction=0.1)+bfloat16"])
+def test_several_threads_pack_the_same_bytes_and_unpack_the_same_bits(codec: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"first": (700, 1000), "small": (3,), "none": (0,), "second": (450_001,), "third": (64, 1000)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    new = {name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            one = packed(new, base, codec)
+            payload = b"".join(encode(one.entries()))
+            found.append((payload, bits(received(payload, base)), bits(one.state), bits(one.residual)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
 def test_tied_weights_are_packed_once_and_tied_again() -> None:
     weight = torch.randn(100, 10)
     base = {"embedding": weight, "head": weight}

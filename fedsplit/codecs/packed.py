@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from msgspec import Meta, ValidationError, convert
 
+from fedsplit.aggregation.numeric import side_by_side, surely_finite
 from fedsplit.codecs import numbers
 from fedsplit.codecs.numbers import STREAMS, Array, Form
 from fedsplit.codecs.spec import Codec, codec_of, parse_codec
@@ -83,14 +84,11 @@ def pack(
         return None
     streams: defaultdict[str, list[Array]] = defaultdict(list)
     found, residual, entries = StateDict(), StateDict(), {}
-    for name, tensor in own.items():
-        codec = numbers.applicable(codec_of(name, wire), tensor.dtype, tensor.numel())
-        codec, parts, found[name] = _encode(codec, tensor, base.get(name), carried.get(name))
-        if codec.loses:
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            lost = tensor.to(wide) - found[name].to(wide)
-            before = carried.get(name)
-            residual[name] = lost if before is None else lost + before
+    jobs = [(codec_of(name, wire), tensor, base.get(name), carried.get(name)) for name, tensor in own.items()]
+    done = side_by_side(_encode, jobs, sum(tensor.numel() for tensor in own.values()))
+    for (name, tensor), (codec, parts, found[name], lacks) in zip(own.items(), done, strict=True):
+        if lacks is not None:
+            residual[name] = lacks
         entries[name] = (str(codec), NAMES[tensor.dtype], tuple(tensor.shape))
         for (stream, _), part in zip(numbers.layout(codec, tensor.dtype, tensor.numel()), parts, strict=True):
             streams[stream + _ZSTD * codec.zstd].append(part)
@@ -133,13 +131,15 @@ def unpack(
         plans.append((name, codec, form, parts))
     streams = {stream: _stream(payload, stream, count, where) for stream, count in wanted.items()}
     at: defaultdict[str, int] = defaultdict(int)
-    found = StateDict()
+    jobs = []
     for name, codec, form, parts in plans:
-        arrays = []
+        rows = []
         for stream, count in parts:
-            arrays.append(streams[stream][at[stream] : at[stream] + count])
+            rows.append((STREAMS[stream.removesuffix(_ZSTD)], streams[stream][at[stream] : at[stream] + count]))
             at[stream] += count
-        found[name] = numbers.decode(codec, arrays, form, base.get(name), f"{where}: {name!r}")
+        jobs.append((codec, rows, form, base.get(name), f"{where}: {name!r}"))
+    done = side_by_side(_decode, jobs, sum(math.prod(form[1]) for _, _, form, _ in plans))
+    found = StateDict(zip(description.entries, done, strict=True))
     for name, kept in description.ties.items():
         if name in found or kept not in found:
             raise RecordError(f"{where}: {name!r} cannot be another name of {kept!r}")
@@ -148,14 +148,27 @@ def unpack(
 
 
 def _encode(
-    codec: Codec, tensor: torch.Tensor, base: torch.Tensor | None, carried: torch.Tensor | None
-) -> tuple[Codec, list[Array], torch.Tensor]:
+    job: tuple[Codec, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+) -> tuple[Codec, list[Array], torch.Tensor, torch.Tensor | None]:
+    """Return how an entry travels, as what, what its reader finds, and what that lacks; None of what loses nothing."""
+    wanted, tensor, base, carried = job
+    codec = numbers.applicable(wanted, tensor.dtype, tensor.numel())
     parts = numbers.encode(codec, tensor, base, carried)
-    found = numbers.decode(codec, parts, (tensor.dtype, tuple(tensor.shape)), base, "packed") if codec.loses else tensor
-    if codec.loses and not found.isfinite().all():
+    if not codec.loses:
+        return codec, parts, tensor, None
+    found = numbers.decode(codec, parts, (tensor.dtype, tuple(tensor.shape)), base, "packed")
+    if not (surely_finite(found) or found.isfinite().all()):
         # Of NaN, infinity and what is beyond a narrow type nothing may be lost, least of all the other side's refusal.
-        return _encode(codec.lossless, tensor, base, None)
-    return codec, parts, found
+        return _encode((codec.lossless, tensor, base, None))
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    lost = tensor.to(wide) - found.to(wide)
+    return codec, parts, found, lost if carried is None else lost + carried
+
+
+def _decode(job: tuple[Codec, list[tuple[np.dtype[Any], Array]], Form, torch.Tensor | None, str]) -> torch.Tensor:
+    codec, rows, form, base, where = job
+    parts = [np.ascontiguousarray(found).reshape(-1).view(dtype) for dtype, found in rows]
+    return numbers.decode(codec, parts, form, base, where)
 
 
 def _check(name: str, codec: Codec, form: Form, base: torch.Tensor | None, left: int, where: str) -> int:
@@ -178,19 +191,28 @@ def _joined(streams: Mapping[str, list[Array]]) -> StateDict:
     """Return each stream's bytes; one that zstd does not make smaller is as long as ever, and seen to be by that."""
     found = StateDict()
     for stream, parts in streams.items():
-        joined = np.concatenate(parts)
-        content: Any = joined.view(np.uint8)
-        if stream.endswith(_ZSTD) and joined.size:
-            # The first bytes of all numbers, then all second bytes: those that are alike stand together.
-            grouped = np.ascontiguousarray(content.reshape(-1, joined.itemsize).T)
-            packed = _zstandard().ZstdCompressor(level=_LEVEL).compress(grouped)
-            content = np.frombuffer(packed, np.uint8) if len(packed) < joined.nbytes else content
-        found[stream] = torch.from_numpy(np.array(content))
+        content: Any = b""
+        size = sum(part.nbytes for part in parts)
+        if stream.endswith(_ZSTD) and size:
+            content = _zstandard().ZstdCompressor(level=_LEVEL).compress(_grouped(parts))
+        if not 0 < len(content) < size:
+            content = np.concatenate(parts).view(np.uint8)
+        found[stream] = torch.from_numpy(np.array(np.frombuffer(content, np.uint8)))
+    return found
+
+
+def _grouped(parts: Sequence[Array]) -> Array:
+    """Return the first bytes of all numbers, then all second bytes: those that are alike stand together."""
+    found = np.empty((parts[0].itemsize, sum(part.size for part in parts)), np.uint8)
+    at = 0
+    for part in parts:
+        found[:, at : at + part.size] = part.view(np.uint8).reshape(-1, part.itemsize).T
+        at += part.size
     return found
 
 
 def _stream(payload: Mapping[str, torch.Tensor], stream: str, count: int, where: str) -> Array:
-    """Return the numbers of a stream, which are so many; raises RecordError if they are not."""
+    """Return the numbers of a stream as rows of bytes; raises RecordError unless they are so many."""
     dtype = STREAMS[stream.removesuffix(_ZSTD)]
     size = count * dtype.itemsize
     if stream not in payload or payload[stream].dtype != torch.uint8:
@@ -199,10 +221,9 @@ def _stream(payload: Mapping[str, torch.Tensor], stream: str, count: int, where:
     if len(content) != size:
         if not stream.endswith(_ZSTD):
             raise RecordError(f"{where}: the stream {stream!r} has {len(content):,} bytes, expected {size:,}")
-        grouped = _unpacked(content, size, f"{where}: the stream {stream!r}")
-        content = np.ascontiguousarray(grouped.reshape(dtype.itemsize, -1).T).reshape(-1)
+        return _unpacked(content, size, f"{where}: the stream {stream!r}").reshape(dtype.itemsize, -1).T
     # numpy reads numbers at any address, torch does not.
-    return content.view(dtype) if content.ctypes.data % 8 == 0 else content.copy().view(dtype)
+    return (content if content.ctypes.data % 8 == 0 else content.copy()).reshape(-1, dtype.itemsize)
 
 
 def _unpacked(content: Array, size: int, where: str) -> Array:

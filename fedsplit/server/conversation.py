@@ -28,6 +28,8 @@ log = logging.getLogger("fedsplit")
 
 # How many pieces are under way to clients at the same time: of each there are several copies in memory.
 _SENDERS = 8
+# How many updates are under way to here at the same time: they may share a link.
+FETCHED_AT_ONCE = 4
 # How long it is looked for a client before anybody is told that it is away, and how often after that.
 _SOON_S, _LOOK_S = 0.05, 1.0
 # How long an answer may take beyond the round's deadline: long enough to be told of it.
@@ -247,7 +249,7 @@ class Conversation:
             raise RecordError(str(exc)) from exc
         # Its own deadline, as the ranks before this one may have needed all of the round's.
         wait_s = min(context.client_wait_s, context.timeout_s)
-        over = time.monotonic() + _TRANSFER_S + size / BYTES_PER_S + wait_s
+        over = time.monotonic() + _TRANSFER_S + FETCHED_AT_ONCE * size / BYTES_PER_S + wait_s
         try:
             while not incoming.is_whole:
                 peer = self._find_peer()

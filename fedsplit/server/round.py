@@ -16,9 +16,11 @@ Importing this module imports torch.
 
 import logging
 import math
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from flwr.common import Code, EvaluateIns, EvaluateRes, FitIns, Status
@@ -38,7 +40,7 @@ from fedsplit.run.time_account import Stages, describe_round
 from fedsplit.server.balance import Balance
 from fedsplit.server.beginning import Beginning, ask_for_initial_state
 from fedsplit.server.compression import Compression
-from fedsplit.server.conversation import Conversation, RoundContext
+from fedsplit.server.conversation import FETCHED_AT_ONCE, Conversation, RoundContext
 from fedsplit.server.observer import Observer
 from fedsplit.server.peer import Reply
 from fedsplit.server.roster import Roster
@@ -56,6 +58,8 @@ log = logging.getLogger("fedsplit")
 # that is stopped waits at most that long for the ranks.
 _RANK_HOLD_S, _MANY_HOLD_S = 0.05, 5.0
 _FAREWELL_S = 10.0
+# Updates that come in messages are fetched early only where the disk could hold so many of them.
+_EARLY_UPDATES = 10
 
 
 @dataclass(kw_only=True)
@@ -192,18 +196,21 @@ class Rounds:
         turns = Turns([task.rank for task in tasks])
         waiting: list[tuple[Task, Update]] = []
 
+        def wait(task: Task, ahead: int = 0) -> None:
+            turns.wait(task.rank, ahead=ahead)
+            task.stages.end("turn")
+
         def train(task: Task) -> None:
-            rank = task.rank
             try:
                 self._await_training(task)
                 reply = task.reply
                 # What lies in the store is read and checked beside the others. What comes in messages takes room here:
-                # it is fetched when at most one other has to be merged before it.
-                turns.wait(rank, ahead=len(tasks) if reply.payload and reply.payload.via == "store" else 1)
-                task.stages.end("turn")
-                update = self._fetch(task, retains=merge.retains, numbers=merge.at_once == 1)
-                turns.wait(rank)
-                task.stages.end("turn")
+                # it is fetched when few others have to be merged before it, and read when at most one has.
+                ahead = len(tasks) if reply.payload and reply.payload.via == "store" else 1
+                wait(task, max(ahead, self._fetched_ahead(reply)))
+                may_read = partial(wait, task, ahead)
+                update = self._fetch(task, retains=merge.retains, numbers=merge.at_once == 1, may_read=may_read)
+                wait(task)
                 if isinstance(update, str):
                     self._refuse(task, update)
                 elif merge.at_once == 1:
@@ -213,12 +220,19 @@ class Rounds:
                     if len(waiting) == merge.at_once:
                         self._add_all(merge, waiting)
             finally:
-                turns.done(rank)
+                turns.done(task.rank)
 
         in_parallel(train, tasks)
         self._add_all(merge, waiting)
         self._ahead.clear()
         return tasks
+
+    def _fetched_ahead(self, reply: Reply) -> int:
+        """Return how many others may still have to be merged before an update is fetched: each has its own link."""
+        if reply.payload is None or reply.payload.via != "pull":
+            return 0
+        free = shutil.disk_usage(self.run.payloads.root).free
+        return FETCHED_AT_ONCE - 1 if free > _EARLY_UPDATES * reply.payload.bytes else 1
 
     def _await_training(self, task: Task) -> None:
         """Ask until there is an answer, unless it came along with the evaluation of the round before."""
@@ -367,8 +381,13 @@ class Rounds:
     def _extra_bytes(self) -> int:
         return MOST_BYTES + MOST_STATES * self._state.payload.bytes if self.strategy.reads_extra else 0
 
-    def _fetch(self, task: Task, *, retains: bool, numbers: bool = True) -> Update | str:
-        """Get an update and check it, its ``numbers`` too; returns why it is refused if it is."""
+    def _fetch(
+        self, task: Task, *, retains: bool, numbers: bool = True, may_read: Callable[[], None] = lambda: None
+    ) -> Update | str:
+        """Get an update and check it, its ``numbers`` too; returns why it is refused if it is.
+
+        `may_read` waits until there may be one more update in memory.
+        """
         try:
             content = task.fetch(task.reply)
         except RecordError as exc:
@@ -378,6 +397,7 @@ class Rounds:
             # What has to wait for the others waits in a file, not in memory.
             content = self.run.payloads.park(content)
         task.stages.end("transfer")
+        may_read()
         reply = task.reply
         reader = self._compression.reader(task)
         update = read_update(

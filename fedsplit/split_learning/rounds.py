@@ -19,7 +19,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -313,12 +313,15 @@ class SplitRounds(Rounds):
         }  # fmt: skip
         return line
 
-    def _fetch(self, task: Task, *, retains: bool, numbers: bool = True) -> Update | str:
+    def _fetch(
+        self, task: Task, *, retains: bool, numbers: bool = True, may_read: Callable[[], None] = lambda: None
+    ) -> Update | str:
         """Put a rank's update together: its own entries, and those of the upper part that it trained with."""
         steps, reply = self._steps, task.reply
         try:
             content = task.fetch(reply)
             task.stages.end("transfer")
+            may_read()
             uppers = steps.uppers()
             task.stages.end("turn")
             if self.mode == "sequential":
