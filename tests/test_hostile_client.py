@@ -22,7 +22,6 @@ from tests.depth import scaled
 from tests.hostile import ESCAPES, Grammar, HostileClient, attacking
 from tests.programs import Programs
 from tests.test_five_programs import link_tests
-from tests.test_recovery import start_trainers_first
 
 SHOWN_NOWHERE = ("\x1b", "\x07", "\x00", "\u202e")
 
@@ -152,13 +151,20 @@ class Stalling(HostileClient):
 def test_what_is_late_is_over_whatever_the_client_says(federation: Programs, how: str) -> None:
     """It is always working, says nothing, leaves and comes back, sends a byte at a time, or wants the state again."""
     rounds = 2
-    # A round begins when it is there too.
-    federation.server_flags = ("--rounds", str(rounds), "--min-clients", "3", "--round-timeout", "2")
+    federation.server_flags = ("--rounds", str(rounds), "--min-clients", "2", "--round-timeout", "2")
     client = Stalling(f"127.0.0.1:{federation.port}", rank=3, spoils=0.0)
     client.how = how
     federation.allow(rounds)
-    start_trainers_first(federation)
+    for name in ("server", "client-1", "client-2"):
+        federation.start(name)
+    for rank in (1, 2):
+        federation.wait_for("server", f"rank {rank}: client")
     with attacking(client):
+        federation.wait_for("server", "rank 3: client")
+        # Only now can anybody give the initial state: a round begins when all are there.
+        federation.start("model-2")
+        federation.wait_for("model-2", "waiting for")
+        federation.start("model-1")
         codes = federation.wait()
     assert codes == dict.fromkeys(codes, 0), f"{codes}\n{federation.tails()}"
     assert_undisturbed(federation, rounds)

@@ -37,7 +37,8 @@ class Script:
     @property
     def trainer(self) -> tuple[str, ...]:
         path = SCRIPTS / f"{self.name}_federated.py"
-        return (sys.executable, "-m", "tests.held", str(path), "--site", "{rank}", *self.flags)
+        # With -u it is not forked from another process, from which a DataLoader would take how to start its workers.
+        return (sys.executable, "-u", "-m", "tests.held", str(path), "--site", "{rank}", *self.flags)
 
     def trained_lines(self, found: Federation, rank: int) -> int:
         """Return how many lines of training a trainer has printed."""
