@@ -55,12 +55,12 @@ def ram() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_with_the_exchange_on_disk(tmp_path: Path) -> None:
-    run_chaos(tmp_path, faults=10, seed=1, rounds=60, longest_pause_s=3.0)
+    run_chaos(tmp_path, faults=10, seed=1, rounds=40, longest_pause_s=3.0)
 
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_with_the_exchange_in_memory(tmp_path: Path, ram: Path) -> None:
-    run_chaos(tmp_path, faults=10, seed=2, rounds=60, longest_pause_s=3.0, exchange_dir=ram)
+    run_chaos(tmp_path, faults=10, seed=2, rounds=40, longest_pause_s=3.0, exchange_dir=ram)
 
 
 @pytest.mark.smoke

@@ -362,7 +362,7 @@ def test_ten_kills_change_nothing_where_states_travel_as_differences(tmp_path: P
         tmp_path,
         faults=10,
         seed=3,
-        rounds=60,
+        rounds=40,
         longest_pause_s=3.0,
         more_flags=("--payload-store=none", "--wire=delta+zstd"),
     )
