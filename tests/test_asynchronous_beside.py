@@ -28,7 +28,7 @@ from fedsplit.server.strategy import Strategy
 from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.states.extra import separate
 from fedsplit.states.state_dict import StateDict, decode
-from tests.test_asynchronous import FAST_S, INITIAL, final, lines, settings, sleeping, started, wait_for
+from tests.test_asynchronous import FAST_S, INITIAL, end, final, lines, settings, sleeping, started, wait_for
 from tests.test_asynchronous_journal import Killed, Stepped, a_run, again, killing
 
 MODES: list[dict[str, Any]] = [{"buffer": 1}, {"buffer": 2}, {"merge_after": 2}]
@@ -137,8 +137,7 @@ def test_a_replay_counts_the_ranks_as_they_were_and_asks_all_that_were_asked(tmp
     ranks[2].is_lost = False
     assert federation.roster is not None
     federation.roster.arrive(ranks[2])
-    thread.join(60)
-    assert not thread.is_alive()
+    end(thread)
     found = again(tmp_path / "run", wanted, tmp_path / "again", [sleeping(rank, 0.0) for rank in (1, 2, 3)])
     assert all(torch.equal(found[name], final(tmp_path / "run")[name]) for name in INITIAL)
 
@@ -220,8 +219,7 @@ def test_whoever_is_gone_for_good_is_not_waited_for(
     evaluate_every = 1 if how == "evaluation" else 0
     wanted = settings(tmp_path, min_clients=3, evaluate_every=evaluate_every, **mode)
     thread = started(Federation(tmp_path, wanted, INITIAL, ranks))
-    thread.join(60)
-    assert not thread.is_alive()
+    end(thread)
     assert [sorted(line["clients"])[:2] for line in lines(tmp_path)] == [["1", "2"]] * 4
     assert not any("3" in line["clients"] for line in lines(tmp_path)[1:])
 

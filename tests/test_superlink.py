@@ -159,7 +159,7 @@ def inner_port_is_closed(server: psutil.Process, outer_port: int) -> None:
         ("/v1/control/list-runs", 404), ("/v1/fleet/pull-messages", 404), ("/health", 404),
         ("/v1/runtime/acquire-task", 401), ("/v1/runtime/get-nodes", 401),
     ):  # fmt: skip
-        connection = http.client.HTTPConnection("127.0.0.1", inner[0], timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", inner[0], timeout=BOUND_S)
         connection.request("POST", path, body=b"", headers={"content-type": "application/protobuf"})
         found = connection.getresponse().status
         assert found == expected, (path, found)
