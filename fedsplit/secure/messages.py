@@ -41,8 +41,8 @@ def read_rows(state: StateDict, length: int) -> dict[int, bytes]:
     """Read bytes by rank; raises RecordError if that is not what it is."""
     ranks, content = state.get(_RANKS), state.get(_BYTES)
     if (
-        ranks is None or content is None or ranks.dtype != torch.int64 or content.dtype != torch.uint8
-        or content.shape != (ranks.numel(), length)
+        ranks is None or content is None or ranks.dtype != torch.int64 or ranks.ndim != 1
+        or content.dtype != torch.uint8 or content.shape != (ranks.numel(), length)
     ):  # fmt: skip
         raise RecordError(f"expected {length} bytes for each of some ranks")
     found = dict(zip(ranks.tolist(), map(bytes, content.numpy()), strict=True))

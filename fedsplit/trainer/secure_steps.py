@@ -9,6 +9,7 @@ second list of survivors would let the server take both masks off one update.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from msgspec import to_builtins
 
-from fedsplit.disk.files import make_private_directory, wait_for_space, write_chunks
+from fedsplit.disk.files import make_private_directory, remove, wait_for_space, write_chunks
 from fedsplit.errors import CheckpointError, FedSplitError, OutOfRangeError, RecordError, UsageError
 from fedsplit.exchange.records import TaskRecord
 from fedsplit.secure import messages, protocol
@@ -76,6 +77,11 @@ class SecureSteps:
         make_private_directory(self._directory, CheckpointError)
         wait_for_space(lambda: write_chunks(self._directory / _SESSION, encode(join(plain, own))))
         return messages.rows({self._rank: messages.to_row(secrets.advert(weight))})
+
+    def forget(self) -> None:
+        """End the session: what it was asked is kept for as long as its secrets are there to answer it."""
+        remove(self._directory / _SESSION)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def answer(self, record: TaskRecord, question: StateDict) -> StateDict:
         """Return the answer to a stage; raises RecordError if none must be given."""
