@@ -81,6 +81,16 @@ def _floor_ms(size: int) -> float:
     """Return what a round's writing, digesting, copying and merging take, one after the other, divided by the cores."""
     import torch
 
+    written, hashed, copied = passes_ms(size)
+    model = torch.empty(size // 4)
+    merged = _milliseconds(model.sum) + _milliseconds(lambda: model.lerp_(model, 0.5))
+    return (3 * written + 3 * hashed + 4 * copied + 2 * merged) / _CORES
+
+
+def passes_ms(size: int) -> tuple[float, float, float]:
+    """Return the ms to write so many bytes to the RAM disk, to digest them, and to copy them into a tensor."""
+    import torch
+
     torch.set_num_threads(1)
     content, model = bytearray(os.urandom(size)), torch.empty(size // 4)
     with scratch_directory() as directory:
@@ -96,11 +106,9 @@ def _floor_ms(size: int) -> float:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             model.copy_(torch.frombuffer(mapped, dtype=torch.float32))
 
-        written = _milliseconds(write)
-        hashed = _milliseconds(lambda: hashlib.sha256(content).digest())
-        copied = _milliseconds(copy)
-    merged = _milliseconds(model.sum) + _milliseconds(lambda: model.lerp_(model, 0.5))
-    return (3 * written + 3 * hashed + 4 * copied + 2 * merged) / _CORES
+        return (
+            _milliseconds(write), _milliseconds(lambda: hashlib.sha256(content).digest()), _milliseconds(copy)
+        )  # fmt: skip
 
 
 def _merge_floor_ms(size: int) -> float:

@@ -4,7 +4,8 @@
 
 **Step.** Batches of 32, with activations of 0.1 and 4 MB, through the real programs on one machine; a step is the time
 from one batch of a rank to its next, beside the same halves in one process, in turns. The model is the least there is:
-what a step takes beyond the plain one is the way between the halves. Where it goes is what the history says of a mean
+what a step takes beyond the plain one is the way between the halves; the machine's limit is the plain one and what its
+two payloads take to be written, digested and copied. Where it goes is what the history says of a mean
 step, and the processor time of all programs together is from `benchmarks.traced`. With ``FLARE_PYTHON``, a Python that
 has nvflare 2.9 and torch, the same halves also train in NVIDIA FLARE's simulator (`benchmarks.flare_split`).
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, BenchmarkError, Figure, Options, Programs, free_port, scratch_directory
+from benchmarks.limits import passes_ms
 from fedsplit.run.time_account import account_step
 
 TOPIC = "split"
@@ -41,6 +43,7 @@ SLEEP_S = 0.04
 # The header of a payload, and what it says of its entries.
 _FRAME_BYTES = 1_000
 _PLAIN, _FLARE = "plain split in one process", "NVIDIA FLARE, Collab API, simulator"
+_LIMIT = "the plain split, and its two payloads written, digested and copied"
 
 
 @dataclass(kw_only=True)
@@ -125,10 +128,15 @@ def steps(options: Options) -> list[Figure]:
                 split += periods
                 shares.append(parts)
         where = {name: statistics.median(each[name] for each in shares) for name in shares[0]}
+        payloads = 2 * sum(passes_ms(size))
         figures.append(Figure(
             topic=TOPIC, name=f"step, batch of 32, activations of {size / 1e6:g} MB", unit="ms", samples=split,
             peer=_PLAIN, peer_samples=alone, judged_by="difference", target=STEP_TARGETS[size],
             note=", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in where.items()),
+        ))  # fmt: skip
+        figures.append(Figure(
+            topic=TOPIC, name=f"step, {size / 1e6:g} MB", unit="ms", samples=split, judged_by="ratio",
+            peer=_LIMIT, peer_samples=[each + payloads for each in alone],
         ))  # fmt: skip
         figures.append(Figure(
             topic=TOPIC, name=f"the same step, {size / 1e6:g} MB", unit="ms", samples=split if flare else (),
