@@ -153,6 +153,62 @@ def test_a_client_or_the_server_that_is_killed_after_a_stage_changes_nothing(
         assert_same(federation.final_state(), undisturbed)
 
 
+MASK = ("--mask-here",)
+MASKING = {"client-1": MASK, "client-2": MASK}
+
+
+@pytest.mark.slow
+def test_masks_that_two_clients_make_give_the_same_bits_as_those_of_the_trainers(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)") as federation:
+        start_all(federation, MASKING)
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert [line["accepted"] for line in federation.history()] == [3, 3, 3]
+        assert_same(federation.final_state(), undisturbed)
+        # The trainers had no part in it; what was kept of the rounds went with the run.
+        made = [path.name for path in federation.checkpoints.glob("rank-*/secure")]
+        assert len(made) == 1 and not list((federation.exchange / "masked").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_client_that_masks_and_is_killed_after_a_stage_changes_nothing(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor], stage: int
+) -> None:
+    with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)") as federation:
+        start_all(federation, MASKING)
+        asked = federation.exchange / "masked" / "rank-1" / f"stage-{stage}.safetensors"
+        federation.wait_until(lambda: asked.exists() or federation.rounds_finished() == 3)
+        federation.kill("client-1")
+        federation.start("client-1", *MASK)
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert_same(federation.final_state(), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model-1", "server"])
+def test_a_trainer_or_the_server_that_is_killed_where_clients_mask_changes_nothing(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor], name: str
+) -> None:
+    with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)") as federation:
+        start_all(federation, MASKING)
+        session = federation.exchange / "masked" / "rank-1" / "session.safetensors"
+        federation.wait_until(lambda: session.exists() or federation.rounds_finished() == 3)
+        federation.kill(name)
+        federation.start(name, *(("--resume",) if name == "server" else ()))
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert_same(federation.final_state(), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_client_that_masks_gives_a_server_nothing_openly(tmp_path: Path) -> None:
+    with federation_of(tmp_path, "fedavg", ranks=2, rounds=1, client_flags=MASK) as federation:
+        federation.start_all()
+        assert federation.wait(names=["server"]) == {"server": 15}
+        assert "asks for an update openly" in federation.history()[0]["refused"]["1"]
+
+
 @pytest.mark.slow
 def test_what_the_store_holds_of_secure_parts_is_as_even_as_random_bytes(tmp_path: Path) -> None:
     flags = (*MODEL, "--workload-option", "seeded=true")

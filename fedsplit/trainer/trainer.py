@@ -18,7 +18,6 @@ run in every process and act as one trainer.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -140,7 +139,7 @@ class Trainer:
                 self._do_secure_step(record)
                 continue
             # The secrets of the round before are of no use any more, or would be those of another attempt.
-            shutil.rmtree(self._secure_directory, ignore_errors=True)
+            self._forget_secrets()
             if record.step:
                 # This process did not do the steps before: the task has to begin anew.
                 self._channel.answer(record, Answer(state=None, num_examples=0, status="again"))
@@ -171,7 +170,7 @@ class Trainer:
                     "the processes are out of step and must be started again: torchrun --max-restarts does it"
                 )
         if record.outcome == "complete":
-            shutil.rmtree(self._secure_directory, ignore_errors=True)
+            self._forget_secrets()
         self.outcome = record
 
     @cached_property
@@ -180,6 +179,10 @@ class Trainer:
         from fedsplit.trainer.secure_steps import SecureSteps
 
         return SecureSteps(self._secure_directory, self.exchange.rank)
+
+    def _forget_secrets(self) -> None:
+        if self._secure_directory.exists():
+            self._secure.forget()
 
     def _do_secure_step(self, record: TaskRecord) -> None:
         """Answer a stage of a secure sum; what is wrong with it is the server's to know, and no end of the script."""
