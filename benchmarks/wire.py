@@ -1,7 +1,7 @@
 """``--wire``: how many bytes travel, what that does to the accuracy, and how long a round takes over a slow link.
 
-Accuracy: the digits' real programs, two ranks, 20 rounds, three seeds; and the languages of
-``examples/lora_languages.py``, whole model, as far as Transformers are installed. Seconds: 20 MB of which each rank
+Accuracy: real programs, two ranks, 20 rounds, three seeds; the digits, and a small language model
+(`benchmarks.letters`) with three of the codecs. Seconds: 20 MB of which each rank
 moves every number by a Gaussian, the worst case for what packs, over cables of 50 Mbit/s and 40 ms there and back, in
 network namespaces as in ``tests/test_network.py`` (that needs root; a thread makes the delay, as netem is often not
 built in). The same as Markdown goes to ``benchmarks/results/wire.md``. Only where it is named.
@@ -9,7 +9,6 @@ built in). The same as Markdown goes to ``benchmarks/results/wire.md``. Only whe
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +30,8 @@ CODECS: dict[str, Sequence[str]] = {
     "delta+int8+zstd": ("delta+int8+zstd",), "delta+top-k(fraction=0.1)+zstd": ("delta+top-k(fraction=0.1)+zstd",),
     "delta+top-k(fraction=0.01)+zstd": ("delta+top-k(fraction=0.01)+zstd",),
 }  # fmt: skip
-WORKLOADS = {
-    "digits": ("--workload", "digits"),
-    "languages": ("--", "python", str(ROOT / "examples/lora_languages.py"), "--rank", "{rank}", "--exchange-dir",
-                  "{exchange_dir}", "--checkpoint-dir", "{checkpoint_dir}"),
-}  # fmt: skip
+WORKLOADS = {"digits": "digits", "letters": "benchmarks.letters:letters"}
+OF_LETTERS = ("as it is", "delta+bfloat16+zstd", "delta+int8+zstd")
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,10 @@ def drift(context: WorkloadContext) -> Drift:
 
 def run(options: Options) -> list[Figure]:
     """Measure."""
-    names = [name for name in WORKLOADS if name == "digits" or (not options.quick and _has_transformers())]
     seeds, rounds = range(options.pick(3, 1, 1)), options.pick(ROUNDS, ROUNDS, 2)
     reached = {
         (name, codec): [_train(name, wire, seed, rounds) for seed in seeds]
-        for name in names for codec, wire in CODECS.items()
+        for name in WORKLOADS for codec, wire in CODECS.items() if name == "digits" or codec in OF_LETTERS
     }  # fmt: skip
     figures = [_accuracy(name, codec, found) for (name, codec), found in reached.items()]
     text = markdown(reached)
@@ -100,7 +95,7 @@ def run(options: Options) -> list[Figure]:
 def _train(name: str, wire: Sequence[str], seed: int, rounds: int) -> Outcome:
     lines, _ = history_of_run(
         "--ranks", str(RANKS), "--rounds", str(rounds), "--seed", str(seed), "--payload-store", "none",
-        *(f"--wire={each}" for each in wire), *WORKLOADS[name],
+        *(f"--wire={each}" for each in wire), "--workload", WORKLOADS[name],
     )  # fmt: skip
     sums = {key: sum(line.get("wire", {}).get(key, 0) for line in lines) for key in ("sent", "sent_plain", "received",
                                                                                      "received_plain")}  # fmt: skip
@@ -134,10 +129,6 @@ def _slow(wire: Sequence[str], size: int, rounds: int) -> tuple[list[float], flo
         whole = federation.final_state().stat().st_size
     moved = [sum(line["wire"][key] for key in ("sent", "received")) for line in lines if "wire" in line]
     return [line["seconds"] for line in lines], statistics.median(moved) / RANKS if moved else 2.0 * whole
-
-
-def _has_transformers() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 
 
 def markdown(reached: Mapping[tuple[str, str], Sequence[Outcome]]) -> str:

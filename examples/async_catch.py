@@ -68,10 +68,11 @@ class Simulation:
         self.policy = policy
         self.between_updates = threading.Lock()
         self.games = 0
+        # It pauses once it has played so many.
+        self.most = 0
         self._optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
         self._random = torch.Generator().manual_seed(rank)
         self._first = 0 if rank % 2 else COLUMNS // 2
-        self._wanted = threading.Event()
         self._end = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="simulation")
@@ -82,12 +83,11 @@ class Simulation:
 
     def __exit__(self, *exc: object) -> None:
         self._end.set()
-        self._wanted.set()
         self._thread.join()
 
     def wait_for(self, games: int) -> None:
         """Wait until so many games have been played in all; raises what ended the simulation, if it has."""
-        self._wanted.set()
+        self.most = max(self.most, games)
         while self._error is None and self.games < games:
             time.sleep(0.001)
         if self._error is not None:
@@ -95,10 +95,12 @@ class Simulation:
 
     def _run(self) -> None:
         try:
-            # From the first request on: whoever plays alone for long before learns its own half of the grid by heart,
-            # and no mean with the others gets it out of that again.
-            self._wanted.wait()
             while not self._end.is_set():
+                # Whoever plays far more than the others, or alone before the first request, learns its own half of the
+                # grid by heart, and no mean with the others gets it out of that again.
+                if self.games >= self.most:
+                    time.sleep(0.001)
+                    continue
                 with self.between_updates:
                     self._update()
                 time.sleep(0)  # a lock is not fair: let somebody who waits for it have it
@@ -133,6 +135,7 @@ def serve(trainer: Trainer, simulation: Simulation, judge: Callable[[nn.Module],
                 tensor.copy_(task.state_dict[name] + learned)
             answered = {name: tensor.clone() for name, tensor in simulation.policy.state_dict().items()}
             since, games = simulation.games - games, simulation.games
+            simulation.most = games + 2 * games_per_answer
         task.reply(answered, num_examples=since)
 
 
@@ -148,7 +151,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--exchange-dir", default="exchange")
     parser.add_argument("--checkpoint-dir", default="checkpoints")
-    parser.add_argument("--games", type=int, default=2000, help="at least so many between two answers")
+    parser.add_argument(
+        "--games", type=int, default=2000, help="at least so many between two answers, and at most twice"
+    )
     parser.add_argument("--standalone", action="store_true", help="without a federation, for a debugger")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

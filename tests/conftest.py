@@ -14,7 +14,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from tests.depth import DEPTH
+from tests.depth import DEPTH, IS_ASKED_FOR
 from tests.in_process import Scripts
 
 RUN = "FEDSPLIT_TEST_RUN"
@@ -24,8 +24,10 @@ GRACE_S = 20.0
 
 # Without a database of earlier failures, and with the same cases each time: what fails here fails everywhere.
 settings.register_profile("quick", max_examples=10, derandomize=True, deadline=None, database=None)
+settings.register_profile("all", parent=settings.get_profile("quick"), max_examples=100)
+# Where a depth is asked for, somebody is looking for what nobody has found yet: other cases each time.
 settings.register_profile("deep", max_examples=100 * max(1, DEPTH), deadline=None, print_blob=True)
-settings.load_profile("deep" if DEPTH else "quick")
+settings.load_profile("deep" if IS_ASKED_FOR else "all" if DEPTH else "quick")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

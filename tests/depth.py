@@ -1,6 +1,6 @@
-"""How many cases the tests try: few by default, all of them with ``FEDSPLIT_TESTS=all``.
+"""How many cases the tests try: few by default, more of them with ``FEDSPLIT_TESTS=all``.
 
-``FEDSPLIT_DEPTH=N`` tries N times as many as that.
+``FEDSPLIT_DEPTH=N`` tries N times as many as that, and of Hypothesis's others each time.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 EVERYTHING = os.environ.get("FEDSPLIT_TESTS") == "all"
+IS_ASKED_FOR = "FEDSPLIT_DEPTH" in os.environ
 DEPTH = int(os.environ.get("FEDSPLIT_DEPTH", "1" if EVERYTHING else "0"))
 
 

@@ -16,6 +16,7 @@ import psutil
 
 from fedsplit.engines.forked import FORKS, PRELOADED, Forked
 from fedsplit.run.history import read_history
+from tests import held
 from tests.bounds import BOUND_S
 from tests.ports import free_port
 
@@ -138,6 +139,10 @@ class Programs:
             assert time.monotonic() < deadline, self.tails()
             time.sleep(0.01)
 
+    def allow(self, rounds: int) -> None:
+        """Let trainings that are held end, in all rounds up to this one; see `tests.held`."""
+        held.allow(self.directory, rounds)
+
     def log_path(self, name: str) -> Path:
         return self.directory / f"{name}.log"
 
@@ -185,5 +190,18 @@ def programs(directory: Path, kind: type[Programs] = Programs, **settings: objec
 
 def programs_of(process: int) -> list[psutil.Process]:
     """Return the programs that `run` has started, which have a session each; not what it forks them from."""
-    below = psutil.Process(process).children(recursive=True)
-    return [child for child in below if psutil.pid_exists(child.pid) and os.getsid(child.pid) == child.pid]
+    found = []
+    for child in psutil.Process(process).children(recursive=True):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(child.pid) == child.pid:
+                found.append(child)
+    return found
+
+
+def still_runs(process: psutil.Process) -> bool:
+    """Tell whether a process has not ended; between two looks at it, it may."""
+    try:
+        # psutil compares start times: an id that was given to another process since is not taken for it.
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fedsplit import AggregationContext, Update
 from fedsplit.secure import protocol
 from fedsplit.trainer.secure_steps import SecureSteps
 from fedsplit.workloads import WorkloadContext, create_workload
+from tests.held import is_allowed
 
 
 class Fixed:
@@ -29,11 +31,12 @@ class Fixed:
 def dying(context: WorkloadContext) -> Any:
     """The digits; with ``die=STAGE`` the process kills itself there in its second round, ``die=after-STAGE`` later.
 
-    It does so once: the file ``died-RANK`` in the working directory tells that it did. With ``seeded=true`` the
-    secrets are the same each time.
+    It does so once: the file ``died-RANK`` in the working directory tells that it did. With ``hold=STAGE`` it waits
+    there, its answer ready, until the test allows it to go on; a file ``held`` tells that it does. With ``seeded=true``
+    the secrets are the same each time.
     """
     options, once = dict(context.options), Path(f"died-{context.rank}")
-    die, seeded = options.pop("die", ""), options.pop("seeded", "")
+    die, stage, seeded = (options.pop(name, "") for name in ("die", "hold", "seeded"))
     if seeded:
         protocol.random = Fixed(context.rank)  # type: ignore[assignment]
     late = die.startswith("after-")
@@ -46,10 +49,20 @@ def dying(context: WorkloadContext) -> Any:
                 answer(self, record, question)
             once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return answer(self, record, question)
+        found = answer(self, record, question)
+        if record.server_round == 2 and str(record.step) == stage:
+            Path("held").touch()
+            hold()
+        return found
 
     SecureSteps.answer = planted  # type: ignore[method-assign]
     return create_workload("digits", WorkloadContext(**{**vars(context), "options": options}))
+
+
+def hold() -> None:
+    """Wait until the test allows round 2."""
+    while not is_allowed(2):
+        time.sleep(0.01)
 
 
 def keep_store(updates: Sequence[Update], context: AggregationContext) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The digits with a pause in every training: long enough to cut a cable in the middle of it."""
+"""The digits with a pause in every training: long enough for somebody to look on."""
 
 from __future__ import annotations
 

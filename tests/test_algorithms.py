@@ -398,18 +398,21 @@ def test_scaffold_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         trainer = (
             sys.executable, str(ROOT / "model_main.py"), "--rank", "{rank}", "--threads", "1",
-            "--workload", f"{HERE}.scaffold:Scaffold", "--workload-option", "epochs=20",
+            "--workload", "tests.held:scaffold", "--workload-option", "epochs=20",
         )  # fmt: skip
         flags = ("--rounds", "4", "--aggregate", f"{HERE}.scaffold:merge")
         with federation(tmp_path / name, trainer=trainer, server_flags=flags) as found:
+            found.allow(4 if name == "undisturbed" else 1)
             found.start_all()
             if name == "killed":
                 found.wait_until(lambda found=found: len(found.history()) >= 1)
                 found.kill("model-2")
                 found.start("model-2")
+                found.allow(2)
                 found.wait_until(lambda found=found: len(found.history()) >= 2)
                 found.kill("server")
                 found.start("server", "--resume")
+                found.allow(4)
             end_well(found)
             lines = found.history()
             runs.append((found.final_state().read_bytes(), [line["evaluate"] for line in lines]))

@@ -18,11 +18,13 @@ from fedsplit.aggregation import AggregationContext, Update
 from fedsplit.aggregation.numeric import moved
 from fedsplit.aggregation.staleness import parse_staleness
 from fedsplit.asynchronous import rounds as asynchronous
+from fedsplit.asynchronous.rounds import AsyncRounds
 from fedsplit.engines.assembly import open_server
 from fedsplit.errors import UsageError
 from fedsplit.server.settings import ServerSettings
 from fedsplit.states.state_dict import StateDict
 from fedsplit.wire.protocol import EMBEDDED
+from tests.bounds import BOUND_S
 
 INITIAL = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64), "n": torch.tensor(0)}
 FAST_S = 0.01
@@ -64,7 +66,7 @@ class Gates:
     def _make(self, rank: int) -> InsideRank:
         def train(task: Any) -> tuple[StateDict, int]:
             result = self._train(rank)(task)
-            assert self._may[rank].acquire(timeout=20)
+            assert self._may[rank].acquire(timeout=BOUND_S)
             return result
 
         return InsideRank(rank, train)
@@ -79,12 +81,18 @@ def started(federation: Federation) -> threading.Thread:
     return thread
 
 
+def end(thread: threading.Thread) -> None:
+    """Wait for the end of a run."""
+    thread.join(BOUND_S)
+    assert not thread.is_alive()
+
+
 def lines(directory: Path) -> list[dict[str, Any]]:
     path = directory / "server" / "history.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = BOUND_S) -> None:
     over = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < over
@@ -158,7 +166,7 @@ def merge_two(directory: Path, train: Callable[[int], Any], **more: Any) -> None
     gates.let(1)
     wait_for(lambda: len(lines(directory)) == 1)
     gates.let(2)
-    thread.join(20)
+    end(thread)
 
 
 def final(directory: Path) -> StateDict:
@@ -186,59 +194,65 @@ def test_with_a_buffer_of_all_ranks_the_run_is_the_synchronous_one_bit_for_bit(
 
 def test_a_rank_that_is_slow_is_not_waited_for_and_its_update_counts_with_its_staleness(tmp_path: Path) -> None:
     gates = Gates(3)
-    thread = started(Federation(tmp_path, settings(tmp_path, min_clients=3, buffer=2), INITIAL, gates.ranks))
+    federation = Federation(tmp_path, settings(tmp_path, min_clients=3, buffer=2), INITIAL, gates.ranks)
+    thread = started(federation)
     for done in (1, 2):
         gates.let(1)
         gates.let(2)
         wait_for(lambda done=done: len(lines(tmp_path)) == done)
     gates.let(3)
-    wait_for(lambda: "3" in asked_and_done(gates))
+    wait_for(lambda: has_handed_in(federation, 3))
     gates.let(1)
     wait_for(lambda: len(lines(tmp_path)) == 3)
     gates.let(2)
     gates.let(1)
-    thread.join(20)
+    end(thread)
     assert [stalenesses(line) for line in lines(tmp_path)[:3]] == [{"1": 0, "2": 0}, {"1": 0, "2": 0}, {"1": 0, "3": 2}]
 
 
-def asked_and_done(gates: Gates) -> set[str]:
-    return {str(each.rank) for each in gates.ranks if each._done.is_set()}
+def has_handed_in(federation: Federation, rank: int) -> bool:
+    """Tell whether the update of a rank has come to the server and was not merged yet."""
+    rounds = federation.rounds
+    assert isinstance(rounds, AsyncRounds)
+    with rounds._changed:
+        return rank in rounds._buffer.arrived or any(task.rank == rank for task in rounds._failed)
 
 
 def test_a_round_ends_with_the_first_k_of_its_own_updates_and_takes_late_ones_along(tmp_path: Path) -> None:
     gates = Gates(3)
-    thread = started(
-        Federation(tmp_path, settings(tmp_path, rounds=2, min_clients=3, merge_after=2), INITIAL, gates.ranks)
-    )
+    wanted = settings(tmp_path, rounds=2, min_clients=3, merge_after=2)
+    federation = Federation(tmp_path, wanted, INITIAL, gates.ranks)
+    thread = started(federation)
     gates.let(1)
     gates.let(2)
     wait_for(lambda: len(lines(tmp_path)) == 1)
     gates.let(3)
-    wait_for(lambda: "3" in asked_and_done(gates))
+    wait_for(lambda: has_handed_in(federation, 3))
     time.sleep(0.3)
     assert len(lines(tmp_path)) == 1, "a late update is none of the first two of this round"
     gates.let(1)
     gates.let(2)
-    thread.join(20)
+    end(thread)
     assert [stalenesses(line) for line in lines(tmp_path)] == [{"1": 0, "2": 0}, {"1": 0, "2": 0, "3": 1}]
 
 
 def test_an_update_that_is_too_old_is_refused_by_name_and_its_rank_goes_on(tmp_path: Path) -> None:
     gates = Gates(2)
     flags = {"rounds": 4, "min_clients": 2, "buffer": 1, "max_staleness": 1}
-    thread = started(Federation(tmp_path, settings(tmp_path, **flags), INITIAL, gates.ranks))
+    federation = Federation(tmp_path, settings(tmp_path, **flags), INITIAL, gates.ranks)
+    thread = started(federation)
     for done in (1, 2):
         gates.let(1)
         wait_for(lambda done=done: len(lines(tmp_path)) == done)
     gates.let(2)
-    wait_for(lambda: "2" in asked_and_done(gates))
+    wait_for(lambda: has_handed_in(federation, 2))
     gates.let(1)
     wait_for(lambda: len(lines(tmp_path)) == 3)
     refused = lines(tmp_path)[2]["refused"]
     assert refused == {"2": "it started from the state of round 0, 2 merges ago, and --max-staleness is 1"}
     wait_for(lambda: [each[1] for each in gates.ranks[1].begun] == [1, 4])
     gates.let(2)
-    thread.join(20)
+    end(thread)
     assert stalenesses(lines(tmp_path)[3]) == {"2": 0}
 
 
@@ -257,22 +271,25 @@ def test_a_rank_that_leaves_for_good_does_not_hold_up_the_others(
     ranks[2].train = leave
     federation = Federation(tmp_path, settings(tmp_path, min_clients=3, **mode), INITIAL, ranks)
     thread = started(federation)
-    thread.join(40)
-    assert not thread.is_alive()
+    end(thread)
     assert [line["accepted"] for line in lines(tmp_path)] == [2] * 4
 
 
 def test_a_rank_that_comes_late_takes_part_from_the_next_merge_on(tmp_path: Path) -> None:
-    ranks = [sleeping(1, 0.05), sleeping(2, FAST_S)]
-    ranks[1].is_lost = True
-    federation = Federation(tmp_path, settings(tmp_path, buffer=1, rounds=12), INITIAL, ranks)
+    gates = Gates(2)
+    late = gates.ranks[1]
+    late.is_lost = True
+    federation = Federation(tmp_path, settings(tmp_path, buffer=1, rounds=5), INITIAL, gates.ranks)
     thread = started(federation)
-    wait_for(lambda: len(lines(tmp_path)) == 2)
-    ranks[1].is_lost = False
+    gates.let(1, 2)
+    wait_for(lambda: len(gates.ranks[0].begun) == 3)
+    late.is_lost = False
     assert federation.roster is not None
-    federation.roster.arrive(ranks[1])
-    thread.join(20)
-    assert {rank for line in lines(tmp_path) for rank in line["clients"]} == {"1", "2"}
+    federation.roster.arrive(late)
+    gates.let(2, 2)
+    gates.let(1)
+    end(thread)
+    assert [sorted(line["clients"]) for line in lines(tmp_path)] == [["1"], ["1"], ["1"], ["2"], ["2"]]
 
 
 def test_a_trainer_that_fails_costs_its_own_update_only(tmp_path: Path) -> None:
@@ -308,7 +325,7 @@ def test_a_state_is_kept_for_as_long_as_somebody_trains_from_it_and_no_longer(tm
     wait_for(lambda: len(lines(tmp_path)) == 5)
     assert first not in {path.name for path in store.iterdir()}
     gates.let(1)
-    thread.join(20)
+    end(thread)
     assert list(store.iterdir()) == []
 
 
@@ -374,7 +391,7 @@ def test_a_rule_sees_staleness_and_base_and_extra_tensors_and_the_update_carried
     gates.let(1)
     wait_for(lambda: len(lines(tmp_path)) == 1)
     gates.let(2)
-    thread.join(20)
+    end(thread)
     assert NOTED == [(1, 0, 0, 1.0, [1.0, -2.0]), (2, 1, 0, 1.0, [2.0, -1.0])]
     assert final(tmp_path)["w"].tolist() == [4.0, 1.0]
 
@@ -393,7 +410,7 @@ def test_every_nth_merge_is_evaluated_by_the_ranks_that_are_free(tmp_path: Path)
     wanted = settings(tmp_path, min_clients=2, buffer=1, evaluate_every=2)
     thread = started(Federation(tmp_path, wanted, INITIAL, gates.ranks))
     gates.let(1, 4)
-    thread.join(20)
+    end(thread)
     assert [line["evaluate"] for line in lines(tmp_path)] == [
         {}, {"loss": 2.0, "accuracy": 0.5}, {}, {"loss": 4.0, "accuracy": 0.5},
     ]  # fmt: skip
@@ -431,9 +448,10 @@ def test_a_training_that_takes_longer_than_the_timeout_is_given_up_and_begun_ane
     thread = started(Federation(tmp_path, wanted, INITIAL, gates.ranks))
     gates.let(1)
     wait_for(lambda: len(lines(tmp_path)) == 1)
-    time.sleep(1.0)
-    gates.let(1, 5)
-    thread.join(20)
+    # Given up and asked anew, from a state that rank 1 alone has made.
+    wait_for(lambda: len(gates.ranks[1].begun) > 1)
+    gates.let(1, 100)
+    end(thread)
     refused = [line["refused"].get("2") for line in lines(tmp_path)]
     assert "not completed within 0.5 s" in refused
     assert len({asked[1] for asked in gates.ranks[1].begun}) > 1

@@ -24,10 +24,11 @@ from fedsplit.errors import CheckpointError, RunFailedError, UsageError
 from fedsplit.run.directory import Run
 from fedsplit.run.journal import read_journal
 from fedsplit.server.peer import Reply
+from fedsplit.server.strategy import Strategy
 from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.states.extra import separate
 from fedsplit.states.state_dict import StateDict, decode
-from tests.test_asynchronous import FAST_S, INITIAL, final, lines, settings, sleeping, started, wait_for
+from tests.test_asynchronous import FAST_S, INITIAL, end, final, lines, settings, sleeping, started, wait_for
 from tests.test_asynchronous_journal import Killed, Stepped, a_run, again, killing
 
 MODES: list[dict[str, Any]] = [{"buffer": 1}, {"buffer": 2}, {"merge_after": 2}]
@@ -136,8 +137,35 @@ def test_a_replay_counts_the_ranks_as_they_were_and_asks_all_that_were_asked(tmp
     ranks[2].is_lost = False
     assert federation.roster is not None
     federation.roster.arrive(ranks[2])
-    thread.join(60)
-    assert not thread.is_alive()
+    end(thread)
+    found = again(tmp_path / "run", wanted, tmp_path / "again", [sleeping(rank, 0.0) for rank in (1, 2, 3)])
+    assert all(torch.equal(found[name], final(tmp_path / "run")[name]) for name in INITIAL)
+
+
+def test_a_rank_that_comes_while_a_round_begins_counts_in_a_replay_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = [sleeping(rank, 0.0) for rank in (1, 2, 3)]
+    ranks[2].is_lost = True
+    wanted = settings(
+        tmp_path / "run", rounds=4, min_clients=2, buffer=1, aggregate=("tests.test_asynchronous_beside:by_ranks",)
+    )
+    federation = Federation(tmp_path / "run", wanted, INITIAL, ranks)
+    choose = Strategy.configure_fit
+
+    def late(self: Strategy, server_round: int, *offered: Any) -> Any:
+        if server_round == 2:
+            ranks[2].is_lost = False
+            assert federation.roster is not None
+            federation.roster.arrive(ranks[2])
+        return choose(self, server_round, *offered)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Strategy, "configure_fit", late)
+        federation.run()
+    journal = read_journal(tmp_path / "run" / "server" / "journal.jsonl")
+    assert [entry["num_ranks"] for entry in journal[1:]] == [2, 3, 3, 3]
+    assert "3" in journal[2]["asked"]
     found = again(tmp_path / "run", wanted, tmp_path / "again", [sleeping(rank, 0.0) for rank in (1, 2, 3)])
     assert all(torch.equal(found[name], final(tmp_path / "run")[name]) for name in INITIAL)
 
@@ -191,8 +219,7 @@ def test_whoever_is_gone_for_good_is_not_waited_for(
     evaluate_every = 1 if how == "evaluation" else 0
     wanted = settings(tmp_path, min_clients=3, evaluate_every=evaluate_every, **mode)
     thread = started(Federation(tmp_path, wanted, INITIAL, ranks))
-    thread.join(60)
-    assert not thread.is_alive()
+    end(thread)
     assert [sorted(line["clients"])[:2] for line in lines(tmp_path)] == [["1", "2"]] * 4
     assert not any("3" in line["clients"] for line in lines(tmp_path)[1:])
 

@@ -15,6 +15,8 @@ from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
 
 ROUNDS = 8
+# Each training ends when the test lets it.
+HELD = ("--threads", "1", "--workload", "tests.held:digits")
 
 
 @dataclass
@@ -36,14 +38,17 @@ class Again(Programs):
 def test_a_killed_server_goes_on_by_its_journal_and_the_run_is_done_again_bit_for_bit(tmp_path: Path) -> None:
     for name in ("run", "again"):
         (tmp_path / name).mkdir()
+    link_tests(tmp_path / "run")
     flags = ("--rounds", str(ROUNDS), "--buffer", "1")
-    with programs(tmp_path / "run", server_flags=flags) as federation:
+    with programs(tmp_path / "run", server_flags=flags, model_flags=HELD) as federation:
+        federation.allow(3)
         federation.start_all()
         federation.wait_until(lambda: len(federation.history()) >= 2)
         federation.kill("server")
         federation.kill("model-2")
         federation.start("server", "--resume")
         federation.start("model-2")
+        federation.allow(ROUNDS)
         assert set(federation.wait().values()) == {0}
         check_journal(federation, rounds=ROUNDS)
         original, expected = federation.checkpoints, federation.final_state().read_bytes()
@@ -63,11 +68,14 @@ def test_a_killed_server_goes_on_by_its_journal_on_a_superlink_and_with_a_store_
     flags = ("--engine", "superlink") if where == "superlink" else ("--payload-store", f"file://{shared}")
     rounds = 4 if where == "superlink" else ROUNDS
     server_flags = ("--rounds", str(rounds), "--buffer", "1", *flags)
-    with programs(tmp_path, server_flags=server_flags, client_flags=flags) as federation:
+    link_tests(tmp_path)
+    with programs(tmp_path, server_flags=server_flags, client_flags=flags, model_flags=HELD) as federation:
+        federation.allow(2)
         federation.start_all()
         federation.wait_until(lambda: len(federation.history()) >= 2)
         federation.kill("server")
         federation.start("server", "--resume")
+        federation.allow(rounds)
         assert set(federation.wait(2 * BOUND_S).values()) == {0}, federation.tails()
         check_journal(federation, rounds=rounds)
         # Along with an evaluation, the next training would hold it up.
@@ -89,8 +97,9 @@ def test_a_rank_that_leaves_for_good_and_one_that_comes_late_block_nobody(tmp_pa
         federation.wait_for("client-2", "train, round 3 of 6")
         for name in ("client-2", "model-2"):
             federation.kill(name)
-        federation.start("client-3")
         federation.start("model-3")
+        federation.wait_for("model-3", "waiting for a client")
+        federation.start("client-3")
         federation.wait_for("server", "rank 3: client")
         (tmp_path / "opened").touch()
         names = ["server", "client-1", "model-1", "client-3", "model-3"]

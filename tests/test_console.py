@@ -24,6 +24,7 @@ from fedsplit.watch.rounds import cells, columns, headings
 from tests.programs import Programs, programs
 from tests.slow_digits import PAUSE_S
 from tests.terminal import ESCAPES, on_a_terminal
+from tests.test_recovery import start_trainers_first
 
 LINE: Line = {
     "round": 1, "seconds": 1.5, "asked": 2, "accepted": 2, "refused": {},
@@ -264,7 +265,7 @@ def test_the_stages_of_a_real_round_are_where_the_seconds_went(tmp_path: Path) -
     (tmp_path / "tests").symlink_to(Path(__file__).parent)
     flags = ("--threads", "1", "--workload", "tests.slow_digits:slow_digits")
     with programs(tmp_path, server_flags=("--rounds", "2"), model_flags=flags) as federation:
-        federation.start_all()
+        start_trainers_first(federation)
         assert set(federation.wait().values()) == {0}, federation.tails()
         lines: list[Any] = federation.history()
     for line in lines:

@@ -25,7 +25,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.run.directory import Places
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
-from tests.programs import programs_of
+from tests.programs import programs_of, still_runs
 
 COMMAND = [sys.executable, "-m", "fedsplit", "demo"]
 LINE = {
@@ -53,8 +53,7 @@ class Demo:
         self.children = programs_of(self.process.pid)
 
     def still_running(self) -> list[psutil.Process]:
-        # psutil compares start times: an id that was given to another process since is not taken for it.
-        return [child for child in self.children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in self.children if still_runs(child)]
 
 
 @pytest.fixture

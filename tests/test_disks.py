@@ -23,7 +23,7 @@ from fedsplit.states.state_dict import map_file
 from tests.programs import Programs
 from tests.test_five_programs import link_tests
 
-ROUNDS = 12
+ROUNDS, FIRST = 6, 3
 TRAINERS, CLIENTS = ("model-1", "model-2"), ("client-1", "client-2")
 
 
@@ -72,10 +72,11 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Programs]:
-    """Two ranks whose state is one more in every round, a quarter of a second each."""
+    """Two ranks whose state is one more in every round; after the first rounds they go on when the test lets them."""
     link_tests(tmp_path)
-    flags = ("--threads", "1", "--workload", "tests.unchanged:counting", "--workload-option", "sleep=0.25")
+    flags = ("--threads", "1", "--workload", "tests.unchanged:counting", "--workload-option", "hold=yes")
     found = Programs(tmp_path, server_flags=("--rounds", str(ROUNDS)), model_flags=flags)
+    found.allow(FIRST)
     yield found
     found.stop()
 
@@ -111,10 +112,11 @@ def test_clients_and_trainers_wait_for_space_and_go_on(federation: Programs, dis
         )
         federation.server_flags = (*federation.server_flags, "--aggregate", "own=local", "--aggregate", "fedavg")
     federation.start_all()
-    wait_for_rounds(federation, 3)
+    wait_for_rounds(federation, FIRST)
     disk.fill()
+    federation.allow(ROUNDS)
     federation.wait_until(lambda: any("waiting for space" in federation.log(name) for name in TRAINERS + CLIENTS))
-    time.sleep(3)
+    time.sleep(1)
     assert all(process.poll() is None for process in federation.processes.values()), federation.tails()
     disk.free()
     end_undisturbed(federation)
@@ -125,8 +127,9 @@ def test_the_server_stops_with_its_code_and_goes_on_from_what_is_there(federatio
     federation.server_flags = (*federation.server_flags, "--checkpoint-dir", str(disk.path))
     federation.start_all()
     history = disk.path / "server" / "history.jsonl"
-    federation.wait_until(lambda: len(read_history(history)) >= 3)
+    federation.wait_until(lambda: len(read_history(history)) >= FIRST)
     disk.fill()
+    federation.allow(ROUNDS)
     codes = federation.wait()
     assert codes.pop("server") == CheckpointError.exit_code, federation.tails()
     assert set(codes.values()) == {15}, federation.tails()
@@ -144,9 +147,10 @@ def test_the_server_stops_with_its_code_and_goes_on_from_what_is_there(federatio
 @pytest.mark.slow
 def test_an_exchange_that_is_removed_ends_its_two_programs_and_the_next_ones_go_on(federation: Programs) -> None:
     federation.start_all()
-    wait_for_rounds(federation, 3)
+    wait_for_rounds(federation, FIRST)
     # At once: the programs that live there make and remove files all the time.
     (federation.exchange / "rank-2").rename(federation.directory / "gone")
+    federation.allow(ROUNDS)
     names = ("client-2", "model-2")
     codes = federation.wait(names=names)
     assert set(codes.values()) == {3}, federation.tails()
@@ -159,8 +163,9 @@ def test_an_exchange_that_is_removed_ends_its_two_programs_and_the_next_ones_go_
 @pytest.mark.slow
 def test_a_checkpoint_directory_that_is_removed_ends_the_server_with_its_code(federation: Programs) -> None:
     federation.start_all()
-    wait_for_rounds(federation, 3)
+    wait_for_rounds(federation, FIRST)
     (federation.checkpoints / "server").rename(federation.directory / "gone")
+    federation.allow(ROUNDS)
     codes = federation.wait()
     assert codes.pop("server") == CheckpointError.exit_code, federation.tails()
     assert set(codes.values()) == {15}, federation.tails()
@@ -208,8 +213,9 @@ def test_a_server_whose_disk_becomes_read_only_ends_with_its_code_and_goes_on_la
     federation.server_flags = (*federation.server_flags, "--checkpoint-dir", str(disk.path), "--payload-store", "none")
     federation.start_all()
     history = disk.path / "server" / "history.jsonl"
-    federation.wait_until(lambda: len(read_history(history)) >= 3)
+    federation.wait_until(lambda: len(read_history(history)) >= FIRST)
     disk.protect()
+    federation.allow(ROUNDS)
     codes = federation.wait()
     assert codes.pop("server") == CheckpointError.exit_code, federation.tails()
     assert set(codes.values()) == {15}, federation.tails()
@@ -229,21 +235,28 @@ def test_programs_whose_exchange_becomes_read_only_end_with_their_code_and_the_n
 ) -> None:
     federation.exchange_dir = disk.path / "exchange"
     federation.start_all()
-    wait_for_rounds(federation, 3)
+    wait_for_rounds(federation, FIRST)
     disk.protect()
+    federation.allow(FIRST + 1)
     federation.wait_until(lambda: any(federation.processes[name].poll() == 3 for name in TRAINERS))
     disk.release()
-    time.sleep(3)
-    for name in (*CLIENTS, *TRAINERS):
-        if (code := federation.processes[name].poll()) is not None:
-            assert code == 3, federation.tails()
-            federation.start(name)
+
+    def is_over() -> bool:
+        """Start again what has ended with the code, which takes some of them longer than others."""
+        for name in (*CLIENTS, *TRAINERS):
+            if federation.processes[name].poll() == 3:
+                federation.start(name)
+        return federation.rounds_finished() > FIRST
+
+    federation.wait_until(is_over)
+    federation.allow(ROUNDS)
     end_undisturbed(federation)
 
 
 @pytest.mark.slow
 def test_a_trainers_checkpoint_directory_that_is_removed_costs_nothing_that_travels(federation: Programs) -> None:
     federation.start_all()
-    wait_for_rounds(federation, 3)
+    wait_for_rounds(federation, FIRST)
     (federation.checkpoints / "rank-2").rename(federation.directory / "gone")
+    federation.allow(ROUNDS)
     end_undisturbed(federation)

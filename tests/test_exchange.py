@@ -33,7 +33,7 @@ import sys, time
 from fedsplit.exchange.directory import Exchange
 with Exchange(sys.argv[1], 1).hold(sys.argv[2]):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 HOLD_AND_FORK = """
@@ -43,9 +43,9 @@ with Exchange(sys.argv[1], 1).hold("trainer"):
     child = os.fork()
     if child == 0:
         os.close(1)
-        time.sleep(60)
+        time.sleep(600)
     print(child, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 HOLD_AND_LOAD = """
@@ -54,12 +54,12 @@ from fedsplit.exchange.directory import Exchange
 def work(pipe):
     os.close(1)
     pipe.send(os.getpid())
-    time.sleep(60)
+    time.sleep(600)
 with Exchange(sys.argv[1], 1).hold("trainer"):
     ours, theirs = multiprocessing.Pipe()
     multiprocessing.get_context("fork").Process(target=work, args=(theirs,)).start()
     print(ours.recv(), flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 PROBE = """
@@ -420,7 +420,7 @@ from fedsplit.exchange.directory import Exchange
 exchange = Exchange(sys.argv[1], 1)
 with exchange.hold("trainer"), exchange.handoff():
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

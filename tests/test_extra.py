@@ -17,6 +17,7 @@ from fedsplit.states.extra import join, separate
 from fedsplit.states.state_dict import decode, encode, export_state, read_initial_checkpoint
 from fedsplit.trainer.channel import StandaloneChannel
 from fedsplit.trainer.trainer import Trainer
+from tests.held import held
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
 
@@ -221,12 +222,16 @@ def sending(context: WorkloadContext) -> Sending:
     return Sending(context.rank)
 
 
-def federation(directory: Path, *flags: str) -> Any:
+def held_sending(context: WorkloadContext) -> Any:
+    return held(sending(context))
+
+
+def federation(directory: Path, *flags: str, workload: str = "sending") -> Any:
     link_tests(directory)
     return programs(
         directory,
         server_flags=("--rounds", "3", *flags),
-        model_flags=("--threads", "1", "--workload", f"{HERE}:sending"),
+        model_flags=("--threads", "1", "--workload", f"{HERE}:{workload}"),
     )
 
 
@@ -253,13 +258,16 @@ def test_they_travel_both_ways_and_to_single_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["auto", "none"])
 def test_they_are_resumed_after_a_kill(tmp_path: Path, store: str) -> None:
-    with federation(tmp_path, "--aggregate", f"{HERE}:counting", "--payload-store", store) as found:
+    flags = ("--aggregate", f"{HERE}:counting", "--payload-store", store)
+    with federation(tmp_path, *flags, workload="held_sending") as found:
+        found.allow(1)
         found.start_all()
         found.wait_until(lambda: len(found.history()) >= 1)
         found.kill("server")
         found.kill("model-2")
         found.start("model-2")
         found.start("server", "--resume")
+        found.allow(3)
         assert set(found.wait().values()) == {0}, found.tails()
         check_counts(found)
 

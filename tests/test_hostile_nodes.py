@@ -135,7 +135,8 @@ def hostile_app(client: HostileClient) -> ClientApp:
 def test_the_honest_nodes_of_a_server_app_finish_every_round_with_the_same_bits(
     quick: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rounds = scaled(10, 1_200)
+    """Some 2,000 wrong answers; with ``FEDSPLIT_DEPTH=10``, 20,000."""
+    rounds = scaled(10, 120)
     clients = [HostileClient("", rank=rank, seed=rank, spoils=0.8) for rank in HOSTILE]
     nodes = {rank: (apps.client_app, context(rank, tmp_path)) for rank in HONEST}
     nodes |= {client.rank: (hostile_app(client), context(client.rank, tmp_path)) for client in clients}
@@ -158,7 +159,7 @@ def test_the_honest_nodes_of_a_server_app_finish_every_round_with_the_same_bits(
     assert not {"1", "2"} & {rank for line in lines for rank in line["refused"]}
     state = map_file(max(directory.glob("round-*/state.safetensors")))
     assert torch.equal(state["count"], torch.full((8,), float(rounds)))
-    assert sum(client.spoiled for client in clients) >= scaled(100, 20_000)
+    assert sum(client.spoiled for client in clients) >= scaled(100, 2_000)
     assert "rank 3: train not counted" in caplog.text and "turned away" in caplog.text
     assert grid.most_threads < 200
 

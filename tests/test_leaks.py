@@ -47,15 +47,18 @@ def wait_for_round(federation: Programs, number: int) -> None:
 def test_hundreds_of_rounds_leave_nothing_behind(tmp_path: Path, store: str) -> None:
     """With payloads by reference and with payloads in messages."""
     link_tests(tmp_path)
-    rounds = scaled(300, 600)
+    rounds = scaled(300, 300)
     flags = ("--rounds", str(rounds), "--payload-store", store)
-    model_flags = ("--threads", "1", "--workload", "tests.unchanged:counting")
+    model_flags = ("--threads", "1", "--workload", "tests.unchanged:counting", "--workload-option", "hold=yes")
     with programs(tmp_path, server_flags=flags, model_flags=model_flags) as federation:
+        federation.allow(WARM)
         federation.start_all()
         wait_for_round(federation, WARM)
         before, files = held_by(federation), files_of(federation.exchange, federation.checkpoints)
-        wait_for_round(federation, rounds - 20)
+        federation.allow(rounds - 1)
+        wait_for_round(federation, rounds - 1)
         after, files_after = held_by(federation), files_of(federation.exchange, federation.checkpoints)
+        federation.allow(rounds)
         codes = federation.wait()
         assert codes == dict.fromkeys(federation.names, 0), federation.tails()
     for name in federation.names:

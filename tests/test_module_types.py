@@ -19,6 +19,7 @@ from fedsplit.states.local_keys import is_local
 from fedsplit.states.module_types import ModuleTypes, types_of
 from fedsplit.states.state_dict import StateDict, map_file, own_state
 from fedsplit.trainer.trainer import Trainer
+from tests.held import held
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
 from tests.test_trainer import Federation
@@ -273,6 +274,10 @@ class Normed:
         return EvaluateResult(0.0, 1, {name: float(tensor.reshape(-1)[0]) for name, tensor in norms.items()})
 
 
+def held_norms(context: WorkloadContext) -> Any:
+    return held(Normed(context))
+
+
 START = {
     name: float(tensor.reshape(-1)[0]) for name, tensor in own_state(Normed(WorkloadContext(rank=1)).model).items()
 }
@@ -281,15 +286,18 @@ AT_HOME = [name for name in START if name.startswith("1.")]
 
 @pytest.mark.slow
 def test_batch_norms_differ_between_ranks_and_are_nowhere_but_at_home_whoever_is_killed(tmp_path: Path) -> None:
-    rounds = 12
-    with run(tmp_path, "--rounds", str(rounds)) as federation:
+    rounds = 8
+    with run(tmp_path, "--rounds", str(rounds), workload="held_norms") as federation:
+        federation.allow(2)
         federation.start_all()
         federation.wait_until(lambda: len(federation.history()) >= 2)
         federation.kill("model-2", signal.SIGKILL)
         federation.start("model-2")
+        federation.allow(5)
         federation.wait_until(lambda: len(federation.history()) >= 5)
         federation.kill("server", signal.SIGKILL)
         federation.start("server", "--resume")
+        federation.allow(rounds)
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert len(federation.history()) == rounds
         assert "split: <BatchNorm*>: 5 entries" in federation.log("server")
@@ -353,9 +361,12 @@ def assert_split(federation: Programs, rounds: int) -> None:
         assert not set(map_file(path)) & set(AT_HOME), f"{path} has a batch norm in it"
 
 
-def run(directory: Path, *server_flags: str, rules: tuple[str, ...] = ("<BatchNorm*>=local", "fedavg")) -> Any:
+def run(
+    directory: Path, *server_flags: str, rules: tuple[str, ...] = ("<BatchNorm*>=local", "fedavg"),
+    workload: str = "Normed",
+) -> Any:  # fmt: skip
     directory.mkdir(exist_ok=True)
     link_tests(directory)
     flags = [flag for rule in rules for flag in ("--aggregate", rule)]
-    model_flags = ("--threads", "1", "--workload", "tests.test_module_types:Normed")
+    model_flags = ("--threads", "1", "--workload", f"tests.test_module_types:{workload}")
     return programs(directory, model_flags=model_flags, server_flags=(*server_flags, *flags))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from fedsplit.engines import processes
 from fedsplit.engines.forked import Forked
 from fedsplit.engines.processes import Child
+from tests.bounds import BOUND_S
+from tests.programs import still_runs
 
 
 def start(code: str, log: Path) -> Child:
@@ -28,10 +31,18 @@ def wait_for_output(child: Child) -> None:
         time.sleep(0.01)
 
 
+def wait_for_end(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process, deadline = psutil.Process(pid), time.monotonic() + BOUND_S
+        while still_runs(process):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def run(command: list[str], environment: dict[str, str], log: Path, directory: Path) -> int:
     process = Forked(command, environment, log, directory)
     assert process.poll() is None and process.pid != os.getpid()
-    return process.wait(60)
+    return process.wait(BOUND_S)
 
 
 def test_a_script_that_is_forked_has_its_own_arguments_environment_and_end(tmp_path: Path) -> None:
@@ -73,10 +84,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(
     child.kill()
     assert child.describe_end() == "the child was killed by SIGKILL"
     # It may be left to init as a zombie for a moment.
-    deadline = time.monotonic() + 60
-    while psutil.pid_exists(grandchild) and psutil.Process(grandchild).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_end(grandchild)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +102,7 @@ def test_a_killed_parent_takes_its_children_along(tmp_path: Path, words: list[st
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         parent.kill()
-    deadline = time.monotonic() + 60
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_end(child)
 
 
 def test_a_long_log_is_shown_by_its_end(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class Script:
     @property
     def trainer(self) -> tuple[str, ...]:
         path = SCRIPTS / f"{self.name}_federated.py"
-        return (sys.executable, "-u", str(path), "--site", "{rank}", *self.flags)
+        # With -u it is not forked from another process, from which a DataLoader would take how to start its workers.
+        return (sys.executable, "-u", "-m", "tests.held", str(path), "--site", "{rank}", *self.flags)
 
     def trained_lines(self, found: Federation, rank: int) -> int:
         """Return how many lines of training a trainer has printed."""
@@ -69,6 +70,7 @@ def run(directory: Path, script: Script, kills: Mapping[int, str] | None = None)
             in_training(found, script, number)
             found.kill(name)
             found.start(name, *(["--resume"] if name == "server" else []))
+        found.allow(ROUNDS)
         end_well(found)
         assert [line["round"] for line in found.history()] == list(range(1, ROUNDS + 1)), found.tails()
         for rank in (1, 2):
@@ -84,10 +86,11 @@ def run(directory: Path, script: Script, kills: Mapping[int, str] | None = None)
 
 
 def in_training(found: Federation, script: Script, number: int) -> None:
-    """Wait until rank 2 is in the middle of a round."""
+    """Wait until rank 2 is in the middle of a round, or on a busy machine at its end, its answer not given yet."""
+    found.allow(number - 1)
     found.wait_until(lambda: len(found.history()) == number - 1)
-    before = script.trained_lines(found, 2)
-    found.wait_until(lambda: script.trained_lines(found, 2) > before + script.lines // 5)
+    before, at_its_end = script.trained_lines(found, 2), found.directory / f"held-2-{number}"
+    found.wait_until(lambda: script.trained_lines(found, 2) > before + script.lines // 5 or at_its_end.exists())
 
 
 def difference(first: Any, second: Any, where: str = "") -> str | None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 
 from fedsplit import cli
@@ -25,7 +24,7 @@ from fedsplit.errors import RunFailedError, UsageError
 from fedsplit.run.directory import Places
 from fedsplit.run.history import read_history
 from tests.bounds import BOUND_S
-from tests.programs import programs_of
+from tests.programs import programs_of, still_runs
 from tests.test_demo import LINE
 
 COMMAND = [sys.executable, "-m", "fedsplit", "run"]
@@ -270,8 +269,12 @@ if not Path("once").exists(): Path("once").touch(); os.kill(os.getpid(), 9)
 
 
 def test_the_first_that_failed_is_the_cause(tmp_path: Path) -> None:
-    later = small("client of rank 1", "import time; time.sleep(0.5); raise SystemExit(3)", tmp_path)
-    first = small("trainer of rank 1", "raise SystemExit(7)", tmp_path)
+    # Its process is gone once its end was seen.
+    wait = "while not p.exists() or not p.read_text() or Path('/proc', p.read_text()).exists(): time.sleep(0.01)"
+    code = f"import time; from pathlib import Path; p = Path({str(tmp_path / 'first')!r})\n{wait}\nraise SystemExit(3)"
+    later = small("client of rank 1", code, tmp_path)
+    code = f"import os; from pathlib import Path; Path({str(tmp_path / 'first')!r}).write_text(str(os.getpid()))"
+    first = small("trainer of rank 1", f"{code}; raise SystemExit(7)", tmp_path)
     assert [child.exit_code for child in watch([later, first], tmp_path)] == [7, 3]
 
 
@@ -374,7 +377,7 @@ def test_ctrl_c_ends_all_and_shows_their_last_lines(tmp_path: Path) -> None:
         process.wait()
     assert process.returncode == 128 + signal.SIGINT, errors
     assert len(children) == 5
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in children if still_runs(child)]
     lines = output.splitlines()
     assert "interrupted by SIGINT: all 5 programs have ended" in lines
     assert {line.split(" | ")[0] for line in lines if " | " in line} >= {"server", "client 1", "trainer 2"}

@@ -87,7 +87,7 @@ def test_a_trainer_that_is_killed_in_a_stage_and_started_again_changes_nothing(
     with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)") as federation:
         start_all(federation, {"model-3": ("--workload-option", f"die={when}")})
         federation.wait_until(lambda: (tmp_path / "died-3").exists())
-        federation.processes["model-3"].wait()
+        federation.wait(names=["model-3"])
         federation.start("model-3")
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert [line["accepted"] for line in federation.history()] == [3, 3, 3]
@@ -145,11 +145,12 @@ def test_a_client_or_the_server_that_is_killed_after_a_stage_changes_nothing(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor], name: str, stage: int
 ) -> None:
     with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)") as federation:
-        federation.start_all()
-        asked = federation.checkpoints / "rank-1" / "secure" / f"stage-{stage}.safetensors"
-        federation.wait_until(lambda: asked.exists() or federation.rounds_finished() == 3)
+        start_all(federation, {"model-1": ("--workload-option", f"hold={stage}")})
+        federation.wait_until((tmp_path / "held").exists)
+        assert (federation.checkpoints / "rank-1" / "secure" / f"stage-{stage}.safetensors").exists()
         federation.kill(name)
         federation.start(name, *(("--resume",) if name == "server" else ()))
+        federation.allow(2)
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert_same(federation.final_state(), undisturbed)
 
@@ -228,7 +229,8 @@ def test_what_the_store_holds_of_secure_parts_is_as_even_as_random_bytes(tmp_pat
     masked = [state[PREFIX + MASKED] for state in found if PREFIX + MASKED in state]
     assert len(masked) == 3
     for vector in masked:
-        assert uniformity(vector.numpy().tobytes()) > 1e-4
+        # The masks are others in each run: one in millions is so uneven.
+        assert uniformity(vector.numpy().tobytes()) > 1e-7
     # An update has nothing else of these parts, and the one whole state is what the round started from.
     summed = [state for state in found if any(name.startswith(("features", "classifier.1")) for name in state)]
     assert len(summed) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from fedsplit import EvaluateResult, TrainResult, WorkloadContext
 from fedsplit.states.state_dict import map_file
+from tests.held import hold
 from tests.programs import programs
 from tests.test_five_programs import link_tests
 
@@ -45,7 +45,7 @@ class Stepping:
                 parameter += self._rank**2
             for parameter in self.model.head.parameters():
                 parameter += 0.1 * self._rank
-        time.sleep(0.3)
+        hold(task)
         return TrainResult(1, {"head": float(self.model.head.bias[0])})
 
     def evaluate(self, task: Any) -> EvaluateResult:
@@ -71,10 +71,11 @@ def test_the_body_is_the_median_and_the_heads_are_nowhere_but_at_home(tmp_path: 
     with run(tmp_path, rounds) as federation:
         federation.start_all()
         # A head that only lives in a process would be lost here.
-        while len(federation.history()) < 2:
-            time.sleep(0.02)
+        federation.allow(2)
+        federation.wait_until(lambda: len(federation.history()) >= 2)
         federation.kill("model-2", signal.SIGKILL)
         federation.start("model-2")
+        federation.allow(rounds)
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert "head.*" in federation.log("server")
         found = map_file(federation.final_state())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import pytest
 
 from examples.make_certificates import make_certificates
 from tests.chaos import check
-from tests.programs import Programs, programs
+from tests.programs import programs
 from tests.six_programs import TAIL, SixPrograms
+from tests.test_five_programs import link_tests
 
 pytestmark = pytest.mark.slow
 
@@ -35,30 +35,25 @@ def test_killed_in_the_middle_of_a_round_it_comes_to_what_the_whole_model_does(
     """The trainer of the upper part, the server, which is resumed, and a rank's trainer and client at once."""
     rounds = 4
     server_flags, client_flags = secured(tmp_path) if is_secured else ([], [])
+    link_tests(tmp_path)
     with programs(
         tmp_path, SixPrograms, mode=mode, tail=tail, server_flags=("--rounds", str(rounds), *server_flags),
-        client_flags=client_flags,
+        client_flags=client_flags, model_flags=("--threads", "1", "--workload", "tests.held:cut_digits"),
     ) as federation:  # fmt: skip
         federation.start_all(["upper", "model-2", "client-1", "server", "client-2", "model-1"])
         for number, victims in enumerate((["upper"], ["server"], ["model-1", "client-2"]), start=1):
-            federation.wait_until(lambda number=number: is_in_the_middle(federation, number))  # type: ignore[misc]
+            # Rank 1 is some steps into the training.
+            federation.wait_until((tmp_path / f"held-{number}").exists)
             for victim in victims:
                 federation.kill(victim)
                 federation.start(victim, *(["--resume"] if victim == "server" else []))
+            federation.allow(number)
+        federation.allow(rounds)
         codes = federation.wait()
         assert codes == dict.fromkeys(codes, 0), f"{codes}\n{federation.tails()}"
         assert "the trainer of the upper part is new: it is given" in federation.log("server")
         assert federation.history()[-1]["evaluate"]["accuracy"] > 0.9  # type: ignore[index]
         check(federation, rounds=rounds)
-
-
-def is_in_the_middle(federation: Programs, number: int) -> bool:
-    """Tell whether the upper part is some steps into the training of a round."""
-    try:
-        task = json.loads((federation.exchange / "upper" / "task.json").read_bytes())
-    except FileNotFoundError:
-        return False
-    return (task["kind"], task["server_round"]) == ("train", number) and (task["step"] or 0) > 5
 
 
 def test_on_a_superlink_it_says_what_a_batch_costs_there(tmp_path: Path) -> None:

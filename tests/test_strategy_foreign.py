@@ -377,12 +377,16 @@ def test_what_it_remembers_goes_on_after_the_server_was_killed(tmp_path: Path, n
         directory = tmp_path / f"stops-{stops}"
         directory.mkdir()
         link_tests(directory)
-        with programs(directory, server_flags=("--rounds", "4", "--strategy", name)) as federation:
+        model_flags = ("--threads", "1", "--workload", "tests.held:digits")
+        server_flags = ("--rounds", "4", "--strategy", name)
+        with programs(directory, server_flags=server_flags, model_flags=model_flags) as federation:
+            federation.allow(2 if stops else 4)
             federation.start_all()
             if stops:
                 federation.wait_until(lambda: len(federation.history()) >= 2)
                 federation.kill("server", signal.SIGKILL)
                 federation.start("server", "--resume")
+                federation.allow(4)
             assert set(federation.wait().values()) == {0}, federation.tails()
             lines: list[Any] = federation.history()
             assert [line["round"] for line in lines] == [1, 2, 3, 4]

@@ -22,8 +22,10 @@ from fedsplit.run.directory import Places
 from fedsplit.run.history import History, read_history
 from fedsplit.study.plan import plan_runs, read_study
 from tests.bounds import BOUND_S
+from tests.held import allow
 from tests.programs import ROOT
 from tests.test_compare import line, table
+from tests.test_five_programs import link_tests
 
 FLAGS = ("ranks", "rounds", "seed", "aggregate", "workload", "train-config", "insecure")
 STUDY = """
@@ -37,6 +39,8 @@ partition = "dirichlet"
 alpha = [0.1, 0.5]
 epochs = 1
 """
+# For real studies: a run with the seed 1 stays in the middle until the test lets it go on.
+HELD = 'workload = "tests.held:digits"\n'
 
 
 @pytest.fixture
@@ -336,7 +340,10 @@ def outcome(run: Path, last_round: int) -> tuple[object, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_study_that_is_ended_in_the_middle_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    (tmp_path / "study.toml").write_text("rounds = 8\nseed = [0, 1]\noptions.epochs = 1")
+    # The second run is held in the middle.
+    (tmp_path / "study.toml").write_text(f"rounds = 4\nseed = [0, 1]\n{HELD}options.held-seed = 1\n")
+    link_tests(tmp_path)
+    allow(tmp_path, 2)
     first, second = tmp_path / "study/seed=0", tmp_path / "study/seed=1"
     process = start_study(tmp_path)
     try:
@@ -347,12 +354,12 @@ def test_a_study_that_is_ended_in_the_middle_goes_on(tmp_path: Path, number: sig
     assert process.returncode == (128 + number if number == signal.SIGINT else -number), said
     if number == signal.SIGINT:
         assert "interrupted by SIGINT: 1 of 2 runs are done; start it again to go on" in said
-    assert rounds_of(second) < list(range(1, 9)), "it was in the middle"
+    allow(tmp_path, 4)
     run_id, history = (json.loads(Places(second).run.read_bytes())["run_id"], Places(first).history.read_bytes())
     said = finish(tmp_path)
     assert said.startswith("2 runs, 1 done already\nseed=1: goes on: round ")
     assert Places(first).history.read_bytes() == history
-    assert rounds_of(second) == list(range(1, 9))
+    assert rounds_of(second) == [1, 2, 3, 4]
     assert json.loads(Places(second).run.read_bytes())["run_id"] == run_id
     assert finish(tmp_path).startswith("2 runs, 2 done already\nsettings\t")
 
@@ -386,36 +393,45 @@ def test_a_script_of_ones_own_is_varied_over_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_rules_by_two_alphas_by_three_seeds_are_killed_in_the_middle_and_end_as_if_they_had_not(
+def test_two_rules_by_two_alphas_by_two_seeds_are_killed_in_the_middle_and_end_as_if_they_had_not(
     tmp_path: Path,
 ) -> None:
     disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
     for directory in (disturbed, undisturbed):
         directory.mkdir()
-        (directory / "study.toml").write_text(STUDY.replace("rounds = 2", "rounds = 4"))
+        link_tests(directory)
+        (directory / "study.toml").write_text(
+            HELD
+            + STUDY.replace("ranks = 3\nrounds = 2\nseed = [0, 1, 2]", "ranks = 2\nrounds = 3\nseed = [0, 1]")
+            + "held-seed = 1\n"
+        )
+    # Of two runs at once, one with the seed 1 is held, then a second one.
+    allow(disturbed, 2)
+    allow(undisturbed, 3)
     names = [run.name for run in plan_runs(read_study(disturbed / "study.toml"), FLAGS)]
     process = start_study(disturbed, "--jobs", "2")
     try:
-        # In the middle of the study, and of a run that has something to lose.
-        wait_until(lambda: any(0 < len(rounds_of(disturbed / "study" / name)) < 4 for name in names[4:]), process)
+        # In the middle of the study, and of two runs that have something to lose.
+        wait_until(lambda: all(rounds_of(disturbed / "study" / names[number]) == [1, 2] for number in (1, 3)), process)
     finally:
         process.kill()
         process.communicate(timeout=BOUND_S)
+    allow(disturbed, 3)
     runs = {name: disturbed / "study" / name for name in names}
-    begun = [name for name in names if rounds_of(runs[name]) and rounds_of(runs[name]) != [1, 2, 3, 4]]
-    assert begun, "it was killed in the middle of a run"
+    begun = [name for name in names if rounds_of(runs[name]) and rounds_of(runs[name]) != [1, 2, 3]]
+    assert begun == [names[1], names[3]]
     said = finish(disturbed, "--jobs", "2")
     assert f"{begun[0]}: goes on: round " in said
-    assert all(rounds_of(run) == [1, 2, 3, 4] for run in runs.values())
+    assert all(rounds_of(run) == [1, 2, 3] for run in runs.values())
     rows = table(disturbed / "study/results.csv")
     assert [(row["aggregate"], row["alpha"], row["seeds"]) for row in rows] == [
-        (rule, alpha, "3") for rule in ("fedavg", "median") for alpha in ("0.1", "0.5")
+        (rule, alpha, "2") for rule in ("fedavg", "median") for alpha in ("0.1", "0.5")
     ]
-    assert len(table(disturbed / "study/by-rank.csv")) == 12 * 4 * 3
+    assert len(table(disturbed / "study/by-rank.csv")) == 8 * 3 * 2
     assert (disturbed / "study/plot.png").stat().st_size > 10_000
     # One of those that were killed, by itself: to the last bit.
     rule, alpha, seed = (part.partition("=")[2] for part in begun[0].split(","))
     finish(
         undisturbed, "--set", f"aggregate=['{rule}']", "--set", f"options.alpha=[{alpha}]", "--set", f"seed=[{seed}]"
     )
-    assert outcome(runs[begun[0]], 4) == outcome(undisturbed / "study" / begun[0], 4)
+    assert outcome(runs[begun[0]], 3) == outcome(undisturbed / "study" / begun[0], 3)

@@ -6,7 +6,9 @@ import asyncio
 import http.client
 import os
 import signal
+import socket
 import ssl
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +18,11 @@ import pytest
 import torch
 
 from examples.make_certificates import make_certificates
+from fedsplit.engines.processes import Child
+from fedsplit.engines.superlink.node import _watch
 from fedsplit.engines.superlink.serve import let_in, only
-from fedsplit.errors import UsageError
+from fedsplit.errors import RefusedError, UsageError
+from fedsplit.exchange.directory import Exchange
 from fedsplit.run.history import read_history
 from fedsplit.server.settings import ServerSettings
 from fedsplit.states.state_dict import map_file
@@ -154,7 +159,7 @@ def inner_port_is_closed(server: psutil.Process, outer_port: int) -> None:
         ("/v1/control/list-runs", 404), ("/v1/fleet/pull-messages", 404), ("/health", 404),
         ("/v1/runtime/acquire-task", 401), ("/v1/runtime/get-nodes", 401),
     ):  # fmt: skip
-        connection = http.client.HTTPConnection("127.0.0.1", inner[0], timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", inner[0], timeout=BOUND_S)
         connection.request("POST", path, body=b"", headers={"content-type": "application/protobuf"})
         found = connection.getresponse().status
         assert found == expected, (path, found)
@@ -189,6 +194,26 @@ def test_a_public_key_that_cannot_be_read_is_named(tmp_path: Path, content: byte
         path.write_bytes(content)
     with pytest.raises(UsageError, match=said):
         let_in(cast(Any, None), path)
+
+
+@pytest.mark.parametrize(("end", "refused"), [
+    ("signal.raise_signal(signal.SIGINT)", False), ("sys.exit(0)", False), ("sys.exit('no')", True),
+])  # fmt: skip
+def test_a_supernode_that_a_restarted_server_does_not_know_is_started_again(
+    tmp_path: Path, end: str, refused: bool
+) -> None:
+    node = Child("SuperNode", [sys.executable, "-c", f"import signal, sys; {end}"], tmp_path / "supernode.log")
+    with socket.create_server(("127.0.0.1", 0)) as server, (tmp_path / "relay.log").open("w+") as lines:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        node.start(os.environ)
+        try:
+            finished = _watch(node, Exchange(tmp_path, 1), 0, tmp_path / "refusal", lines, address)
+        except RefusedError as exc:
+            assert refused and "no" in str(exc)
+        else:
+            assert finished is None and not refused
+        finally:
+            node.kill()
 
 
 def nothing_is_left(directory: Path) -> None:

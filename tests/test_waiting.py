@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -78,9 +78,11 @@ def test_without_any_watch_left_it_looks_for_itself(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def place(tmp_path) -> Exchange:
+def place(tmp_path, monkeypatch) -> Exchange:
     if waiting.INotify is None:
         pytest.skip("no inotify on this system")
+    # So seldom that only an event can be what makes anybody look.
+    monkeypatch.setattr(waiting, "_QUIET_LOOK_S", 2 * BOUND_S)
     exchange = Exchange(tmp_path, 1)
     exchange.directory.mkdir(mode=0o700)
     return exchange
@@ -104,9 +106,11 @@ def test_while_a_lock_is_quiet_nobody_looks_and_who_looks_wakes_nobody(place):
 
 
 @pytest.mark.parametrize("how", ["leaves", "is killed"])
-def test_who_sleeps_is_told_when_the_trainer_is_gone(place, how):
+def test_who_sleeps_is_told_when_the_trainer_is_gone(place, how, monkeypatch):
     trainer = Thread(place) if how == "leaves" else Process(place)
     watch = quiet(place)
+    # However late this test gets to its next line.
+    monkeypatch.setattr(waiting, "_CLOSED_S", BOUND_S)
     trainer.end()
     deadline = time.monotonic() + BOUND_S
     while place.is_held("trainer"):
@@ -142,21 +146,23 @@ class Thread:
         self._stack.close()
 
 
+HOLD = """
+import sys, time
+from fedsplit.exchange.directory import Exchange
+with Exchange(sys.argv[1], 1).hold("trainer"):
+    print("here", flush=True)
+    time.sleep(600)
+"""
+
+
 class Process:
     """A trainer that is killed."""
 
     def __init__(self, place: Exchange) -> None:
-        ours, theirs = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            with Exchange(place.directory.parent, 1).hold("trainer"):
-                os.write(theirs, b"here")
-                time.sleep(BOUND_S)
-            os._exit(0)
-        os.read(ours, 4)
-        os.close(ours)
-        os.close(theirs)
+        command = [sys.executable, "-c", HOLD, str(place.directory.parent)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout and self._process.stdout.readline() == "here\n"
 
     def end(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        self._process.kill()
+        self._process.communicate()

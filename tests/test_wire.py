@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from tests.bounds import BOUND_S
 from tests.chaos import run_chaos
 from tests.programs import Programs, programs
 from tests.reference import federated_averaging
+from tests.test_five_programs import link_tests
 from tests.test_house import loaded_with
 
 torch.set_num_threads(1)
@@ -298,6 +299,13 @@ def flags(rounds: int, *wire: str) -> tuple[str, ...]:
     return ("--rounds", str(rounds), "--payload-store", "none", *(f"--wire={each}" for each in wire))
 
 
+def held(directory: Path, rounds: int, *wire: str) -> AbstractContextManager[Programs]:
+    """A federation on the digits whose trainings the test lets end; see `tests.held`."""
+    link_tests(directory)
+    model_flags = ("--threads", "1", "--workload", "tests.held:digits")
+    return programs(directory, server_flags=flags(rounds, *wire), model_flags=model_flags)
+
+
 def finished(federation: Programs) -> bytes:
     assert set(federation.wait().values()) == {0}, federation.tails()
     return federation.final_state().read_bytes()
@@ -330,36 +338,48 @@ def test_a_killed_server_and_a_killed_trainer_change_no_bit(tmp_path: Path, wire
     ends = []
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
-        with programs(tmp_path / name, server_flags=flags(6, wire)) as federation:
+        with held(tmp_path / name, 5, wire) as federation:
+            federation.allow(5 if name == "undisturbed" else 2)
             federation.start_all()
             if name == "killed":
                 federation.wait_until(lambda: federation.rounds_finished() >= 2)
                 federation.kill("model-1")
                 federation.start("model-1")
+                federation.allow(3)
                 federation.wait_until(lambda: federation.rounds_finished() >= 3)
                 federation.kill("server")
                 federation.kill("model-2")
                 federation.start("server", "--resume")
                 federation.start("model-2")
+                federation.allow(5)
             ends.append(finished(federation))
     assert ends[0] == ends[1]
 
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing_where_states_travel_as_differences(tmp_path: Path) -> None:
-    run_chaos(tmp_path, faults=10, seed=3, rounds=100, more_flags=("--payload-store=none", "--wire=delta+zstd"))
+    run_chaos(
+        tmp_path,
+        faults=10,
+        seed=3,
+        rounds=40,
+        longest_pause_s=3.0,
+        more_flags=("--payload-store=none", "--wire=delta+zstd"),
+    )
 
 
 @pytest.mark.slow
 def test_a_rank_that_lost_its_directory_gets_the_whole_and_goes_on(tmp_path: Path) -> None:
-    with programs(tmp_path, server_flags=flags(8, "delta+zstd")) as federation:
+    with held(tmp_path, 5, "delta+zstd") as federation:
+        federation.allow(2)
         federation.start_all()
         federation.wait_until(lambda: federation.rounds_finished() >= 2)
         federation.kill("model-2")
         shutil.rmtree(federation.checkpoints / "rank-2")
         federation.start("model-2")
+        federation.allow(5)
         finished(federation)
-        assert [line["accepted"] for line in federation.history()] == [2] * 8
+        assert [line["accepted"] for line in federation.history()] == [2] * 5
 
 
 @pytest.mark.slow

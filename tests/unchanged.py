@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedsplit import EvaluateResult, TrainResult, WorkloadContext
+from tests.held import is_allowed
 
 
 def entries() -> dict[str, torch.Tensor]:
@@ -95,8 +96,8 @@ def wider_on_rank_2(context: WorkloadContext) -> Unchanged:
 class Counting(Unchanged):
     """Adds one to its entry and notes every training in a file of the directory it was started in.
 
-    Options: ``sleep`` seconds of training, ``fork`` a child that outlives a kill, as a DataLoader's worker does. The
-    child ends once a file ``over`` is there.
+    Options: ``sleep`` seconds of training, ``hold`` each until the test allows it to end (`tests.held`), ``fork`` a
+    child that outlives a kill, as a DataLoader's worker does. The child ends once a file ``over`` is there.
     """
 
     def __init__(self, context: WorkloadContext) -> None:
@@ -104,6 +105,7 @@ class Counting(Unchanged):
         super().__init__(Holder({"count": torch.zeros(8), **own}))
         self._rank = context.rank
         self._sleep_s = float(context.options.get("sleep", "0"))
+        self._is_held = context.options.get("hold") == "yes"
         if context.options.get("fork") == "yes" and os.fork() == 0:
             while not os.path.exists("over"):  # noqa: PTH110
                 time.sleep(0.05)
@@ -112,7 +114,7 @@ class Counting(Unchanged):
     def train(self, task: Any) -> TrainResult:
         note(f"rank {self._rank} begins {task.server_round}")
         deadline = time.monotonic() + self._sleep_s
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or (self._is_held and not is_allowed(task.server_round)):
             if task.should_stop():
                 note(f"rank {self._rank} stops {task.server_round}")
                 break

@@ -82,8 +82,14 @@ class AsyncRounds(Rounds):
     def _train(self, server_round: int, stages: Stages) -> Line:
         self._entry = {"round": server_round, "asked": {}, "updates": {}, "refused": {}}
         self._offer_who_is_free()
-        self._entry["num_ranks"] = self.strategy.num_ranks = self._count_ranks()
         return super()._train(server_round, stages)
+
+    def _tasks(self, kind: str, server_round: int, chosen: Any) -> list[Task]:
+        if kind == "train":
+            # Now: whoever came since the round began may be among the chosen.
+            self._known.update(int(client.cid) for client, _ in chosen)
+            self._entry["num_ranks"] = self.strategy.num_ranks = self._count_ranks()
+        return super()._tasks(kind, server_round, chosen)
 
     def _gather(self, server_round: int, tasks: list[Task], merge: Merge) -> list[Task]:
         """Ask the ranks that are free, wait until a merge is due, and give it what is there, in rank order."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -69,8 +70,10 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         """Send a signal; does nothing once it has ended."""
+        # It may have ended already, and what it was forked from be about to tell.
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL; does nothing once it has ended."""

@@ -90,11 +90,14 @@ class Child:
             os.killpg(self._process.pid, number)
         deadline = time.monotonic() + _STOP_S
         while time.monotonic() < deadline:
-            self.poll()
+            has_ended = self.poll() is not None
             try:
                 os.killpg(self._process.pid, 0)
             except ProcessLookupError:
-                return True
+                if has_ended:
+                    return True
+                # What was forked a moment ago has no group of its own yet.
+                self._process.send_signal(number)
             time.sleep(_POLL_S)
         return False
 

@@ -191,9 +191,10 @@ class SecureRounds(Rounds):
         request = replace(task.request, step=step, config={}, refused=None)
         stage = Stage(context=context, rank=task.rank, request=request, state=question, most_bytes=most)
         reply = stage.until_done()
-        with self._sum.lock:
-            self._sum.payloads |= {reply.payload.digest} if reply.payload else set()
-            self._sum.bytes_up += reply.payload.bytes if reply.payload else 0
+        if reply.payload:
+            with self._sum.lock:
+                self._sum.payloads.add(reply.payload.digest)
+                self._sum.bytes_up += reply.payload.bytes
         if reply.status == "ok":
             raise RecordError("its trainer answered with something else")
         content = stage.fetch(reply)

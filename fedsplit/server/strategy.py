@@ -225,7 +225,7 @@ class Strategy(StreamingStrategy):
             server_round=server_round, total_rounds=self.settings.rounds, previous=self._reference,
             seed=self.settings.seed, memory=self.memory, extra=self._extra,
             rank_extra={int(rank): own for rank, own in self._rank_extra.items()}, ranks=self._ranks,
-            num_ranks=max(self.num_ranks, len(self._order)),
+            num_ranks=self.num_ranks or len(self._order),
         )  # fmt: skip
 
     def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:

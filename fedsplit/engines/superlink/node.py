@@ -99,8 +99,9 @@ def _watch(
         if not node.is_running:
             if not _listens(address):
                 return None
-            if node.exit_code:
-                # It waits by itself for a server that cannot be reached, so this is an answer that it got.
+            if node.exit_code and node.exit_code > 0:
+                # It waits by itself for a server that cannot be reached, so this is an answer that it got. To a server
+                # that was restarted it is a stranger: for that it sends SIGINT to itself, sometimes from two threads.
                 raise RefusedError(f"the server at {address} does not let this SuperNode in: {node.tail()}")
             time.sleep(_CONNECTION_LOOK_S)
             return None
