@@ -25,6 +25,7 @@ from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import Request, SecureTerms, TaskRecord, read
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.secure import messages, protocol
+from fedsplit.secure.steps import Steps
 from fedsplit.secure.vector import to_fixed, weighted
 from fedsplit.server.settings import ServerSettings
 from fedsplit.states.arrays import Arrays
@@ -370,9 +371,82 @@ def test_the_state_that_a_trainer_begins_with_goes_to_the_server_until_it_has_tr
     client.train()
     assert client.ask(None, **first)[0].status == "error"
     # Not before the run is complete: what was stopped may go on.
-    for outcome, status in (("stopped", "error"), ("complete", "working")):
-        client.relay().get_properties(GetPropertiesIns(pack({"op": "finish", "run_id": "run", "outcome": outcome})))
-        assert client.ask(None, **first)[0].status == status
+    ends = Relay(client.exchange, trainer_wait_s=1e9, mask_here=True)
+    for outcome in ("stopped", "complete"):
+        ends.get_properties(GetPropertiesIns(pack({"op": "finish", "run_id": "run", "outcome": outcome})))
+        # Nor while that trainer is there: it has not seen the end yet, and would answer with what it has.
+        assert client.ask(None, **first)[0].status == "error"
+    end = client.exchange.read_finished()
+    assert end is not None
+    TrainerSide(client.exchange).leave(end)
+    assert [client.ask(None, **first)[0].status for _ in range(2)] == ["working", "working"]
+
+
+def test_a_trainer_that_left_a_run_and_has_trained_in_the_next_one_gives_no_state_openly(tmp_path: Path) -> None:
+    client = Client(tmp_path)
+    client.train()
+    client.relay().get_properties(GetPropertiesIns(pack({"op": "finish", "run_id": "run", "outcome": "complete"})))
+    end = client.exchange.read_finished()
+    assert end is not None
+    TrainerSide(client.exchange).leave(end)
+    client.train(run_id="next")
+    for run_id in ("run", "next", "another"):
+        answer, content = client.ask(None, kind="initialize", secure=None, step=None, run_id=run_id)
+        assert (answer.status, answer.payload, content) == ("error", None, None)
+        assert "it has trained already" in str(answer.failure)
+
+
+def test_one_question_is_answered_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = Mixed(tmp_path)
+    client, answer, within, go_on = mixed.clients[1], Steps.answer, threading.Event(), threading.Event()
+
+    def held(steps: Steps, request: Request) -> Any:
+        within.set()
+        assert go_on.wait(BOUND_S)
+        return answer(steps, request)
+
+    found: dict[str, Any] = {}
+
+    def ask(name: str, question: Any, **fields: Any) -> threading.Thread:
+        thread = threading.Thread(target=lambda: found.update({name: client.ask(question, **fields)}), daemon=True)
+        thread.start()
+        return thread
+
+    monkeypatch.setattr(Steps, "answer", held)
+    threads = [ask("first", rows(mixed.keys), step=1)]
+    assert within.wait(BOUND_S)
+    # In the middle of it: an attempt that would end the session, and another list for the same stage.
+    fewer = {rank: mixed.keys[rank] for rank in (1, 2)}
+    threads += [ask("anew", payload(START), server_round=2), ask("other", rows(fewer), step=1)]
+    threads[1].join(0.5)
+    assert not found
+    go_on.set()
+    for thread in threads:
+        thread.join(BOUND_S)
+    assert (found["first"][0].status, found["anew"][0].status) == ("step", "working")
+    assert read_rows(found["first"][1], 1).keys() == {1, 2, 3}
+    assert found["other"][0].status == "error"
+
+
+def test_of_two_lists_for_one_stage_at_the_same_moment_one_is_answered(tmp_path: Path) -> None:
+    mixed = Mixed(tmp_path)
+    client, inboxes = mixed.clients[1], mixed.deal()
+    client.stage(2, inboxes[1])
+    together, found = threading.Barrier(4), []
+
+    def ask(survivors: tuple[int, ...]) -> None:
+        together.wait(BOUND_S)
+        found.append((survivors, client.stage(3, dict.fromkeys(survivors, b"\1"))))
+
+    lists = [(1, 2, 3), (1, 2), (1, 3), (1, 2, 3)]
+    threads = [threading.Thread(target=ask, args=(each,), daemon=True) for each in lists]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(BOUND_S)
+    answered = {survivors: content for survivors, (answer, content) in found if answer.status == "step"}
+    assert len(found) == 4 and len(answered) == 1
+    assert {content for _, (answer, content) in found if answer.status == "step"} == set(answered.values())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ state that it begins with, and that only before its first training.
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fedsplit.disk import files
 from fedsplit.disk.digest import bytes_digest
 from fedsplit.errors import RecordError, UsageError
 from fedsplit.exchange.client_side import Source
+from fedsplit.exchange.decisions import is_past
 from fedsplit.exchange.directory import Exchange, forgive
 from fedsplit.exchange.records import PayloadRecord, ResultRecord
 from fedsplit.secure import messages
@@ -36,6 +38,22 @@ class Masks:
         # What is sent in place of the trainer's results.
         self.sent = Exchange(exchange.directory.parent / "masked", exchange.rank, exchange.verify)
         self._steps = Steps(self.sent.directory, exchange.rank)
+        self.forget = self._steps.forget
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other question of this rank is being answered: an engine may start a process for each.
+
+        So nothing is asked, trained or forgotten between what one of them finds and what it does.
+        """
+        self._exchange.check_is_there()
+        lock = self._exchange.lock_of("masks")
+        with files.explained(Path(lock.lock_file), "lock"):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def for_trainer(self, ask: Ask) -> Ask:
         """Return what the trainer is asked; raises UsageError for what would let an update out openly."""
@@ -45,16 +63,18 @@ class Masks:
             raise UsageError(f"the server asks for a task in steps, and {_WHO} takes part in whole models only")
         directory = self.sent.directory
         if ask.kind == "initialize" and directory.exists():
-            raise UsageError(
-                f"the server asks for a trainer's state openly, and by {directory} it has trained already; start the "
-                "server with --initial-checkpoint, or remove that directory before a new run with a new trainer"
-            )
+            if not self._has_left():
+                raise UsageError(
+                    f"the server asks for a trainer's state openly, and by {directory} it has trained already; start "
+                    "the server with --initial-checkpoint, or remove that directory before a new run with a new trainer"
+                )
+            shutil.rmtree(directory)
         if ask.kind == "train":
             files.make_private_directory(directory)
         found = forgive(self.sent.read_result)
         asked = (ask.run_id, ask.kind, ask.server_round)
         if found is None or (found.run_id, found.kind, found.server_round) != asked:
-            self._steps.forget()
+            self.forget()
         return replace(ask, step=None, secure=None, wire=())
 
     def mask(self, ask: Ask, result: ResultRecord) -> ResultRecord:
@@ -64,7 +84,7 @@ class Masks:
         if (result.kind, result.status) != (ask.kind, "ok") or (ask.kind == "train" and result.payload is None):
             raise RecordError(f"its trainer answered {ask.kind} with something else")
         if result.payload is None or ask.kind != "train":
-            return result if ask.kind == "initialize" else replace(result, payload=None)
+            return result if ask.kind == "initialize" else replace(result, payload=None, holds=None)
         found = forgive(self.sent.read_result)
         # The server may not have got them.
         if found and (found.version, found.step) == (result.version, 0) and self._steps.is_unasked(ask):
@@ -80,19 +100,17 @@ class Masks:
         payload = files.map_regular(content) if isinstance(content, Path) else content
         if bytes_digest(payload) != ask.digest:
             raise RecordError(f"what stage {ask.step} is asked with does not have the digest that was announced")
-        # Two processes, as an engine may start them, must not find both that nothing was asked yet.
-        with self.sent.handoff():
-            self._steps.ask(ask, Arrays(payload, f"what stage {ask.step} is asked with"))
+        self._steps.ask(ask, Arrays(payload, f"what stage {ask.step} is asked with"))
         if found.step == ask.step:
             return found
         answer = self._steps.answer(ask)
         seconds = time.monotonic() - began
         return self._send(replace(found, step=ask.step, num_examples=0, loss=None, metrics={}, seconds=seconds), answer)
 
-    def end(self) -> None:
-        """Forget all, once the run is complete: the next one has another trainer."""
-        self._steps.forget()
-        shutil.rmtree(self.sent.directory, ignore_errors=True)
+    def _has_left(self) -> bool:
+        """Tell whether the trainer has gone since its last task, as a run was complete: the next one is a new one."""
+        left, task = forgive(self._exchange.read_left), forgive(self._exchange.read_task)
+        return left is not None and left.outcome == "complete" and is_past(task, left)
 
     def _moved(self, ask: Ask, payload: PayloadRecord, version: int) -> Iterator[Moved]:
         """Yield what is summed of an update; raises UsageError unless that is all of it."""

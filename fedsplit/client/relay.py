@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +113,8 @@ class Relay(Client):
             message = unpack(config, "the server")
             if not self._knows_server and message.get("op") not in ("join", "hello", "refuse"):
                 raise RefusedError("the server asks for work and has not proved that it knows the join token")
-            yield message
+            with self._masks.alone() if self._masks else nullcontext():
+                yield message
         finally:
             self._last_heard, self._busy = time.monotonic(), False
 
@@ -136,7 +137,7 @@ class Relay(Client):
                 run_id, outcome, reason = message.run_id, message.outcome, printable(message.reason)
                 self._side.finish(run_id, outcome, reason)
                 if self._masks and outcome == "complete":
-                    self._masks.end()
+                    self._masks.forget()
                 self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
             elif message.op == "refuse":
                 reason = f"the server refused rank {rank}: {printable(message.reason)}"
