@@ -65,7 +65,12 @@ class Relay(Client):
         self._join_key, self._use_store, self._remote = join_key, use_store, remote
         self.long_poll = LongPoll(self._side, trainer_wait_s)
         self._engine = engine
-        self._masks = _masks(exchange) if mask_here else None
+        self._masks: Masks | None = None
+        if mask_here:
+            # Late: it is all that needs cryptography, and decodes tensors.
+            from fedsplit.client.masks import Masks
+
+            self._masks = Masks(exchange)
         self.begin_connection()
         self._busy = False
         self._incoming: Incoming | None = None
@@ -255,10 +260,10 @@ class Relay(Client):
 
     def _relay(self, ask: Ask, blobs: list[bytes]) -> _Reply:
         began = time.monotonic()
-        if self._masks and ask.kind == "train" and ask.secure and ask.step:
-            return self._answer_stage(self._masks, ask, blobs)
-        asked = self._masks.for_trainer(ask) if self._masks else ask
         try:
+            if self._masks and ask.kind == "train" and ask.secure and ask.step:
+                return self._answer_stage(self._masks, ask, blobs)
+            asked = self._masks.for_trainer(ask) if self._masks else ask
             version = self._side.offer(asked, asked.digest, lambda _: self._fetch(ask, blobs))
         finally:
             self._incoming = None
@@ -286,12 +291,8 @@ class Relay(Client):
     def _answer_stage(self, masks: Masks, ask: Ask, blobs: list[bytes]) -> _Reply:
         """Answer a stage of a secure sum in the trainer's place."""
         self._since = (0, self._asked_at, time.monotonic())
-        try:
-            question = self._fetch(ask, blobs)
-            return self._deliver(masks.answer(ask, question)) if question else ({"status": "need"}, [])
-        finally:
-            self._incoming = None
-            remove(self._exchange.fetched_path)
+        question = self._fetch(ask, blobs)
+        return self._deliver(masks.answer(ask, question)) if question else ({"status": "need"}, [])
 
     def _wait_for_space(self, exc: NoSpaceError, seconds: float) -> dict[str, Any]:
         """Say that there is no space, once for each time that the disk is full, and pause."""
@@ -379,10 +380,3 @@ class Relay(Client):
                 "rank %d: %s, round %d of %d (version %d)",
                 self._exchange.rank, request.kind, request.server_round, request.total_rounds, version,
             )  # fmt: skip
-
-
-def _masks(exchange: Exchange) -> Masks:
-    # Late: it is all that needs cryptography, and decodes tensors.
-    from fedsplit.client.masks import Masks
-
-    return Masks(exchange)
