@@ -21,6 +21,7 @@ from fedsplit.client.masks import Masks
 from fedsplit.client.relay import Relay
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.engines.assembly import open_server
+from fedsplit.exchange.client_side import ClientSide
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import Request, SecureTerms, TaskRecord, read
 from fedsplit.exchange.trainer_side import TrainerSide
@@ -380,6 +381,23 @@ def test_the_state_that_a_trainer_begins_with_goes_to_the_server_until_it_has_tr
     assert end is not None
     TrainerSide(client.exchange).leave(end)
     assert [client.ask(None, **first)[0].status for _ in range(2)] == ["working", "working"]
+
+
+def test_the_secrets_are_gone_before_a_complete_run_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, seen = Client(tmp_path), list[list[Path]]()
+    client.train()
+    masked = Masks(client.exchange).sent.directory
+    finish = ClientSide.finish
+
+    def look(side: ClientSide, *told: str) -> None:
+        seen.append(list(masked.iterdir()))
+        finish(side, *told)
+
+    monkeypatch.setattr(ClientSide, "finish", look)
+    assert list(masked.iterdir())
+    # Who sees the end may end the process that tells of it.
+    client.relay().get_properties(GetPropertiesIns(pack({"op": "finish", "run_id": "run", "outcome": "complete"})))
+    assert seen == [[]]
 
 
 def test_a_trainer_that_left_a_run_and_has_trained_in_the_next_one_gives_no_state_openly(tmp_path: Path) -> None:

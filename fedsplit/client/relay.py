@@ -140,9 +140,10 @@ class Relay(Client):
                     reply = {"rank": rank, "leaving": str(exc)}
             elif message.op == "finish":
                 run_id, outcome, reason = message.run_id, message.outcome, printable(message.reason)
-                self._side.finish(run_id, outcome, reason)
                 if self._masks and outcome == "complete":
+                    # Before the end is there to be seen: the script of a SuperNode then ends this process.
                     self._masks.forget()
+                self._side.finish(run_id, outcome, reason)
                 self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
             elif message.op == "refuse":
                 reason = f"the server refused rank {rank}: {printable(message.reason)}"
