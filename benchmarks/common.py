@@ -363,6 +363,7 @@ class Federation:
     engine: str = "embedded"
     workload: Sequence[str] = field(default_factory=tuple)
     rules: Sequence[str] = ()
+    client_flags: Sequence[str] = ()
     sleep_s: float = 0.0
 
     def run(self, timeout_s: float = 600.0) -> tuple[list[float], Programs]:
@@ -392,6 +393,7 @@ class Federation:
             programs.start(
                 f"client-{rank}", "client_main.py", "--rank", rank, "--server-address", address,
                 "--exchange-dir", str(exchange), "--payload-store", self.store, "--engine", self.engine,
+                *self.client_flags,
             )  # fmt: skip
         for rank in ranks:
             programs.start(

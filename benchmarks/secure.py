@@ -18,35 +18,47 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Federation, Figure, Options, interleaved
+from fedsplit.run.history import read_history
 
 TOPIC = "secure"
 RANKS, LAYERS = 4, 10
-_RULES = ("num_batches_tracked=max", "secure(fedavg, range=4, threshold=3)")
+# A counter cannot be summed securely, and no rank needs that of another one.
+_RULES = ("num_batches_tracked=local", "secure(fedavg, range=4, threshold=2)")
 
 
 def run(options: Options) -> list[Figure]:
     """Measure."""
     figures = []
-    for size in (1_000_000, 10_000_000, options.pick(100_000_000, 100_000_000, 1_000_000)):
+    largest = () if options.quick else (100_000_000,)
+    for size in (100_000,) if options.tiny else (1_000_000, 10_000_000, *largest):
         label = f"{size / 1e6:g} MB"
-        rounds = options.pick(6, 4, 3)
-        sides = {rule: _programs(size, rounds, rule) for rule in ("secure", "plain")}
-        samples = interleaved(options.pick(3, 1, 1), sides)
-        figures.append(
-            Figure(topic=TOPIC, name=f"round of 2 ranks, {label}", unit="s", samples=samples["secure"],
-                   peer="without secure(…)", peer_samples=samples["plain"], judged_by="ratio")
-        )  # fmt: skip
+        figures += _rounds(size, options.pick(6, 4, 3), options.pick(3, 1, 1), label)
         # Flower needs minutes for the largest.
         figures += _protocols(size, 1 if size > 10_000_000 else options.pick(3, 1, 1), label)
     return figures
 
 
-def _programs(size: int, rounds: int, rule: str) -> Callable[[Path], Sequence[float]]:
-    rules = _RULES if rule == "secure" else ()
-    rules = tuple(each.replace("threshold=3", "threshold=2") for each in rules)
+def _rounds(size: int, rounds: int, repeats: int, label: str) -> list[Figure]:
+    sides = {
+        "masks of the trainer": _programs(size, rounds, rules=_RULES),
+        "masks of the client": _programs(size, rounds, rules=_RULES, client_flags=("--mask-here",)),
+        "plain": _programs(size, rounds),
+    }
+    samples = interleaved(repeats, sides)
+    plain = samples.pop("plain")
+    return [
+        Figure(topic=TOPIC, name=f"round of 2 ranks, {label}, {side}", unit="s", samples=found,
+               peer="without secure(…)", peer_samples=plain, judged_by="ratio")
+        for side, found in samples.items()
+    ]  # fmt: skip
 
+
+def _programs(size: int, rounds: int, **settings: Any) -> Callable[[Path], Sequence[float]]:
     def measure(directory: Path) -> Sequence[float]:
-        periods, _ = Federation(directory=directory, rounds=rounds, model_bytes=size, rules=rules).run()
+        periods, _ = Federation(directory=directory, rounds=rounds, model_bytes=size, **settings).run()
+        # Else nothing would have been measured: a round whose updates are refused is a quick one.
+        for line in read_history(directory / "checkpoints" / "server" / "history.jsonl"):
+            assert line["accepted"] == 2, line["refused"]
         return periods
 
     return measure

@@ -100,7 +100,7 @@ def test_a_rank_at_the_cut_has_the_formulas_numbers():
 def test_a_tiny_run_prints_a_table_and_writes_every_sample(tmp_path):
     output = tmp_path / "figures.json"
     ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--tiny", "--output", str(output), "hand-off", "merge"],
+        [sys.executable, "-m", "benchmarks", "--tiny", "--output", str(output), "hand-off", "merge", "secure"],
         cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -108,7 +108,7 @@ def test_a_tiny_run_prints_a_table_and_writes_every_sample(tmp_path):
     assert record["machine"]["cores"] >= 1
     assert record["machine"]["packages"]["flwr"]
     by_topic = {figure["topic"] for figure in record["figures"]}
-    assert by_topic == {"hand-off", "merge"}
+    assert by_topic == {"hand-off", "merge", "secure"}
     for figure in record["figures"]:
         assert figure["samples"] and figure["median"] > 0, figure
         assert figure["name"] in ended.stdout

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fedsplit.states.state_dict import map_file
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
 from tests.test_secure_protocol import uniformity
+from tests.training import TORCHRUN, Federation
 
 MODEL = ("--threads", "1", "--workload", "tests.secure_digits:dying")
 
@@ -152,6 +155,142 @@ def test_a_client_or_the_server_that_is_killed_after_a_stage_changes_nothing(
         federation.allow(2)
         assert set(federation.wait().values()) == {0}, federation.tails()
         assert_same(federation.final_state(), undisturbed)
+
+
+def kill_before_the_end(federation: Programs, name: str, *flags: str) -> None:
+    """Kill a program and start it again, unless the run is over: told of its end, it would wait for another one."""
+    federation.kill("server", signal.SIGSTOP)
+    if federation.rounds_finished() < 3:
+        federation.kill(name)
+        federation.start(name, *flags)
+    if federation.processes["server"].poll() is None:
+        federation.kill("server", signal.SIGCONT)
+
+
+MASK = ("--mask-here",)
+MASKING = {"client-1": MASK, "client-2": MASK}
+
+
+@pytest.mark.slow
+def test_masks_that_two_clients_make_give_the_same_bits_as_those_of_the_trainers(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)") as federation:
+        start_all(federation, MASKING)
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert [line["accepted"] for line in federation.history()] == [3, 3, 3]
+        assert_same(federation.final_state(), undisturbed)
+        # The trainers had no part in it; what was kept of the rounds went with the run.
+        made = [path.name for path in federation.checkpoints.glob("rank-*/secure")]
+        assert len(made) == 1 and not list((federation.exchange / "masked").glob("*/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_client_that_masks_and_is_killed_after_a_stage_changes_nothing(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor], stage: int
+) -> None:
+    with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)") as federation:
+        # Rank 3 masks in its trainer, which is held in the same stage: the round is not over before it goes on.
+        start_all(federation, {**MASKING, "model-3": ("--workload-option", f"hold={stage}")})
+        federation.wait_until((tmp_path / "held").exists)
+        asked = federation.exchange / "masked" / "rank-1" / f"stage-{stage}.safetensors"
+        federation.wait_until(asked.exists)
+        federation.kill("client-1")
+        federation.start("client-1", *MASK)
+        federation.allow(2)
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert [line["accepted"] for line in federation.history()] == [3, 3, 3]
+        assert_same(federation.final_state(), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_client_that_masks_and_is_killed_while_its_trainer_trains_changes_nothing(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    flags = ("--threads", "1", "--workload", "tests.held:digits")
+    with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)", model_flags=flags) as federation:
+        start_all(federation, MASKING)
+        federation.wait_for("client-1", "train, round 1")
+        federation.kill("client-1")
+        federation.start("client-1", *MASK)
+        federation.allow(3)
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert [line["accepted"] for line in federation.history()] == [3, 3, 3]
+        assert_same(federation.final_state(), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model-1", "server"])
+def test_a_trainer_or_the_server_that_is_killed_where_clients_mask_changes_nothing(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor], name: str
+) -> None:
+    with federation_of(tmp_path, "secure(fedavg, threshold=2, range=4)") as federation:
+        start_all(federation, MASKING)
+        session = federation.exchange / "masked" / "rank-1" / "session.safetensors"
+        federation.wait_until(lambda: session.exists() or federation.rounds_finished() == 3)
+        kill_before_the_end(federation, name, *(("--resume",) if name == "server" else ()))
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        assert_same(federation.final_state(), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_client_that_masks_gives_a_server_nothing_openly(tmp_path: Path) -> None:
+    with federation_of(tmp_path, "fedavg", ranks=2, rounds=1, client_flags=MASK) as federation:
+        federation.start_all()
+        assert federation.wait(names=["server"]) == {"server": 15}
+        assert "asks for an update openly" in federation.history()[0]["refused"]["1"]
+
+
+@dataclass
+class OneOfTwoProcesses(Federation):
+    """Rank 1 is trained by two processes, which know nothing of secure sums; rank 2 by one."""
+
+    def command(self, name: str) -> list[str]:
+        command = Programs.command(self, name)
+        return [*TORCHRUN, *command[1:]] if name == "model-1" else command
+
+
+def same_trainers(directory: Path, *flags: str, **options: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Run a round of two ranks of which rank 1 is in two processes; returns the final state and the history."""
+    directory.mkdir()
+    model_flags = ("--threads", "1", "--workload-option", "epochs=2")
+    settings: dict[str, Any] = {"server_flags": ("--rounds", "1", *flags), "model_flags": model_flags}
+    with programs(directory, OneOfTwoProcesses, **settings) as federation:
+        start_all(federation, {"client-1": options.get("client", ())})
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        return dict(map_file(federation.final_state())), federation.history()
+
+
+@pytest.mark.slow
+def test_a_client_masks_for_a_trainer_of_two_processes(tmp_path: Path) -> None:
+    secure, lines = same_trainers(tmp_path / "secure", "--aggregate", "secure(fedavg, range=4)", client=MASK)
+    plain, plain_lines = same_trainers(tmp_path / "plain")
+    # The sum has steps of 4 / 2^30.
+    assert secure.keys() == plain.keys()
+    assert max(float((secure[name] - plain[name]).abs().max()) for name in plain) < 1e-6
+    assert [line["accepted"] for line in lines] == [2]
+    assert lines[0]["secure"]["unmasked"] == 2
+    for one, other in zip(lines, plain_lines, strict=True):
+        numbers = [[line["clients"][rank]["num_examples"] for rank in ("1", "2")] for line in (one, other)]
+        assert numbers[0] == numbers[1]
+
+
+@pytest.mark.slow
+def test_clients_mask_on_a_superlink_too(tmp_path: Path) -> None:
+    engine = ("--engine", "superlink")
+    settings: dict[str, Any] = {"ranks": 2, "rounds": 1, "forked": False, "client_flags": (*engine, *MASK)}
+    rule = "secure(fedavg, range=4)"
+    with federation_of(tmp_path / "superlink", rule, *engine, **settings) as federation:
+        federation.start_all()
+        assert set(federation.wait().values()) == {0}, federation.tails()
+        found, lines = dict(map_file(federation.final_state())), federation.history()
+        assert not list(federation.checkpoints.glob("rank-*/secure"))
+        assert not list((federation.exchange / "masked").glob("*/*"))
+    expected, _ = run(tmp_path / "embedded", rule, ranks=2, rounds=1)
+    assert [line["accepted"] for line in lines] == [2]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,15 @@ def task(step: int, server_round: int = 1) -> TaskRecord:
     )  # fmt: skip
 
 
+def rows(found: dict[int, bytes]) -> dict[str, torch.Tensor]:
+    """What the stages send, as a trainer has it."""
+    return {name: torch.from_numpy(array.copy()) for name, array in messages.rows(found).items()}
+
+
+def read_rows(state: dict[str, torch.Tensor], length: int) -> dict[int, bytes]:
+    return messages.read_rows({name: tensor.numpy() for name, tensor in state.items()}, length)
+
+
 class Ranks:
     """Three ranks, each with a directory of its own; what the server passes on is made here."""
 
@@ -38,7 +46,7 @@ class Ranks:
         self.keys: dict[int, bytes] = {}
         for rank in (1, 2, 3):
             update = {"body.w": torch.full((3,), rank / 2), "head.b": torch.ones(2) - 0.1, "norm.n": torch.tensor(rank)}
-            self.keys |= messages.read_rows(self.begin(rank, update), messages.LENGTHS[0])
+            self.keys |= read_rows(self.begin(rank, update), messages.LENGTHS[0])
         self.group = messages.group_of("run", 1, TERMS, self.keys)
 
     def begin(self, rank: int, update: dict[str, torch.Tensor], weight: int = 10) -> Any:
@@ -50,7 +58,7 @@ class Ranks:
 
     def deal(self) -> dict[int, dict[int, bytes]]:
         dealt = {
-            rank: messages.read_rows(self.steps(rank).answer(task(1), messages.rows(self.keys)), messages.LENGTHS[1])
+            rank: read_rows(self.steps(rank).answer(task(1), rows(self.keys)), messages.LENGTHS[1])
             for rank in self.keys
         }
         return {rank: {sender: dealt[sender][rank] for sender in dealt} for rank in self.keys}
@@ -65,16 +73,14 @@ def test_every_stage_is_answered_by_a_process_that_was_just_started(ranks: Ranks
     inboxes = ranks.deal()
     total, plain = np.zeros(6, np.uint32), []
     for rank in ranks.keys:
-        state, extra = separate(ranks.steps(rank).answer(task(2), messages.rows(inboxes[rank])))
+        state, extra = separate(ranks.steps(rank).answer(task(2), rows(inboxes[rank])))
         # The entry with another rule travels as it is, the others nowhere but in the sum.
         assert state == {"norm.n": torch.tensor(rank)}
         total += extra[messages.MASKED].numpy().view(np.uint32)
         fixed = [to_fixed(np.full(3, rank / 2), 2.0), to_fixed((START["head.b"] - 0.1).double().numpy() - 1, 0.5)]
         plain.append(weighted(np.concatenate(fixed), 10, 30))
-    said = messages.rows({1: b"\1", 2: b"\1", 3: b"\1"})
-    revealed = {
-        rank: messages.read_rows(ranks.steps(rank).answer(task(3), said), messages.LENGTHS[3]) for rank in ranks.keys
-    }
+    said = rows({1: b"\1", 2: b"\1", 3: b"\1"})
+    revealed = {rank: read_rows(ranks.steps(rank).answer(task(3), said), messages.LENGTHS[3]) for rank in ranks.keys}
     protocol.unmask(ranks.group, [1, 2, 3], [1, 2, 3], revealed, total)
     assert total.tobytes() == sum(plain).astype(np.uint32).tobytes()
     assert abs(total[:3].view(np.int32) - STEPS // 2).max() <= 2
@@ -84,45 +90,30 @@ def test_a_masked_vector_is_the_same_each_time_and_the_same_stage_is_answered_to
     ranks: Ranks,
 ) -> None:
     inboxes = ranks.deal()
-    question = messages.rows(inboxes[1])
+    question = rows(inboxes[1])
     first, second = (ranks.steps(1).answer(task(2), question) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(RecordError, match="asked for stage 2 again, with something else"):
-        ranks.steps(1).answer(task(2), messages.rows({1: inboxes[1][1], 2: inboxes[1][2]}))
+        ranks.steps(1).answer(task(2), rows({1: inboxes[1][1], 2: inboxes[1][2]}))
     everyone, two = (dict.fromkeys(chosen, b"\x01") for chosen in ((1, 2, 3), (1, 2)))
-    ranks.steps(1).answer(task(3), messages.rows(everyone))
+    ranks.steps(1).answer(task(3), rows(everyone))
     with pytest.raises(RecordError, match="asked for stage 3 again, with something else"):
-        ranks.steps(1).answer(task(3), messages.rows(two))
+        ranks.steps(1).answer(task(3), rows(two))
 
 
 def test_a_new_update_has_new_keys_and_nothing_of_the_session_before(ranks: Ranks) -> None:
     inboxes = ranks.deal()
-    ranks.steps(1).answer(task(2), messages.rows(inboxes[1]))
-    again = messages.read_rows(ranks.begin(1, dict(START)), messages.LENGTHS[0])
+    ranks.steps(1).answer(task(2), rows(inboxes[1]))
+    again = read_rows(ranks.begin(1, dict(START)), messages.LENGTHS[0])
     assert again[1][:64] != ranks.keys[1][:64]
     with pytest.raises(RecordError, match="the server left out stage 1"):
-        ranks.steps(1).answer(task(2), messages.rows(inboxes[1]))
+        ranks.steps(1).answer(task(2), rows(inboxes[1]))
     with pytest.raises(RecordError, match="gave other keys or another weight for this rank"):
-        ranks.steps(1).answer(task(1), messages.rows(ranks.keys))
-
-
-def test_one_that_is_killed_while_it_forgets_has_lost_its_secrets_first(
-    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = ranks.steps(1)
-    steps.answer(task(1), messages.rows(ranks.keys))
-    before = {path.name for path in steps._directory.iterdir()}
-    # Killed here: nothing of the rest is removed.
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    steps.forget()
-    assert before - {path.name for path in steps._directory.iterdir()} == {"session.safetensors"}
-    monkeypatch.undo()
-    steps.forget()
-    assert not steps._directory.exists()
+        ranks.steps(1).answer(task(1), rows(ranks.keys))
 
 
 def test_without_its_secrets_or_for_another_round_or_terms_a_rank_answers_with_an_error(ranks: Ranks) -> None:
-    question = messages.rows(ranks.keys)
+    question = rows(ranks.keys)
     with pytest.raises(RecordError, match="the secrets of this round are not here"):
         SecureSteps(ranks.directory / "other", 1).answer(task(1), question)
     with pytest.raises(RecordError, match="of another round, or of other terms"):
@@ -163,4 +154,23 @@ def test_an_update_that_counts_for_nothing_or_has_other_entries_cannot_be_summed
 )
 def test_what_is_no_message_of_a_stage_is_refused(state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(RecordError):
-        messages.read_rows(state, 4)
+        read_rows(state, 4)
+
+
+def test_a_stage_that_there_is_not_and_a_question_of_another_dtype_are_refused(ranks: Ranks) -> None:
+    with pytest.raises(RecordError, match="has no stage 4"):
+        ranks.steps(1).answer(task(4), rows(ranks.keys))
+    question = {name: tensor.bfloat16() for name, tensor in rows(ranks.keys).items()}
+    with pytest.raises(RecordError, match="expected 72 bytes for each of some ranks"):
+        ranks.steps(1).answer(task(1), question)
+
+
+def test_secrets_go_before_what_was_asked_of_them(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, a rank would otherwise answer a stage again, with another list."""
+    inboxes = ranks.deal()
+    ranks.steps(1).answer(task(2), rows(inboxes[1]))
+    gone: list[str] = []
+    monkeypatch.setattr("fedsplit.secure.steps.remove", lambda path: gone.append(path.name) or path.unlink())
+    ranks.steps(1).forget()
+    assert gone[0] == "session.safetensors"
+    assert sorted(gone[1:]) == ["open.safetensors", "stage-1.safetensors", "stage-2.safetensors"]

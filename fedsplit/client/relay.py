@@ -1,17 +1,20 @@
 """The Flower client: a relay between the server and the exchange directory.
 
 It decodes no tensor and imports no torch: the bytes it receives go to a file, the bytes of a file go to the server,
-and where both sides see the same disk only a digest travels.
+and where both sides see the same disk only a digest travels. Only with ``--mask-here`` what the trainer made is masked
+on its way (`fedsplit.client.masks`).
 """
+
+from __future__ import annotations
 
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from calling home)
 
@@ -31,6 +34,9 @@ from fedsplit.exchange.records import FinishedRecord, PayloadRecord, Request, Re
 from fedsplit.wire.join import Transcript
 from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, Ask, Engine, Message, Piece, pack, unpack
 
+if TYPE_CHECKING:
+    from fedsplit.client.masks import Masks
+
 log = logging.getLogger("fedsplit")
 
 # Also for a task that failed: with another code Flower drops the metrics, and with them the reason.
@@ -44,12 +50,13 @@ class Relay(Client):
     A task counts as failed after `trainer_wait_s` seconds without a trainer. Payloads travel through `remote`, the
     store at ``--payload-store URL``, if the server uses it too, or with `use_store` through the server's own store, if
     it can be seen. What the server and this client must prove to each other to know is `join_key`; None takes any
-    server. How the run ended is `outcome`; `refused` is why one of the two turned the other away.
+    server. With `mask_here` no update leaves but masked. How the run ended is `outcome`; `refused` is why one turned
+    the other away.
     """
 
     def __init__(
         self, exchange: Exchange, *, trainer_wait_s: float, use_store: bool = True, remote: RemoteStore | None = None,
-        join_key: bytes | None = None, engine: Engine = EMBEDDED,
+        join_key: bytes | None = None, engine: Engine = EMBEDDED, mask_here: bool = False,
     ) -> None:  # fmt: skip
         self.outcome: FinishedRecord | None = None
         self.refused: RefusedError | None = None
@@ -58,6 +65,12 @@ class Relay(Client):
         self._join_key, self._use_store, self._remote = join_key, use_store, remote
         self.long_poll = LongPoll(self._side, trainer_wait_s)
         self._engine = engine
+        self._masks: Masks | None = None
+        if mask_here:
+            # Late: it is all that needs cryptography, and decodes tensors.
+            from fedsplit.client.masks import Masks
+
+            self._masks = Masks(exchange)
         self.begin_connection()
         self._busy = False
         self._incoming: Incoming | None = None
@@ -105,7 +118,8 @@ class Relay(Client):
             message = unpack(config, "the server")
             if not self._knows_server and message.get("op") not in ("join", "hello", "refuse"):
                 raise RefusedError("the server asks for work and has not proved that it knows the join token")
-            yield message
+            with self._masks.alone() if self._masks else nullcontext():
+                yield message
         finally:
             self._last_heard, self._busy = time.monotonic(), False
 
@@ -126,6 +140,9 @@ class Relay(Client):
                     reply = {"rank": rank, "leaving": str(exc)}
             elif message.op == "finish":
                 run_id, outcome, reason = message.run_id, message.outcome, printable(message.reason)
+                if self._masks and outcome == "complete":
+                    # Before the end is there to be seen: the script of a SuperNode then ends this process.
+                    self._masks.forget()
                 self._side.finish(run_id, outcome, reason)
                 self.outcome = FinishedRecord(version=1, run_id=run_id, outcome=outcome, reason=reason)
             elif message.op == "refuse":
@@ -159,9 +176,7 @@ class Relay(Client):
         with self._question(ins.config) as message:
             try:
                 wanted = read(message, Piece, "the server's message")
-                result = self._exchange.read_result()
-                if result and result.payload and result.payload.digest == wanted.digest:
-                    path = self._exchange.check_payload(result.payload)
+                if path := self._find(wanted.digest):
                     piece = read_part(path, wanted.offset, wanted.bytes)
                     return flower.GetParametersRes(status=_OK, parameters=flower.Parameters([piece], TENSOR_TYPE))
             except (RecordError, OSError) as exc:
@@ -247,7 +262,10 @@ class Relay(Client):
     def _relay(self, ask: Ask, blobs: list[bytes]) -> _Reply:
         began = time.monotonic()
         try:
-            version = self._side.offer(ask, ask.digest, lambda _: self._fetch(ask, blobs))
+            if self._masks and ask.kind == "train" and ask.secure and ask.step:
+                return self._answer_stage(self._masks, ask, blobs)
+            asked = self._masks.for_trainer(ask) if self._masks else ask
+            version = self._side.offer(asked, asked.digest, lambda _: self._fetch(ask, blobs))
         finally:
             self._incoming = None
             remove(self._exchange.fetched_path)
@@ -264,12 +282,18 @@ class Relay(Client):
             self._side.cancel(version)
             raise
         if result is not None:
-            return self._deliver(result)
+            return self._deliver(self._masks.mask(ask, result) if self._masks else result)
         if ask.cancel:
             self._side.cancel(version)
             return {"status": "cancelled"}, []
         waiting_for = None if self.long_poll.missing_since is None else "trainer"
         return {"status": "working", "waiting_for": waiting_for}, []
+
+    def _answer_stage(self, masks: Masks, ask: Ask, blobs: list[bytes]) -> _Reply:
+        """Answer a stage of a secure sum in the trainer's place."""
+        self._since = (0, self._asked_at, time.monotonic())
+        question = self._fetch(ask, blobs)
+        return self._deliver(masks.answer(ask, question)) if question else ({"status": "need"}, [])
 
     def _wait_for_space(self, exc: NoSpaceError, seconds: float) -> dict[str, Any]:
         """Say that there is no space, once for each time that the disk is full, and pause."""
@@ -307,24 +331,36 @@ class Relay(Client):
             reply["local_entries"] = dict(result.local_entries)
         blobs: list[bytes] = []
         if result.payload:
-            via = self._place(result.payload)
+            path = self._holder(result.kind).directory / result.payload.file
+            via = self._place(path, result.payload)
             identity = result.payload.identity if self._exchange.trusts else None
             reply["payload"] = {
                 "digest": result.payload.digest, "bytes": result.payload.bytes, "via": via, "identity": identity,
             }  # fmt: skip
             if via == "inline":
-                path = self._exchange.directory / result.payload.file
                 with explained(path, "read"):
                     blobs = [path.read_bytes()]
         if result.status == "step":
             reply["held_s"] = time.monotonic() - self._since[1]
         return reply, blobs
 
-    def _place(self, payload: PayloadRecord) -> str:
+    def _holder(self, kind: str) -> Exchange:
+        """Return the directory of what is sent of results of a kind."""
+        return self._masks.sent if self._masks and kind != "initialize" else self._exchange
+
+    def _find(self, digest: str) -> Path | None:
+        """Return the file of a payload that the server was told of; None if it is no longer there."""
+        for place in {self._holder("initialize"), self._holder("train")}:
+            result = place.read_result()
+            if result and result.payload and result.payload.digest == digest and self._holder(result.kind) is place:
+                return place.check_payload(result.payload)
+        return None
+
+    def _place(self, path: Path, payload: PayloadRecord) -> str:
         """Bring a result to where the server can get it; returns how it gets there."""
         if self._store:
             try:
-                self._store.give(self._exchange.directory / payload.file, payload.digest)
+                self._store.give(path, payload.digest)
                 return "store"
             except ExchangeError as exc:  # the server's disk is full, say: then a message is the way
                 log.warning("rank %d: %s; sending the result in a message", self._exchange.rank, exc)

@@ -43,6 +43,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "prove the same; needs TLS or a loopback address (default: no proof)")  # fmt: skip
     add("--supernode-private-key", type=Path, metavar="FILE",
         help="with --engine superlink: this SuperNode's key, if the server asks for one (default: no key)")  # fmt: skip
+    add("--mask-here", action="store_true",
+        help="mask updates for secure sums in this program, for a trainer that cannot, and let none leave it openly "
+        "(default: the trainer masks them where the server's rules ask for it)")  # fmt: skip
     cli.make_program(parser, "client", run, flower=True)
 
 
@@ -81,12 +84,15 @@ def _take_part(
         return node.connect(
             exchange, address, root_certificates=arguments.root_certificates, node_key=arguments.supernode_private_key,
             trainer_wait_s=wait_s, payload_store=store, max_wait_s=max_wait_s, verbose=arguments.verbose,
-            log_format=arguments.log_format,
+            log_format=arguments.log_format, mask_here=arguments.mask_here,
         )  # fmt: skip
     # Late: it imports Flower, and a role that is taken is told of at once.
     from fedsplit.client.relay import Relay
 
     remote = open_remote(store)
-    relay = Relay(exchange, trainer_wait_s=wait_s, remote=remote, use_store=store == "auto", join_key=join_key)
+    relay = Relay(
+        exchange, trainer_wait_s=wait_s, remote=remote, use_store=store == "auto", join_key=join_key,
+        mask_here=arguments.mask_here,
+    )  # fmt: skip
     embedded.connect(relay, address, root_certificates=certificates, max_wait_s=max_wait_s)
     return relay.outcome

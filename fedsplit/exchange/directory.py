@@ -119,7 +119,7 @@ class Exchange:
         """Make the directory and hold a role of it for the length of the block; raises RoleTakenError."""
         files.make_private_directory(self.directory)
         files.check_space(self.directory, _LEAST_SPACE_BYTES)
-        path, lock = self.lock_path(role), self._lock_of(role)
+        path, lock = self.lock_path(role), self.lock_of(role)
         with ExitStack() as stack:
             with self.handoff():
                 if not _take(lock, 0.0):
@@ -278,7 +278,8 @@ class Exchange:
         self._parsed[path] = (text, record)
         return record
 
-    def _lock_of(self, name: str) -> FileLock:
+    def lock_of(self, name: str) -> FileLock:
+        """Return a lock of this directory that is not held yet."""
         # A soft lock, the library's fallback where flock is missing, would outlive its owner.
         return FileLock(self.directory / f"{name}.lock", fallback_to_soft=False, mode=0o600, poll_interval=_LOCK_POLL_S)
 

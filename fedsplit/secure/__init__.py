@@ -1,1 +1,1 @@
-"""Sums of updates without single updates: SecAgg+ (Bell et al., 2020), as pure functions that do no input or output."""
+"""Sums of updates without single updates: SecAgg+ (Bell et al., 2020), and what a rank keeps on its disk meanwhile."""

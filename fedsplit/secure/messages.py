@@ -1,4 +1,4 @@
-"""What the stages of a secure sum send, as tensors: bytes for each of some ranks.
+"""What the stages of a secure sum send, as arrays: bytes for each of some ranks.
 
 The parts of an update that are not summed travel beside the masked vector, under their own names.
 """
@@ -6,14 +6,13 @@ The parts of an update that are not summed travel beside the masked vector, unde
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import torch
 
-from fedsplit.errors import RecordError
-from fedsplit.exchange.records import SecureTerms
+from fedsplit.errors import RecordError, UsageError
+from fedsplit.exchange.records import Request, SecureTerms
 from fedsplit.secure.protocol import BOX_BYTES, KEY_BYTES, Advert, Group
 from fedsplit.secure.shamir import SHARE_BYTES
-from fedsplit.states.local_keys import IsOfType, first_match
-from fedsplit.states.state_dict import StateDict
+from fedsplit.states.arrays import Array
+from fedsplit.states.local_keys import IsOfType, first_match, named
 
 # What each stage is answered with, but for the vector.
 LENGTHS = {0: 2 * KEY_BYTES + 8, 1: BOX_BYTES, 3: SHARE_BYTES}
@@ -30,23 +29,35 @@ def ranges_of(names: Iterable[str], split: tuple[tuple[str, bool], ...], terms: 
     return {name: terms.ranges[at] for name, at in patterns.items() if at is not None and at in terms.ranges}
 
 
-def rows(found: Mapping[int, bytes]) -> StateDict:
-    """Return bytes by rank, all of one length, as tensors."""
+def check_nothing_is_open(
+    names: Iterable[str], request: Request, who: str, is_of_type: IsOfType = lambda name, glob: False
+) -> None:
+    """Raise UsageError if any of these entries of an update would reach the server openly."""
+    hidden = ranges_of(names, request.split, request.secure, is_of_type) if request.secure else {}
+    if openly := [name for name in names if name not in hidden]:
+        raise UsageError(
+            f"the server asks for {named(openly)} openly, and {who} was started to send updates into secure sums only; "
+            "the server's rules must be secure(…), or local, for every entry"
+        )
+
+
+def rows(found: Mapping[int, bytes]) -> dict[str, Array]:
+    """Return bytes by rank, all of one length, as arrays."""
     ranks = sorted(found)
-    content = np.frombuffer(b"".join(found[rank] for rank in ranks), np.uint8).reshape(len(ranks), -1)
-    return {_RANKS: torch.tensor(ranks, dtype=torch.int64), _BYTES: torch.from_numpy(content.copy())}
+    content = np.frombuffer(b"".join(found[rank] for rank in ranks), np.uint8)
+    return {_RANKS: np.array(ranks, np.int64), _BYTES: content.reshape(len(ranks), -1 if ranks else 0)}
 
 
-def read_rows(state: StateDict, length: int) -> dict[int, bytes]:
+def read_rows(arrays: Mapping[str, Array], length: int) -> dict[int, bytes]:
     """Read bytes by rank; raises RecordError if that is not what it is."""
-    ranks, content = state.get(_RANKS), state.get(_BYTES)
+    ranks, content = arrays.get(_RANKS), arrays.get(_BYTES)
     if (
-        ranks is None or content is None or ranks.dtype != torch.int64 or ranks.ndim != 1
-        or content.dtype != torch.uint8 or content.shape != (ranks.numel(), length)
+        ranks is None or content is None or ranks.dtype != np.int64 or ranks.ndim != 1
+        or content.dtype != np.uint8 or content.shape != (ranks.size, length)
     ):  # fmt: skip
         raise RecordError(f"expected {length} bytes for each of some ranks")
-    found = dict(zip(ranks.tolist(), map(bytes, content.numpy()), strict=True))
-    if len(found) < ranks.numel() or not all(0 < rank < 2**31 for rank in found):
+    found = dict(zip(ranks.tolist(), map(bytes, content), strict=True))
+    if len(found) < ranks.size or not all(0 < rank < 2**31 for rank in found):
         raise RecordError("a rank is named twice, or is none")
     return found
 

@@ -32,8 +32,9 @@ from fedsplit.server.conversation import HEADER_BYTES, Conversation
 from fedsplit.server.round import Rounds, Task
 from fedsplit.server.strategy import Merge
 from fedsplit.server.turns import in_parallel
+from fedsplit.states.arrays import Array, Arrays, encode
 from fedsplit.states.extra import separate
-from fedsplit.states.state_dict import StateDict, decode, encode, named
+from fedsplit.states.state_dict import StateDict, decode, named
 
 log = logging.getLogger("fedsplit")
 
@@ -122,8 +123,8 @@ class SecureRounds(Rounds):
         group = messages.group_of(self.run.run_id, server_round, self._terms, keys)
         group.check()
         question = messages.rows(keys)
-        boxes = self._ask(1, tasks, dict.fromkeys(keys, question), why, lambda task, state: self._take_rows(
-            1, state, set(group.holders(task.rank))
+        boxes = self._ask(1, tasks, dict.fromkeys(keys, question), why, lambda task, content: self._take_rows(
+            1, task, content, set(group.holders(task.rank))
         ))  # fmt: skip
         inboxes = {
             rank: {sender: boxes[sender][rank] for sender in group.holders(rank) if sender in boxes} for rank in boxes
@@ -133,8 +134,8 @@ class SecureRounds(Rounds):
         masked = self._ask(2, tasks, asked, why, self._take_masked)
         self._check_enough(group, masked)
         question = messages.rows(dict.fromkeys(masked, b"\1"))
-        revealed = self._ask(3, tasks, dict.fromkeys(masked, question), why, lambda task, state: self._take_rows(
-            3, state, set(inboxes[task.rank])
+        revealed = self._ask(3, tasks, dict.fromkeys(masked, question), why, lambda task, content: self._take_rows(
+            3, task, content, set(inboxes[task.rank])
         ))  # fmt: skip
         protocol.unmask(group, list(boxes), list(masked), revealed, self._sum.total)
         return self._mean(group, sum(group.adverts[rank].weight for rank in masked))
@@ -145,8 +146,8 @@ class SecureRounds(Rounds):
             raise RecordError(f"{len(left)} ranks are left, at least {needed} are needed")
 
     def _ask(
-        self, step: int, tasks: dict[int, Task], questions: Mapping[int, StateDict], why: dict[int, str],
-        take: Callable[[Task, StateDict], Any],
+        self, step: int, tasks: dict[int, Task], questions: Mapping[int, Mapping[str, Array]], why: dict[int, str],
+        take: Callable[[Task, Any], Any],
     ) -> dict[int, Any]:  # fmt: skip
         """Ask ranks for a stage, all at the same time; returns what was taken of their answers, by rank."""
         context, found = self._context(self.settings.round_timeout), dict[int, Any]()
@@ -155,7 +156,7 @@ class SecureRounds(Rounds):
         def ask(task: Task) -> None:
             try:
                 content = self._ask_one(context, step, task, payloads[task.rank]) if step else self._train_one(task)
-                found[task.rank] = take(task, decode(content, f"the answer of rank {task.rank}"))
+                found[task.rank] = take(task, content)
             except RecordError as exc:
                 why[task.rank] = f"{_STAGES[step]} did not come: {exc}" if step else str(exc)
                 if step:
@@ -169,10 +170,12 @@ class SecureRounds(Rounds):
         self._await_training(task)
         if task.reply.status == "ok":
             # What it sent is not looked at, and leaves the store with the round.
-            raise RecordError("its trainer knows nothing of secure sums, and sent its update openly; upgrade it")
+            raise RecordError(
+                "its trainer knows nothing of secure sums, and sent its update openly: client_main.py --mask-here"
+            )
         return task.fetch(task.reply)
 
-    def _put(self, questions: Mapping[int, StateDict]) -> dict[int, StoredPayload]:
+    def _put(self, questions: Mapping[int, Mapping[str, Array]]) -> dict[int, StoredPayload]:
         """Put questions where ranks find them, one that several are asked only once; returns the payload by rank."""
         distinct = {id(question): question for question in questions.values()}
         put = {key: self.run.payloads.put(encode(question)) for key, question in distinct.items()}
@@ -199,23 +202,23 @@ class SecureRounds(Rounds):
             task.update_bytes = len(content)
         return content
 
-    def _take_keys(self, task: Task, state: StateDict) -> bytes:
-        row = messages.read_rows(state, messages.LENGTHS[0]).get(task.rank)
+    def _take_keys(self, task: Task, content: Any) -> bytes:
+        row = messages.read_rows(_arrays(task, content), messages.LENGTHS[0]).get(task.rank)
         if row is None or messages.of_row(row).weight != task.reply.num_examples:
             raise RecordError("its keys are not with the number of its examples")
         protocol.check_keys(messages.of_row(row))
         return row
 
-    def _take_rows(self, step: int, state: StateDict, ranks: set[int]) -> dict[int, bytes]:
-        found = messages.read_rows(state, messages.LENGTHS[step])
+    def _take_rows(self, step: int, task: Task, content: Any, ranks: set[int]) -> dict[int, bytes]:
+        found = messages.read_rows(_arrays(task, content), messages.LENGTHS[step])
         if found.keys() != ranks:
             raise RecordError(f"there are shares for {len(found)} ranks, expected {len(ranks)}")
         return found
 
-    def _take_masked(self, task: Task, content: StateDict) -> None:
+    def _take_masked(self, task: Task, content: Any) -> None:
         """Check what travelled openly, and add the masked vector to the sum."""
         total, base = self._sum, task.base
-        state, extra = separate(content)
+        state, extra = separate(decode(content, f"the answer of rank {task.rank}"))
         if openly := total.ranges.keys() & state.keys():
             raise RecordError(f"it sent {named(sorted(openly))} openly")
         vector = extra.get(messages.MASKED)
@@ -246,6 +249,10 @@ class SecureRounds(Rounds):
     def _drop_payloads(self, tasks: Any) -> None:
         super()._drop_payloads(tasks)
         self._state.drop(self._sum.payloads)
+
+
+def _arrays(task: Task, content: Any) -> Arrays:
+    return Arrays(content, f"the answer of rank {task.rank}")
 
 
 def check_sums(state: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 # Tells whether an entry is in a module of a type that a glob matches.
 IsOfType = Callable[[str, str], bool]
+_SHOWN_KEYS = 3
 
 
 def first_match(
@@ -32,3 +33,10 @@ def is_local(name: str, split: Iterable[tuple[str, bool]], is_of_type: IsOfType 
 def type_glob(pattern: str) -> str | None:
     """Return the glob over types in ``<BatchNorm*>``; None for a pattern over keys."""
     return pattern[1:-1] if pattern.startswith("<") and pattern.endswith(">") else None
+
+
+def named(names: Iterable[str]) -> str:
+    """Return the first few names for a message, and how many more there are; empty if there are none."""
+    known = list(names)
+    more = f" and {len(known) - _SHOWN_KEYS} more" if len(known) > _SHOWN_KEYS else ""
+    return ", ".join(map(repr, known[:_SHOWN_KEYS])) + more

@@ -20,6 +20,7 @@ from fedsplit.disk.files import Buffer, map_regular
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError, StateMismatchError, UsageError
 from fedsplit.states.extra import separate
 from fedsplit.states.header import Entry, build_header, parse_header
+from fedsplit.states.local_keys import named as named
 from fedsplit.states.ties import broken_tie, find_ties
 
 StateDict = dict[str, torch.Tensor]
@@ -37,7 +38,6 @@ DTYPES = {
 if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SHOWN_KEYS = 3
 # Only a whole component of the name: a submodule may be called my_orig_mod.
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 
@@ -161,13 +161,6 @@ def describe_difference(
         if tensor.dtype != other.dtype:
             return f"{name!r}: {expected} has {tensor.dtype}, {found} has {other.dtype}"
     return None
-
-
-def named(names: Iterable[str]) -> str:
-    """Return the first few names for a message, and how many more there are; empty if there are none."""
-    known = list(names)
-    more = f" and {len(known) - _SHOWN_KEYS} more" if len(known) > _SHOWN_KEYS else ""
-    return ", ".join(map(repr, known[:_SHOWN_KEYS])) + more
 
 
 def describe_state(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -171,7 +171,7 @@ class Task:
         sent = {name: tensor for name, tensor in (state or {}).items() if name not in local_part}
         status: Literal["ok", "step"] = "ok"
         if self.kind == "train" and self._trainer.secure_only:
-            self._trainer._secure.check_nothing_is_open(self._record, sent, self._trainer._types.is_of_type)
+            self._trainer._secure.check_nothing_is_open(sent, self._record, self._trainer._types.is_of_type)
         if self.kind == "train" and self._record.secure:
             try:
                 sent, status = self._begin_secure_sum(sent, extra, int(examples)), "step"
@@ -198,7 +198,9 @@ class Task:
                 "extra tensors would reach the server openly, and with them the update that secure(…) hides"
             )
         if self._trainer.processes > 1:
-            raise UsageError("in several processes an update cannot be summed securely yet: start one without torchrun")
+            raise UsageError(
+                "several processes cannot mask an update yet: let the client do it, client_main.py --mask-here"
+            )
         is_of_type = self._trainer._types.is_of_type
         return self._trainer._secure.begin(self._record, sent, self.state_dict, num_examples, is_of_type)
 

@@ -3,9 +3,9 @@
 ``server_app`` runs `fedsplit.server.server.Server` beside the SuperLink, ``client_app`` runs
 `fedsplit.client.relay.Relay` beside each SuperNode, in a new process for each message; the trainers are the unchanged
 ``model_main.py``. The run config holds the server's flags (`fedsplit.server.settings`), a SuperNode's ``--node-config``
-those of a client: ``rank=1 exchange-dir="…"``, and if wanted ``trainer-wait=300``, ``payload-store="none"`` and
-``verify="always"``. The client's role lock is held for the length of a message, or, with `script-pid`, for life by the
-script of that process.
+those of a client: ``rank=1 exchange-dir="…"``, and if wanted ``trainer-wait=300``, ``payload-store="none"``,
+``verify="always"`` and ``mask-here=true``. The client's role lock is held for the length of a message, or, with
+`script-pid`, for life by the script of that process.
 
 Where Flower waits in fixed steps and its public interface lets another do the waiting, this does it sooner: nodes are
 looked for every half second, not every five, and replies at first every 50 ms, not every three seconds.
@@ -158,6 +158,7 @@ class _NodeRelay(Relay):
             Exchange(directory, rank, "always" if config.get("verify") == "always" else "auto"),
             trainer_wait_s=float(config.get("trainer-wait", 300.0)),
             use_store=store == "auto", remote=open_remote(store), engine=SUPERLINK,
+            mask_here=bool(config.get("mask-here")),
         )  # fmt: skip
 
     @contextmanager

@@ -41,7 +41,7 @@ REFUSAL, RELAY_LOG = "refusal", "relay.log"
 def connect(
     exchange: Exchange, address: str, *, root_certificates: Path | None, node_key: Path | None = None,
     trainer_wait_s: float, payload_store: str = "auto", max_wait_s: float | None = None, verbose: bool = False,
-    log_format: str = "text",
+    log_format: str = "text", mask_here: bool = False,
 ) -> FinishedRecord:  # fmt: skip
     """Run a SuperNode for a rank until the run is over, with the client's flags; returns how it ended.
 
@@ -60,7 +60,8 @@ def connect(
         config: dict[str, str | int | float] = {
             "rank": exchange.rank, "exchange-dir": str(exchange.directory.parent.absolute()),
             "trainer-wait": trainer_wait_s, "payload-store": payload_store, "verify": exchange.verify,
-            "verbose": verbose, "log-format": log_format, "script-pid": os.getpid(), "script-dir": str(home),
+            "mask-here": mask_here, "verbose": verbose, "log-format": log_format, "script-pid": os.getpid(),
+            "script-dir": str(home),
         }  # fmt: skip
         # Whatever asks to stop ends this block in order, so that nothing is left running.
         stack.enter_context(handled_signals(_interrupt))
