@@ -3,9 +3,9 @@
     FLARE_PYTHON=PATH python -m benchmarks peers
 
 ``FLARE_PYTHON`` is an interpreter that has nvflare: ``python -m venv flare && flare/bin/pip install nvflare torch``.
-The sides take turns. Ours and Flower's embedded engine evaluate in each round, FLARE only trains. Of NVIDIA FLARE the
-external process is measured: its site starts the trainer, a process of its own, once. Its attach mode, in which the
-trainer is started by hand as here, works only at a site that was provisioned, not in the simulator.
+The sides take turns. Ours and Flower's embedded engine evaluate in each round, FLARE only trains. Of NVIDIA FLARE two
+modes are measured: with an external process a site of its simulator starts the trainer, a process of its own, once; in
+attach mode the trainer is started by hand as here, at sites that the benchmark has provisioned, with certificates.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from benchmarks.common import (
     Figure,
     Options,
     StockFederation,
+    free_port,
     periods,
     scratch_directory,
 )  # fmt: skip
 
 TOPIC = "peers"
-ATTACH = "it needs a provisioned site with a listener for trainers, which its simulator has not; not automated here"
 Side = Callable[[Path], Sequence[float]]
 
 
@@ -58,12 +58,13 @@ def _in_turns(options: Options, size: int) -> tuple[dict[str, list[float]], dict
         "Flower, embedded engine, NumPyClient": lambda directory: StockFederation(
             directory=directory, rounds=rounds, model_bytes=size
         ).run()[0],
-        "NVIDIA FLARE, external process": lambda directory: _flare(directory, size, few),
+        "NVIDIA FLARE, external process": lambda directory: _flare("external", directory, size, few),
+        "NVIDIA FLARE, attach mode": lambda directory: _flare("attach", directory, size, few),
     }
     if size == superlink.SIZE:
         sides[superlink.STOCK] = lambda directory: superlink.stock(directory, few)
     samples: dict[str, list[float]] = {}
-    missing = {"NVIDIA FLARE, attach mode": ATTACH}
+    missing: dict[str, str] = {}
     for _ in range(repeats):
         for name, measure in sides.items():
             if name in missing:
@@ -79,14 +80,16 @@ def _in_turns(options: Options, size: int) -> tuple[dict[str, list[float]], dict
     return samples, missing
 
 
-def _flare(directory: Path, size: int, rounds: int) -> list[float]:
+def _flare(mode: str, directory: Path, size: int, rounds: int) -> list[float]:
     python = os.environ.get("FLARE_PYTHON")
     if not python:
         raise BenchmarkError("set FLARE_PYTHON to an interpreter that has nvflare")
     done = subprocess.run(
-        [python, str(ROOT / "benchmarks/flare_fedavg.py"), "job", str(size), str(rounds), str(directory)],
-        cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=60.0 * rounds + 120.0,
+        [python, str(ROOT / "benchmarks/flare_fedavg.py"), mode, str(size), str(rounds), str(directory),
+         str(free_port()), str(free_port())],
+        # Longer than a job may take there: whoever is killed here would leave sites behind.
+        cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks"), "HOME": str(directory)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60.0 * rounds + 600.0,
     )  # fmt: skip
     if not (directory / "stamps-1").exists():
         raise BenchmarkError(f"FLARE ended with exit code {done.returncode}: {(done.stdout.splitlines() or [''])[-1]}")

@@ -18,6 +18,7 @@ from fedsplit import cli
 from fedsplit.engines.processes import free_port
 from fedsplit.errors import MissingPackageError, UsageError
 from fedsplit.run.directory import STATE_FILE, Run
+from tests.bounds import BOUND_S
 from tests.in_process import Scripts
 from tests.programs import ROOT
 
@@ -177,6 +178,34 @@ def test_a_parser_is_there_before_anything_heavy_is_imported(statement: str) -> 
     code = f"import sys; {statement}; print(*sorted(set({HEAVY}) & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert said.stdout.split() == []
+
+
+def test_flowers_client_is_imported_without_databases_which_still_open_when_they_are_asked_for(tmp_path: Path) -> None:
+    code = (
+        "import sys; from fedsplit.engines.flower_client import start_client; print('sqlalchemy' in sys.modules)\n"
+        "from flwr.supercore.object_store import ObjectStoreFactory\n"
+        "for name in (':flwr-in-memory:', sys.argv[1]): print(type(ObjectStoreFactory(name).store()).__name__)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "objects.db")]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S, check=True)
+    assert said.stdout.split() == ["False", "InMemoryObjectStore", "SqlObjectStore"]
+
+
+def test_flowers_client_is_imported_whole_where_that_fails() -> None:
+    """As in a release that takes something else from the store that is left out; here the first import fails."""
+    code = (
+        "import sys\n"
+        "class Once:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.endswith('.in_memory_object_store'):\n"
+        "            sys.meta_path.remove(self)\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Once())\n"
+        "from fedsplit.engines.flower_client import start_client\n"
+        "print(start_client.__name__, 'sqlalchemy' in sys.modules)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S)
+    assert said.stdout.split() == ["start_client", "True"], said.stderr
 
 
 def test_the_scripts_do_nothing_but_call_their_command() -> None:

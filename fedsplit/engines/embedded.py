@@ -134,8 +134,8 @@ def connect(
     context = None if root_certificates is None else client_context(root_certificates)
     while True:
         wait_for_server(address, max_wait_s, context)
-        # Not earlier: importing Flower's client takes a second (databases, a web framework), all for other engines.
-        from flwr.client import start_client
+        # Not earlier: a client that waits needs no more than a socket.
+        from fedsplit.engines.flower_client import start_client
 
         began = time.monotonic()
         relay.begin_connection()

@@ -24,7 +24,7 @@ FORKS = multiprocessing.get_context("forkserver")
 # What all programs import, also late: torch._dynamo with the first optimizer, Flower's client with a connection. What
 # is not installed is left out.
 PRELOADED = (
-    "torch", "torch._dynamo", "flwr.server", "flwr.compat.client.app", "fedsplit.trainer.trainer",
+    "torch", "torch._dynamo", "flwr.server", "fedsplit.engines.flower_client", "fedsplit.trainer.trainer",
     "fedsplit.workloads.runner", "fedsplit.engines.embedded", "fedsplit.server.round", "fedsplit.client.relay",
 )  # fmt: skip
 FORKS.set_forkserver_preload([*PRELOADED])
