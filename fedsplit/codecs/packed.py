@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from msgspec import Meta, ValidationError, convert
+from msgspec.json import Decoder
 
 from fedsplit.codecs import numbers
 from fedsplit.codecs.numbers import STREAMS, Array, Form
@@ -51,6 +52,10 @@ class Description:
     # The codec, the dtype as safetensors names it, and the shape of each entry; and ties as in a header.
     entries: Mapping[str, _Entry]
     ties: Mapping[str, str]
+
+
+# Once, before there are threads, as in `fedsplit.exchange.records.read`.
+Decoder(Description)
 
 
 @dataclass(frozen=True, kw_only=True)
