@@ -5,6 +5,9 @@ while it is written, copies it into a model four times (two trainers, for traini
 updates, each of which it looks through for NaN and averages. With a few cores and more processes than that, a round
 cannot be shorter than its processor time divided by the cores.
 
+In messages, what cannot be left out besides is gRPC's: the same bytes in the same pieces between a server and two
+clients (`benchmarks.bare`). And of a small round, two questions to each client and their answers.
+
 Why the exchange belongs on a RAM disk: the same round with everything on the disk of the system's temporary directory.
 And a merge, against the two passes over the updates that it cannot do without.
 """
@@ -20,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import bare
 from benchmarks.common import Federation, Figure, Options, StockFederation, scratch_directory
 from benchmarks.merge import in_turns
 from benchmarks.rounds import LARGE, SMALL
@@ -34,9 +38,12 @@ def run(options: Options) -> list[Figure]:
     few, many = options.pick(6, 6, 3), options.pick(26, 16, 5)
     floor = [_floor_ms(size) for _ in range(options.pick(7, 5, 2))]
     large = _processor_ms(lambda directory, rounds: _detached(directory, rounds, size), few, many)
+    messages = _processor_ms(lambda directory, rounds: _detached(directory, rounds, size, "none"), few, many)
+    bytes_alone = _processor_ms(lambda directory, rounds: bare.run(directory, rounds, size), few, 4 * many)
     small_many = options.pick(410, 210, 12)
     small = _processor_ms(lambda directory, rounds: _detached(directory, rounds, SMALL), 10, small_many)
     stock = _processor_ms(_stock, 10, small_many)
+    questions_alone = _processor_ms(lambda directory, rounds: bare.run(directory, rounds, 0), 10, 10 * small_many)
     note = f"processor time of all programs in a round / {_CORES} cores"
     disk, ram = _round_ms(size, few, Path(tempfile.gettempdir())), _round_ms(size, few, None)
     with scratch_directory() as directory:
@@ -44,6 +51,10 @@ def run(options: Options) -> list[Figure]:
     return [
         Figure(topic=TOPIC, name="100 MB by reference", unit="ms", samples=[large], note=note,
                peer="its writing, digesting, copying and merging alone", peer_samples=floor, judged_by="ratio"),
+        Figure(topic=TOPIC, name="100 MB in messages", unit="ms", samples=[messages], note=note,
+               peer="gRPC alone with the same bytes", peer_samples=[bytes_alone], judged_by="ratio"),
+        Figure(topic=TOPIC, name="0.1 MB by reference, beside gRPC", unit="ms", samples=[small], note=note,
+               peer="gRPC alone with as many messages", peer_samples=[questions_alone], judged_by="difference"),
         Figure(topic=TOPIC, name="0.1 MB by reference", unit="ms", samples=[small], note=note,
                peer="Flower in-process NumPyClient", peer_samples=[stock], judged_by="difference"),
         Figure(topic=TOPIC, name="round of 100 MB by reference, on the disk", unit="ms", samples=disk,
@@ -67,8 +78,8 @@ def _round_ms(size: int, rounds: int, base: Path | None) -> list[float]:
         return [1000 * seconds for seconds in Federation(directory=directory, rounds=rounds, model_bytes=size).run()[0]]
 
 
-def _detached(directory: Path, rounds: int, size: int) -> float:
-    _, programs = Federation(directory=directory, rounds=rounds, model_bytes=size).run()
+def _detached(directory: Path, rounds: int, size: int, store: str = "auto") -> float:
+    _, programs = Federation(directory=directory, rounds=rounds, model_bytes=size, store=store).run()
     return sum(program.cpu_s for program in programs.all.values())
 
 

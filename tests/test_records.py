@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +26,7 @@ from fedsplit.exchange.records import (
     read,
     scalars,
 )  # fmt: skip
+from tests.bounds import BOUND_S
 
 DIGEST = "0123456789abcdef" * 4
 REQUEST = Request(
@@ -246,3 +249,27 @@ def test_scalars_of_other_types_become_plain_ones():
 
     found = scalars({"a": np.float64(0.5), "b": np.str_("x")}, "metrics")
     assert [type(value) for value in found.values()] == [float, str]
+
+
+def test_threads_that_are_the_first_to_read_a_kind_of_record_do_not_end_the_process() -> None:
+    # In a process of its own: it was a segmentation fault. New types, so that each is looked at for the first time.
+    code = """
+import sys, threading
+from dataclasses import make_dataclass
+from fedsplit.exchange.records import read
+sys.setswitchinterval(1e-6)
+for _ in range(100):
+    inner = make_dataclass("Inner", [("a", int), ("b", str)], kw_only=True)
+    outer = make_dataclass("Outer", [("c", inner), ("d", inner | None)], kw_only=True)
+    together = threading.Barrier(8)
+    def reads():
+        together.wait()
+        fields = {"a": 1, "b": "x"}
+        read({"c": fields, "d": fields}, outer, "here")
+    threads = [threading.Thread(target=reads) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=BOUND_S, check=False).returncode == 0

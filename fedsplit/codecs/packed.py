@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from msgspec import Meta, ValidationError, convert
+from msgspec.json import Decoder
 
 from fedsplit.aggregation.numeric import side_by_side, surely_finite
 from fedsplit.codecs import numbers
@@ -52,6 +53,10 @@ class Description:
     # The codec, the dtype as safetensors names it, and the shape of each entry; and ties as in a header.
     entries: Mapping[str, _Entry]
     ties: Mapping[str, str]
+
+
+# Once, before there are threads, as in `fedsplit.exchange.records.read`.
+Decoder(Description)
 
 
 @dataclass(frozen=True, kw_only=True)

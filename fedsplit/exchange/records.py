@@ -6,11 +6,13 @@ an error where it was made. Nothing here opens a file.
 """
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta, ValidationError, convert, to_builtins
+from msgspec.json import Decoder
 
 from fedsplit.disk.identity import Identity
 from fedsplit.errors import RecordError, SchemaError
@@ -38,6 +40,9 @@ Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 _Shape = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**40)], ...], Meta(max_length=64)]
 LocalEntries = Mapping[str, tuple[Annotated[str, Meta(max_length=20)], _Shape]]
 Checked = TypeVar("Checked")
+
+_looked_at: set[type] = set()
+_looking = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +188,11 @@ def parse(text: bytes, where: str) -> dict[str, Any]:
 
 def read(fields: Mapping[str, Any], kind: type[Checked], where: str) -> Checked:
     """Check parsed fields and make them one of the types here; raises RecordError that names the field."""
+    if kind not in _looked_at:
+        # msgspec looks at the fields of a type once; a second thread that finds it half done ends the process.
+        with _looking:
+            Decoder(kind)
+            _looked_at.add(kind)
     try:
         return convert(fields, kind)
     except ValidationError as exc:

@@ -102,6 +102,13 @@ class Task:
         """
         return is_local(name, self._record.split, self._trainer._types.is_of_type)
 
+    def _stays(self, state: StateDict) -> StateDict:
+        """Return the entries that stay at home; raises UsageError if one name of a tied weight does and another not."""
+        found = {name: tensor for name, tensor in state.items() if self.is_local(name)}
+        if found:
+            check_shared(state, self.is_local)
+        return found
+
     def load_into(self, model: torch.nn.Module) -> None:
         """Copy the received state into a model, by name; entries that the rules keep local stay as they are.
 
@@ -110,8 +117,7 @@ class Task:
         """
         self._trainer._types.see(model, self._record.split)
         own = own_state(model)
-        check_shared(own, self.is_local)
-        kept = {name: tensor for name, tensor in own.items() if self.is_local(name)}
+        kept = self._stays(own)
         if kept and self.restore:
             saved = self._base.load_local_part()
             if saved is None:
@@ -166,8 +172,7 @@ class Task:
         state = None if self.kind == "evaluate" or model is None else own_state(model)
         if state is not None:
             self._trainer._types.see(model, self._record.split)
-        check_shared(state or {}, self.is_local)
-        local_part = {name: tensor for name, tensor in (state or {}).items() if self.is_local(name)}
+        local_part = self._stays(state or {})
         sent = {name: tensor for name, tensor in (state or {}).items() if name not in local_part}
         status: Literal["ok", "step"] = "ok"
         if self.kind == "train" and self._trainer.secure_only:

@@ -113,5 +113,10 @@ def ask_record(
 ) -> dict[str, Any]:  # fmt: skip
     """Return the record that asks for a task, and for another one that starts from the same state once it is done."""
     asked = {"digest": digest, "bytes": payload_bytes, "hold_s": hold_s, "cancel": cancel, "identity": identity}
-    record = {"op": "ask", **asdict(request), **asked}
-    return record if then is None else {**record, "then": asdict(then)}
+    record = {"op": "ask", **_fields(request), **asked}
+    return record if then is None else {**record, "then": _fields(then)}
+
+
+def _fields(request: Request) -> dict[str, Any]:
+    # Not copied to the last text, as `asdict` would, twice for each rank and round.
+    return {**vars(request), "secure": request.secure and asdict(request.secure)}
