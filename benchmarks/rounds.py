@@ -39,7 +39,7 @@ def _measure(size: int, rounds: int, repeats: int) -> dict[str, list[float]]:
 def _figures(size: int, samples: dict[str, list[float]]) -> list[Figure]:
     label = f"{size / 1e6:g} MB"
     figures = []
-    for side, name, ratio in (("messages", "bytes in messages", 0.40), ("reference", "by reference", 0.08)):
+    for side, name, ratio in (("messages", "bytes in messages", 0.12), ("reference", "by reference", 0.05)):
         small = size == SMALL
         figures.append(
             Figure(
@@ -50,7 +50,7 @@ def _figures(size: int, samples: dict[str, list[float]]) -> list[Figure]:
                 peer="Flower in-process NumPyClient",
                 peer_samples=[1000 * s for s in samples["stock"]],
                 judged_by="difference" if small else "ratio",
-                target=5.0 if small else ratio,
+                target=6.0 if small else ratio,
             )
         )
     return figures
