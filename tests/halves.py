@@ -10,7 +10,7 @@ import copy
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from torch import nn
 
@@ -111,6 +112,16 @@ class Local(ClientProxy):
         return answer
 
 
+@contextmanager
+def connected(proxy: ClientProxy, roster: ClientManager) -> Iterator[None]:
+    """Have a connection for the length of a block; a roster pings for as long as there is one."""
+    roster.register(proxy)
+    try:
+        yield
+    finally:
+        roster.unregister(proxy)
+
+
 class KilledError(BaseException):
     """Ends a trainer's thread as SIGKILL ends a process, but for its locks, which the kernel would take."""
 
@@ -163,7 +174,8 @@ class Halves:
                     exchange, trainer_wait_s=BOUND_S, use_store=self.by_reference,
                     remote=open_remote(settings.payload_store),
                 )  # fmt: skip
-                server.client_manager().register(self.clients.get(rank, Local)(relay, rank, self.said))
+                proxy = self.clients.get(rank, Local)(relay, rank, self.said)
+                stack.enter_context(connected(proxy, server.client_manager()))
             for thread in threads:
                 thread.start()
             serving = threading.Thread(target=server.fit, args=(self.rounds, None), daemon=True)

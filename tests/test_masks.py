@@ -39,7 +39,7 @@ from fedsplit.trainer.trainer import Trainer
 from fedsplit.wire.answers import Answer
 from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, ask_record, pack, unpack
 from tests.bounds import BOUND_S
-from tests.halves import Local
+from tests.halves import Local, connected
 
 State = dict[str, torch.Tensor]
 TERMS = SecureTerms(ranges={"body.*": 4.0, "*": 0.5}, threshold=2)
@@ -558,7 +558,7 @@ class Federation:
                 relay = Relay(
                     exchange, trainer_wait_s=BOUND_S, use_store=by_reference, mask_here=rank in self.masked
                 )  # fmt: skip
-                server.client_manager().register(Local(relay, rank, self.said))
+                stack.enter_context(connected(Local(relay, rank, self.said), server.client_manager()))
             for thread in threads:
                 thread.start()
             serving = threading.Thread(target=server.fit, args=(2, None), daemon=True)

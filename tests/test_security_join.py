@@ -141,10 +141,13 @@ def relay_of(directory: Path, rank: int = 1, join_key: bytes | None = None) -> R
 
 
 def greet(roster: Roster, proxy: Any) -> None:
+    # Threads of other tests' rosters may be there, and ping for as long as this process lives.
+    before = set(threading.enumerate())
     roster.register(proxy)
-    for thread in threading.enumerate():
-        if thread.name.startswith("greet-"):
+    for thread in set(threading.enumerate()) - before:
+        if thread.name == f"greet-{proxy.cid[:8]}":
             thread.join(BOUND_S)
+            assert not thread.is_alive(), "it is still greeted"
 
 
 def test_who_knows_the_token_is_let_in_and_the_server_proves_it_too(tmp_path: Path) -> None:
