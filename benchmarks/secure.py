@@ -40,14 +40,14 @@ def run(options: Options) -> list[Figure]:
 
 def _rounds(size: int, rounds: int, repeats: int, label: str) -> list[Figure]:
     sides = {
-        "masks of the trainer": _programs(size, rounds, rules=_RULES),
-        "masks of the client": _programs(size, rounds, rules=_RULES, client_flags=("--mask-here",)),
+        "masked by the trainer": _programs(size, rounds, rules=_RULES),
+        "masked by the client": _programs(size, rounds, rules=_RULES, client_flags=("--mask-here",)),
         "plain": _programs(size, rounds),
     }
     samples = interleaved(repeats, sides)
     plain = samples.pop("plain")
     return [
-        Figure(topic=TOPIC, name=f"round of 2 ranks, {label}, {side}", unit="s", samples=found,
+        Figure(topic=TOPIC, name=f"round, {label}, {side}", unit="s", samples=found,
                peer="without secure(…)", peer_samples=plain, judged_by="ratio")
         for side, found in samples.items()
     ]  # fmt: skip
