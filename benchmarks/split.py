@@ -5,9 +5,9 @@
 **Step.** Batches of 32, with activations of 0.1 and 4 MB, through the real programs on one machine; a step is the time
 from one batch of a rank to its next, beside the same halves in one process, in turns. The model is the least there is:
 what a step takes beyond the plain one is the way between the halves; the machine's limit is the plain one and what its
-two payloads take to be written, digested and copied. Where it goes is what the history says of a mean
-step, and the processor time of all programs together is from `benchmarks.traced`. With ``FLARE_PYTHON``, a Python that
-has nvflare 2.9 and torch, the same halves also train in NVIDIA FLARE's simulator (`benchmarks.flare_split`).
+two payloads take to be written, digested and copied. Where it goes is what the history says of a mean step, and the
+processor time of all programs together is from `benchmarks.traced`. With ``FLARE_PYTHON``, a Python that has nvflare
+2.9 and torch, the same halves also train in NVIDIA FLARE's simulator (`benchmarks.flare_split`).
 
 **Ranks.** The lower part sleeps 40 ms in place of computing: on a machine with two cores the cores would else be the
 limit, and not the way.

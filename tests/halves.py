@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from fedsplit.client.relay import Relay
 from fedsplit.disk.remote_store import open_remote
 from fedsplit.engines.assembly import open_server
 from fedsplit.exchange.directory import Exchange
+from fedsplit.server.server import Server
 from fedsplit.server.settings import ServerSettings
 from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.split_learning.cut import Parts, parts_of
@@ -122,6 +123,25 @@ def connected(proxy: ClientProxy, roster: ClientManager) -> Iterator[None]:
         roster.unregister(proxy)
 
 
+def serve(server: Server, rounds: int, trainers: Sequence[threading.Thread]) -> None:
+    """Run all rounds with these trainers."""
+    for trainer in trainers:
+        trainer.start()
+    serving = threading.Thread(target=server.fit, args=(rounds, None), daemon=True)
+    serving.start()
+    serving.join(BOUND_S)
+    assert not serving.is_alive(), "the server is still running"
+
+
+def end(server: Server, trainers: Sequence[threading.Thread]) -> None:
+    """Wait for the trainers, once the server is closed: those of the upper part hear of the end only then."""
+    if server.failure:
+        raise server.failure
+    for trainer in trainers:
+        trainer.join(BOUND_S)
+        assert not trainer.is_alive(), "a trainer is still running"
+
+
 class KilledError(BaseException):
     """Ends a trainer's thread as SIGKILL ends a process, but for its locks, which the kernel would take."""
 
@@ -176,17 +196,8 @@ class Halves:
                 )  # fmt: skip
                 proxy = self.clients.get(rank, Local)(relay, rank, self.said)
                 stack.enter_context(connected(proxy, server.client_manager()))
-            for thread in threads:
-                thread.start()
-            serving = threading.Thread(target=server.fit, args=(self.rounds, None), daemon=True)
-            serving.start()
-            serving.join(BOUND_S)
-            assert not serving.is_alive(), "the server is still running"
-        if server.failure:
-            raise server.failure
-        for thread in threads:
-            thread.join(BOUND_S)
-            assert not thread.is_alive(), "a trainer is still running"
+            serve(server, self.rounds, threads)
+        end(server, threads)
         assert not self.errors, self.errors
         assert not self.kills, f"not reached: {self.kills}"
         self.history = server.run.history.lines

@@ -39,7 +39,7 @@ from fedsplit.trainer.trainer import Trainer
 from fedsplit.wire.answers import Answer
 from fedsplit.wire.protocol import EMBEDDED, TENSOR_TYPE, ask_record, pack, unpack
 from tests.bounds import BOUND_S
-from tests.halves import Local, connected
+from tests.halves import Local, connected, end, serve
 
 State = dict[str, torch.Tensor]
 TERMS = SecureTerms(ranges={"body.*": 4.0, "*": 0.5}, threshold=2)
@@ -559,17 +559,8 @@ class Federation:
                     exchange, trainer_wait_s=BOUND_S, use_store=by_reference, mask_here=rank in self.masked
                 )  # fmt: skip
                 stack.enter_context(connected(Local(relay, rank, self.said), server.client_manager()))
-            for thread in threads:
-                thread.start()
-            serving = threading.Thread(target=server.fit, args=(2, None), daemon=True)
-            serving.start()
-            serving.join(BOUND_S)
-            assert not serving.is_alive(), "the server is still running"
-        if server.failure:
-            raise server.failure
-        for thread in threads:
-            thread.join(BOUND_S)
-            assert not thread.is_alive(), "a trainer is still running"
+            serve(server, 2, threads)
+        end(server, threads)
         assert not self.errors, self.errors
         assert [line["accepted"] for line in server.run.history.lines] == [3, 3]
         return dict(map_file(max((self.directory / "server" / "server").glob("round-*/state.safetensors"))))

@@ -27,7 +27,7 @@ from fedsplit.aggregation.spec import RuleSpec, first_match
 from fedsplit.aggregation.validation import Watched, check_memory, check_numbers, check_output, extra_reason
 from fedsplit.errors import AggregationError, FedSplitError, UsageError
 from fedsplit.run.history import PartRow
-from fedsplit.states.state_dict import named
+from fedsplit.states.local_keys import named
 from fedsplit.states.ties import find_ties
 
 # As many updates are merged in one pass over the mean, in so much memory.

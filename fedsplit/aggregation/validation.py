@@ -10,7 +10,7 @@ from torch import Tensor
 from fedsplit.aggregation.base import Update
 from fedsplit.aggregation.numeric import real_view, same, surely_finite, widened
 from fedsplit.errors import AggregationError
-from fedsplit.states.state_dict import named
+from fedsplit.states.local_keys import named
 from fedsplit.states.ties import broken_tie, find_ties
 
 

@@ -1,9 +1,9 @@
 """A rank's side of a secure sum: its secrets, and an answer to each stage, from what lies on the disk.
 
-With an update a session begins: its secrets and the update are in one file, written before anybody has the keys. A
-process that is killed and started again answers the next stage from there. What the server asks in a stage is kept too,
-on the disk before the answer leaves. The same stage may be asked again with the same content, and never with another: a
-second list of survivors would let the server take both masks off one update.
+With an update a session begins: its secrets and the change that is summed are in one file, written before anybody has
+the keys. A process that is killed and started again answers the next stage from there. What the server asks in a stage
+is kept too, on the disk before the answer leaves. The same stage may be asked again with the same content, and never
+with another: a second list of survivors would let the server take both masks off one update.
 
 `fedsplit.trainer.secure_steps` has this for the trainer's tensors, `fedsplit.client.masks` for a client's files.
 """

@@ -18,8 +18,8 @@ from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
 from fedsplit.server.state import GlobalState
 from fedsplit.server.strategy import StreamingStrategy
-from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import decode, describe_state, described_state, encode, named
+from fedsplit.states.local_keys import is_local, named
+from fedsplit.states.state_dict import decode, describe_state, described_state, encode
 from fedsplit.states.ties import check_shared
 
 log = logging.getLogger("fedsplit")

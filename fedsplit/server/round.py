@@ -49,7 +49,8 @@ from fedsplit.server.state import GlobalState
 from fedsplit.server.strategy import EvaluateFailures, FitFailures, Merge, StreamingStrategy, read_update, refusal
 from fedsplit.server.turns import Turns, in_parallel
 from fedsplit.states.extra import MOST_BYTES, MOST_STATES
-from fedsplit.states.state_dict import StateDict, named
+from fedsplit.states.local_keys import named
+from fedsplit.states.state_dict import StateDict
 from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")

@@ -34,7 +34,8 @@ from fedsplit.server.strategy import Merge
 from fedsplit.server.turns import in_parallel
 from fedsplit.states.arrays import Array, Arrays, encode
 from fedsplit.states.extra import separate
-from fedsplit.states.state_dict import StateDict, decode, named
+from fedsplit.states.local_keys import named
+from fedsplit.states.state_dict import StateDict, decode
 
 log = logging.getLogger("fedsplit")
 

@@ -39,8 +39,8 @@ from fedsplit.split_learning.upper import ERROR, WANTED
 from fedsplit.split_learning.uppers import Uppers
 from fedsplit.states.extra import join, separate
 from fedsplit.states.header import read_header
-from fedsplit.states.local_keys import is_local
-from fedsplit.states.state_dict import StateDict, decode, encode, named
+from fedsplit.states.local_keys import is_local, named
+from fedsplit.states.state_dict import StateDict, decode, encode
 from fedsplit.wire.protocol import EMBEDDED
 
 log = logging.getLogger("fedsplit")

@@ -20,7 +20,8 @@ from fedsplit.exchange.records import Scalar
 from fedsplit.split_learning.beyond import END
 from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.workload import SplitWorkload, measured
-from fedsplit.states.state_dict import StateDict, named, own_state
+from fedsplit.states.local_keys import named
+from fedsplit.states.state_dict import StateDict, own_state
 from fedsplit.trainer.progress import Progress
 from fedsplit.trainer.remote import Given, narrow, pack, unpack, widen
 from fedsplit.trainer.task import Task

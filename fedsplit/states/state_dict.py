@@ -20,7 +20,7 @@ from fedsplit.disk.files import Buffer, map_regular
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError, StateMismatchError, UsageError
 from fedsplit.states.extra import separate
 from fedsplit.states.header import Entry, build_header, parse_header
-from fedsplit.states.local_keys import named as named
+from fedsplit.states.local_keys import named
 from fedsplit.states.ties import broken_tie, find_ties
 
 StateDict = dict[str, torch.Tensor]
