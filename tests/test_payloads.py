@@ -11,6 +11,7 @@ import pytest
 
 from fedsplit.disk.files import link_or_copy
 from fedsplit.disk.payload_store import Incoming, PayloadStore
+from fedsplit.disk.spares import Spares
 from fedsplit.errors import CheckpointError, ExchangeError, RecordError
 from tests.bounds import BOUND_S
 from tests.handoffs import ROOT, blob, digest_of, names_in, overwrite
@@ -259,6 +260,6 @@ def test_more_pieces_than_were_announced_are_refused(store):
 def test_the_first_piece_begins_a_file_anew_that_a_dead_process_left(tmp_path):
     path = tmp_path / "fetched"
     path.write_bytes(b"left behind, and longer than what comes now" * 9)
-    incoming = Incoming(path, digest_of(CONTENT), len(CONTENT))
+    incoming = Incoming(path, digest_of(CONTENT), len(CONTENT), Spares(path.parent, "incoming"))
     incoming.add(0, CONTENT)
     assert path.read_bytes() == CONTENT

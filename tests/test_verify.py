@@ -18,6 +18,7 @@ from fedsplit.client.relay import Relay
 from fedsplit.disk import files, identity
 from fedsplit.disk.identity import identity_of
 from fedsplit.disk.payload_store import Incoming, PayloadStore, StoredPayload
+from fedsplit.disk.spares import Spares
 from fedsplit.errors import RecordError
 from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
@@ -209,11 +210,12 @@ def test_what_came_in_messages_is_digested_as_it_comes_and_not_again_by_the_trai
 
 def test_the_first_piece_does_not_write_into_a_finished_file_of_which_that_name_is_a_second_one(tmp_path):
     """A client may be killed between the two: a trainer has mapped what the pieces before came to."""
-    first = Incoming(tmp_path / "fetched", DIGEST, len(STATE))
+    spares = Spares(tmp_path, "fetched")
+    first = Incoming(tmp_path / "fetched", DIGEST, len(STATE), spares)
     first.add(0, STATE)
     files.link_or_copy(tmp_path / "fetched", tmp_path / "task")
     mapped = files.map_regular(tmp_path / "task")
-    Incoming(tmp_path / "fetched", digest_of(OTHER), len(OTHER)).add(0, OTHER)
+    Incoming(tmp_path / "fetched", digest_of(OTHER), len(OTHER), spares).add(0, OTHER)
     assert mapped[:] == STATE == (tmp_path / "task").read_bytes()
 
 

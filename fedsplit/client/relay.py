@@ -24,9 +24,10 @@ from flwr.client import Client
 
 from fedsplit.client.long_poll import LongPoll
 from fedsplit.disk.digest import bytes_digest
-from fedsplit.disk.files import explained, remove
+from fedsplit.disk.files import explained, retire
 from fedsplit.disk.payload_store import Incoming, PayloadStore, read_part
 from fedsplit.disk.remote_store import RemoteStore
+from fedsplit.disk.spares import Spares
 from fedsplit.errors import ExchangeError, FedSplitError, NoSpaceError, RecordError, RefusedError
 from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
@@ -74,6 +75,7 @@ class Relay(Client):
         self.begin_connection()
         self._busy = False
         self._incoming: Incoming | None = None
+        self._spares = Spares(exchange.directory, "fetched")
         self._is_full = False
         self._announced: tuple[str, str, int] | None = None
         # The version that is waited for; when it was first asked for, and offered to the trainer.
@@ -227,7 +229,7 @@ class Relay(Client):
             piece = read(message, Piece, "the server's message")
             if self._incoming is None or (self._incoming.digest, self._incoming.size) != (piece.digest, piece.bytes):
                 self._incoming = None
-                self._incoming = Incoming(self._exchange.fetched_path, piece.digest, piece.bytes)
+                self._incoming = Incoming(self._exchange.fetched_path, piece.digest, piece.bytes, self._spares)
             if parameters.tensors:
                 self._incoming.add(piece.offset, parameters.tensors[0])
             return {"have": self._incoming.have}
@@ -268,7 +270,7 @@ class Relay(Client):
             version = self._side.offer(asked, asked.digest, lambda _: self._fetch(ask, blobs))
         finally:
             self._incoming = None
-            remove(self._exchange.fetched_path)
+            retire(self._exchange.fetched_path, self._spares)
         if version is None:
             return {"status": "need"}, []
         self._is_full = False

@@ -22,6 +22,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from fedsplit.disk.spares import Spares, clear_spares
 from fedsplit.errors import ExchangeError, FedSplitError, NoSpaceError, RecordError
 
 log = logging.getLogger("fedsplit")
@@ -31,6 +32,7 @@ Buffer = bytes | bytearray | memoryview
 # Of a file that is never written again.
 UNWRITABLE = 0o400
 
+_OVERWRITE = os.O_WRONLY | os.O_NOFOLLOW
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _COPY_BYTES = 1 << 24
@@ -40,16 +42,23 @@ _SPACE_CHECK_S, _REMIND_S = 0.5, 30.0
 
 
 @contextmanager
-def atomic_file(path: Path, *, durable: bool = False, mode: int = 0o600) -> Iterator[BinaryIO]:
+def atomic_file(
+    path: Path, *, durable: bool = False, mode: int = 0o600, size: int = 0, spares: Spares | None = None
+) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes ``path`` when the block ends, and vanishes when the block raises.
 
-    Raises ExchangeError, which names the path, if the disk is full or the directory cannot be written.
+    It may be one of the `spares`, if exactly `size` bytes are to be written. Raises ExchangeError, which names the
+    path, if the disk is full or the directory cannot be written.
     """
     temporary = _temporary(path)
     with explained(path):
         try:
-            with os.fdopen(_create(temporary, mode), "wb", buffering=0) as file:
+            is_spare = spares is not None and spares.take(temporary, size)
+            descriptor = os.open(temporary, _OVERWRITE) if is_spare else _create(temporary, mode)
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
                 yield file
+                if is_spare:
+                    os.fchmod(file.fileno(), mode)
                 if durable:
                     os.fsync(file.fileno())
             temporary.replace(path)
@@ -74,11 +83,13 @@ def write_all(file: BinaryIO, chunk: Buffer) -> None:
         view = view[file.write(view) :]
 
 
-def write_hashed(path: Path, chunks: Iterable[Buffer], *, mode: int = 0o600) -> tuple[str, int]:
+def write_hashed(
+    path: Path, chunks: Iterable[Buffer], *, mode: int = 0o600, spares: Spares | None = None
+) -> tuple[str, int]:
     """Write buffers one after the other; returns the SHA-256 of all in hex, and their length in bytes."""
     buffers, digest = list(chunks), hashlib.sha256()
     size = sum(memoryview(chunk).nbytes for chunk in buffers)
-    with atomic_file(path, mode=mode) as file:
+    with atomic_file(path, mode=mode, size=size, spares=spares) as file:
         for chunk in buffers if size > _CACHED_BYTES else [b"".join(buffers)]:
             write_digested(file, chunk, digest)
     return digest.hexdigest(), size
@@ -98,15 +109,18 @@ def write_json(path: Path, record: dict[str, Any], *, durable: bool = False) -> 
     write_chunks(path, [json.dumps(record).encode()], durable=durable)
 
 
-def write_at(path: Path, offset: int, chunk: Buffer, digest: Any) -> None:
-    """Write a piece of a file that nobody reads before it is whole, and digest it; the piece at 0 begins a new file."""
-    # A later piece must find the file there: one that vanished would come back with a hole in place of its start. And
-    # what is there at the start may be a second name of a finished file, that somebody reads.
-    flags = os.O_WRONLY | os.O_NOFOLLOW | (0 if offset else os.O_CREAT | os.O_EXCL)
+def write_at(path: Path, offset: int, chunk: Buffer, digest: Any, *, size: int, spares: Spares) -> None:
+    """Write a piece of a file of `size` bytes, and digest it; the piece at 0 begins a new file, maybe a spare one.
+
+    Nobody reads the file before it is whole.
+    """
     with explained(path):
-        if not offset:
+        # A later piece must find the file there: one that vanished would come back with a hole in place of its start.
+        # What is there at the start may be a second name of a finished file, that somebody reads.
+        if not offset and not spares.take(path, size):
             path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+            os.close(os.open(path, _OVERWRITE | os.O_CREAT | os.O_EXCL, 0o600))
+        with os.fdopen(os.open(path, _OVERWRITE), "wb", buffering=0) as file:
             file.seek(offset)
             write_digested(file, chunk, digest)
 
@@ -229,6 +243,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def retire(path: Path, spares: Spares) -> None:
+    """Take a file that this process wrote from its path, to be written over later."""
+    with explained(path, "remove"):
+        spares.give(path)
+
+
 def remove_leftovers(directory: Path, prefix: str) -> None:
     """Delete temporary files that a dead process left; the caller holds the lock of those who write them."""
     for path in directory.glob(f".{prefix}*.tmp"):
@@ -259,8 +279,9 @@ def make_private_directory(path: Path, error: type[FedSplitError] = ExchangeErro
 
 def check_space(directory: Path, needed_bytes: int) -> None:
     """Raise NoSpaceError if a file of this size would not fit: better than half of it."""
-    free = shutil.disk_usage(directory).free
-    if free < needed_bytes:
+    if shutil.disk_usage(directory).free < needed_bytes:
+        clear_spares()
+    if (free := shutil.disk_usage(directory).free) < needed_bytes:
         raise NoSpaceError(
             f"too little space in {directory}: {needed_bytes:,} bytes are needed, {free:,} are free; "
             "free some or move the directory"
@@ -311,6 +332,8 @@ def explained(path: Path, verb: str = "write", error: type[FedSplitError] = Exch
     except OSError as exc:
         if exc.errno not in _FULL:
             raise error(f"cannot {verb} {path}: {exc.strerror or exc}") from exc
+        # Room for the next attempt.
+        clear_spares()
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         reason = f"no space left to write {path} ({free:,} bytes free); free some or move the directory"
         raise NoSpaceError(reason) from exc

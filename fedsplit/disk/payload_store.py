@@ -16,6 +16,7 @@ from pathlib import Path
 from fedsplit.disk import files
 from fedsplit.disk.digest import bytes_digest, checked, is_digest
 from fedsplit.disk.identity import Identity, identity_of
+from fedsplit.disk.spares import Spares
 from fedsplit.errors import CheckpointError, FedSplitError, RecordError
 
 _NONCE_BYTES = 32
@@ -38,7 +39,7 @@ class Incoming:
     Nobody reads `path` before it is whole: `have` bytes of `size` are there, and in the end `digest` must be theirs.
     """
 
-    def __init__(self, path: Path, digest: str, size: int) -> None:
+    def __init__(self, path: Path, digest: str, size: int, spares: Spares) -> None:
         if not is_digest(digest) or size < 0:
             raise RecordError(f"a payload of {size} bytes with digest {digest!r} was announced")
         files.check_space(path.parent, size)
@@ -49,6 +50,7 @@ class Incoming:
         # Of the whole file.
         self.identity: Identity | None = None
         self._hash = hashlib.sha256()
+        self._spares = spares
 
     @property
     def is_whole(self) -> bool:
@@ -64,7 +66,7 @@ class Incoming:
             return
         if self.have + len(piece) > self.size:
             raise RecordError(f"a payload of {self.size:,} bytes was announced, more came")
-        files.write_at(self.path, offset, piece, self._hash)
+        files.write_at(self.path, offset, piece, self._hash, size=self.size, spares=self._spares)
         self.have += len(piece)
         if not self.is_whole:
             return
@@ -80,8 +82,8 @@ class Incoming:
         return files.map_regular(self.path)
 
     def discard(self) -> None:
-        """Delete the file; a process that mapped it can still read it."""
-        files.remove(self.path)
+        """Let go of the file; a process that mapped it can still read it."""
+        files.retire(self.path, self._spares)
 
 
 class PayloadStore:
@@ -93,6 +95,9 @@ class PayloadStore:
         self.kept: Container[str] = ()
         # Whether what has the identity that its writer gave is not digested again: ``--verify auto``.
         self.trusts = True
+        self._spares = Spares(root, "writing")
+        # The digests of what was written here, and not linked.
+        self._written: set[str] = set()
 
     def open(self, keep: Container[str] = ()) -> None:
         """Make the directory, or clear what an earlier server left in it, but for the digests to ``keep``."""
@@ -127,7 +132,8 @@ class PayloadStore:
     def put(self, chunks: Iterable[files.Buffer]) -> StoredPayload:
         """Write a payload under its digest."""
         temporary = self.root / f"writing-{secrets.token_hex(8)}"
-        digest, size = files.write_hashed(temporary, chunks, mode=files.UNWRITABLE)
+        digest, size = files.write_hashed(temporary, chunks, mode=files.UNWRITABLE, spares=self._spares)
+        self._written.add(digest)
         path = self.path(digest)
         with files.explained(path):
             identity = identity_of(temporary.lstat())
@@ -161,15 +167,22 @@ class PayloadStore:
 
     def receive(self, digest: str, size: int) -> Incoming:
         """Make room for a payload that comes in pieces, under a name of its own."""
-        return Incoming(self.root / f"writing-{secrets.token_hex(8)}", digest, size)
+        return Incoming(self.root / f"writing-{secrets.token_hex(8)}", digest, size, self._spares)
 
     def drop(self, digest: str) -> None:
         """Delete a payload, unless it is kept; a process that mapped or linked it can still read it."""
-        if digest not in self.kept:
+        if digest in self.kept:
+            return
+        if digest in self._written:
+            self._written.discard(digest)
+            files.retire(self.path(digest), self._spares)
+        else:
+            # Its writer, who has another name for it, may use the file again.
             files.remove(self.path(digest))
 
     def clear(self) -> None:
         """Delete every payload but those that are kept. Temporary names are left alone: a client may be linking one."""
+        self._spares.clear()
         for path in self.root.glob("*"):
             if is_digest(path.name) and path.name not in self.kept:
                 files.remove(path)

@@ -6,7 +6,8 @@ One directory a rank, ``<exchange_dir>/rank-<k>/``; this module owns every path 
   before, so a lock, and nothing else, says who is alive.
 - A task or result is a payload file, written first, and a small record naming it, renamed into place last. ``version``
   only grows, across restarts of either side, and a result answers exactly one version.
-- A payload file is never overwritten, so a reader may map it. It is removed once the other side has moved on.
+- A payload file is never overwritten, so a reader may map it. It is removed once the other side has moved on; its
+  memory is used again only when nobody has it open or mapped (`fedsplit.disk.spares`).
 - A record is believed when its payload has the stated length and its header parses; else it is not there yet.
 
 Not promised: that a hand-off survives the death of the machine (nothing is fsynced; a lost one is simply redone), and
@@ -34,6 +35,7 @@ from filelock import FileLock, Timeout
 from fedsplit.disk import files, turn
 from fedsplit.disk.digest import file_digest
 from fedsplit.disk.identity import Identity, Verify, identity_of
+from fedsplit.disk.spares import Spares
 from fedsplit.errors import DirectoryLostError, ExchangeError, RecordError, RoleTakenError, SchemaError, UsageError
 from fedsplit.exchange import records
 from fedsplit.exchange.records import AnyRecord, FinishedRecord, PayloadRecord, Record, ResultRecord, TaskRecord
@@ -132,10 +134,15 @@ class Exchange:
                 stack.callback(setattr, self, "_own_lock", None)
                 me = Owner(pid=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
                 files.overwrite_in_place(path, json.dumps(asdict(me)))
-            # Half-written files of a dead predecessor. Nobody else writes these while the lock is held.
-            for written in ("task", "finished", "exchange-id") if role == "client" else ("result", "left"):
-                files.remove_leftovers(self.directory, written)
+            # Half-written files of a dead predecessor, and spare ones. Nobody else writes these while the lock is held.
+            self._clean(role)
+            stack.callback(self._clean, role)
             yield
+
+    def _clean(self, role: Role) -> None:
+        mine = ("task", "finished", "exchange-id", "fetched") if role == "client" else ("result", "left")
+        for written in mine:
+            files.remove_leftovers(self.directory, written)
 
     def is_held(self, role: Role) -> bool:
         """Tell whether a live process holds a role.
@@ -257,11 +264,12 @@ class Exchange:
             matches = map(_PAYLOAD_NAME.fullmatch, os.listdir(self.directory))  # noqa: PTH208  (several times a task)
         return sorted(int(match[2]) for match in matches if match and match[1] == of)
 
-    def remove_payloads(self, of: Literal["task", "result"], *, below: int) -> None:
-        """Remove the payload files of lower versions, once the other side has moved on."""
+    def remove_payloads(self, of: Literal["task", "result"], *, below: int, spares: Spares | None = None) -> None:
+        """Remove the payload files of lower versions, once the other side has moved on; their writer gives `spares`."""
         for version in self.payload_versions(of):
             if version < below:
-                files.remove(self.payload_path(of, version))
+                path = self.payload_path(of, version)
+                files.retire(path, spares) if spares else files.remove(path)
 
     def _record(self, path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
         text = self._read(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedsplit.disk import files
+from fedsplit.disk.spares import Spares
 from fedsplit.errors import RecordError
 from fedsplit.exchange import decisions
 from fedsplit.exchange.directory import Exchange, forgive
@@ -24,6 +25,7 @@ class TrainerSide:
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
         self._verified: tuple[str, tuple[int, ...]] | None = None
+        self._spares = Spares(exchange.directory, "result")
 
     def next(self) -> TaskRecord | FinishedRecord | None:
         """Return the newest task without an answer, or the end of the run, or None while there is neither.
@@ -61,8 +63,10 @@ class TrainerSide:
             # Looked at before a large payload is written, and again under the lock.
             if not self._is_open(task):
                 return False
+            # The client asked for this version, so it has moved on from the answers before.
+            self.exchange.remove_payloads("result", below=task.version, spares=self._spares)
             path = self.exchange.payload_path("result", task.version)
-            digest, size = files.write_hashed(path, chunks, mode=files.UNWRITABLE)
+            digest, size = files.write_hashed(path, chunks, mode=files.UNWRITABLE, spares=self._spares)
             payload = PayloadRecord(file=path.name, bytes=size, digest=digest, identity=self.exchange.identity(path))
         record = ResultRecord(
             version=task.version, run_id=task.run_id, kind=task.kind, server_round=task.server_round,
@@ -81,8 +85,7 @@ class TrainerSide:
         if not is_open:
             self._drop(payload)
             return False
-        # The client asked for this version, so it has moved on from the answers before.
-        self.exchange.remove_payloads("result", below=task.version)
+        self.exchange.remove_payloads("result", below=task.version, spares=self._spares)
         return True
 
     def leave(self, end: FinishedRecord) -> None:
