@@ -19,6 +19,7 @@ import torch
 from benchmarks.common import RESULTS, ROOT, Figure, Options, history_of_run, scratch_directory
 from examples.make_certificates import make_certificates
 from fedsplit import EvaluateResult, TrainResult, WorkloadContext
+from fedsplit.trainer import channel
 from tests.test_network import Cable, Distributed, Network, missing
 
 TOPIC = "wire"
@@ -48,6 +49,7 @@ class Drift:
 
     def __init__(self, context: WorkloadContext) -> None:
         self._generator = torch.Generator().manual_seed(context.rank)
+        channel.PART_BYTES = int(context.options.get("part-bytes", channel.PART_BYTES))
         self.model = torch.nn.Module()
         start = torch.Generator().manual_seed(0)
         for index in range(10):
@@ -67,7 +69,7 @@ class Drift:
 
 
 def drift(context: WorkloadContext) -> Drift:
-    """Make the workload; option: ``bytes`` of the model."""
+    """Make the workload; options: ``bytes`` of the model, and ``part-bytes`` of what an update is packed in at once."""
     return Drift(context)
 
 
@@ -86,6 +88,7 @@ def run(options: Options) -> list[Figure]:
         size, few = options.pick(BYTES, BYTES, 1_000_000), options.pick(6, 4, 3)
         slow = {codec: _slow(wire, size, few) for codec, wire in CODECS.items()}
         figures += [_seconds(codec, found, slow["as it is"][0]) for codec, found in slow.items()]
+        figures.append(_in_parts(5 * size, few, options.pick(3, 1, 1)))
         text += "\n" + slow_markdown(slow)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "wire.md").write_text(text)
@@ -105,18 +108,23 @@ def _train(name: str, wire: Sequence[str], seed: int, rounds: int) -> Outcome:
     )  # fmt: skip
 
 
-def _slow(wire: Sequence[str], size: int, rounds: int) -> tuple[list[float], float]:
+def _slow(
+    wire: Sequence[str], size: int, rounds: int, *, bits_per_s: float = BITS_PER_S, options: Sequence[str] = ()
+) -> tuple[list[float], float]:
     """Return the seconds of each round but the first, and the bytes of one rank's round in both directions."""
-    link = partial(Cable, delay_s=DELAY_S, jitter_s=0.0, loss=0.0, bits_per_s=BITS_PER_S)
+    link = partial(Cable, delay_s=DELAY_S, jitter_s=0.0, loss=0.0, bits_per_s=bits_per_s)
+    workload = [flag for each in (f"bytes={size}", *options) for flag in ("--workload-option", each)]
     with scratch_directory() as directory, Network(RANKS, link) as network:
         make_certificates(directory / "certificates", [f"10.213.{rank}.1" for rank in range(1, RANKS + 1)])
         (directory / "token").write_text("a secret of many letters")
         (directory / "token").chmod(0o600)
         federation = Distributed(
-            directory, network=network, forked=False,
+            directory,
+            network=network,
+            forked=False,
             server_flags=("--rounds", str(rounds), "--payload-store", "none", *(f"--wire={each}" for each in wire)),
-            model_flags=("--threads", "1", "--workload", "benchmarks.wire:drift", "--workload-option", f"bytes={size}"),
-        )  # fmt: skip
+            model_flags=("--threads", "1", "--workload", "benchmarks.wire:drift", *workload),
+        )
         for name in ("benchmarks", "tests", "examples"):
             (directory / name).symlink_to(ROOT / name)
         try:
@@ -129,6 +137,18 @@ def _slow(wire: Sequence[str], size: int, rounds: int) -> tuple[list[float], flo
         whole = federation.final_state().stat().st_size
     moved = [sum(line["wire"][key] for key in ("sent", "received")) for line in lines if "wire" in line]
     return [line["seconds"] for line in lines], statistics.median(moved) / RANKS if moved else 2.0 * whole
+
+
+def _in_parts(size: int, rounds: int, repeats: int) -> Figure:
+    """Compare rounds whose updates travel in parts with rounds whose updates travel whole, in turns."""
+    parts, whole = list[float](), list[float]()
+    for _ in range(repeats):
+        parts += _slow(("delta+int8+zstd",), size, rounds)[0]
+        whole += _slow(("delta+int8+zstd",), size, rounds, options=(f"part-bytes={size}",))[0]
+    return Figure(
+        topic=TOPIC, name=f"{size / 1e6:g} MB, delta+int8+zstd, in parts", unit="s", samples=parts,
+        peer="the same updates whole", peer_samples=whole, judged_by="ratio",
+    )  # fmt: skip
 
 
 def markdown(reached: Mapping[tuple[str, str], Sequence[Outcome]]) -> str:

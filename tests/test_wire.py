@@ -55,6 +55,13 @@ def short(new: StateDict, base: StateDict, wire: tuple[str, ...] = ("delta+zstd"
     return payload(packed.entries(made or digest(packed.state)))
 
 
+def unpacked(entries: StateDict, base: StateDict) -> StateDict:
+    """Return what an update says, or a part of it, as the server reads it."""
+    description = describe(entries, "the update")
+    assert description is not None
+    return unpack(entries, description, base, extra_bytes=0, where="the update")
+
+
 class Place:
     """A directory with what a trainer holds, and payloads of tasks as they come."""
 
@@ -126,10 +133,16 @@ class Federation:
         self.exchange = Exchange(directory / "exchange", 1)
         self.side = ClientSide(self.exchange)
         self.state = {"weight": torch.zeros(4, 100), "bias": torch.zeros(4)}
+        # Of an update that may come in parts: which one is asked for.
+        self.step: int | None = None
+        # The rounds that were trained.
+        self.trainings: list[int] = []
 
     def ask(self, server_round: int, content: bytes | None = None, kind: str = "train") -> ResultRecord:
         content = content or payload(self.state)
-        request = Request(run_id="run", kind=kind, server_round=server_round, total_rounds=9, wire=WIRE)
+        request = Request(
+            run_id="run", kind=kind, server_round=server_round, total_rounds=9, wire=WIRE, step=self.step
+        )  # fmt: skip
         source = Source(bytes=len(content), content=content)
         version = self.side.offer(request, hashlib.sha256(content).hexdigest(), lambda _: source)
         assert version is not None
@@ -144,10 +157,7 @@ class Federation:
         """Return the length of an update and what it says."""
         assert result.payload
         content = (self.exchange.directory / result.payload.file).read_bytes()
-        entries = decode(content)
-        description = describe(entries, "the update")
-        assert description is not None and description.base == digest(self.state)
-        return len(content), unpack(entries, description, self.state, extra_bytes=0, where="the update")
+        return len(content), unpacked(decode(content), self.state)
 
     @contextmanager
     def trainer(self, state: str = "keep") -> Iterator[None]:
@@ -166,6 +176,7 @@ class Federation:
                         if task.kind == "evaluate":
                             task.reply(loss=0.5, num_examples=3)
                             continue
+                        self.trainings.append(task.server_round)
                         generator = torch.Generator().manual_seed(task.server_round)
                         with torch.no_grad():
                             layer.weight += 0.01 * torch.randn(4, 100, generator=generator)

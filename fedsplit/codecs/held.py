@@ -7,9 +7,10 @@ state before says so, and is sent the whole.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from fedsplit.codecs.packed import Description, describe, pack, unpack
+from fedsplit.codecs.packed import Description, describe, in_parts, pack, unpack
 from fedsplit.codecs.spec import parse_wire
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError
@@ -17,6 +18,9 @@ from fedsplit.states.extra import MOST_BYTES, MOST_STATES, separate
 from fedsplit.states.state_dict import StateDict, decode, encode, map_file
 
 log = logging.getLogger("fedsplit")
+
+# What of a part travels, and what it lacks: that is carried over to the next update.
+Part = tuple[StateDict, StateDict]
 
 
 class Held:
@@ -52,14 +56,20 @@ class Held:
         return decode(self._store.map(str(self.digest), own=True), "the state that is held")
 
     def pack(
-        self, state: StateDict, wire: tuple[str, ...], carried: Callable[[], StateDict]
-    ) -> tuple[StateDict, StateDict]:
-        """Return what of an update travels, and what is to be carried over to the next one."""
+        self, state: StateDict, wire: tuple[str, ...], carried: Callable[[], StateDict], part_bytes: float
+    ) -> list[Callable[[], Part]]:
+        """Return what packs the parts of an update, each of about so many bytes before."""
         if self.digest is None:
-            return state, {}
-        base, _ = separate(self.state())
-        packed = pack(state, parse_wire(wire), base=base, digest=self.digest, carried=carried())
-        return (packed.entries(), packed.residual) if packed else (state, {})
+            return [lambda: (state, {})]
+        base, residual = separate(self.state())[0], carried()
+        codecs, digest, parts = parse_wire(wire), self.digest, in_parts(state, part_bytes)
+
+        def packed(part: StateDict) -> Part:
+            start = base if part.keys() == state.keys() else {name: base[name] for name in part if name in base}
+            found = pack(part, codecs, base=start, digest=digest, carried=residual)
+            return (found.entries(), found.residual) if found else (part, {})
+
+        return [partial(packed, part) for part in parts]
 
     def _unpack(self, payload: StateDict, found: Description, where: str) -> None:
         if not self._holds(found.base):

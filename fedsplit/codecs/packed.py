@@ -102,6 +102,22 @@ def pack(
     return Packed(description=description, streams=_joined(streams), state=found, residual=residual)
 
 
+def in_parts(state: Mapping[str, torch.Tensor], part_bytes: float) -> list[StateDict]:
+    """Divide a state into parts of about so many bytes, in its order; tied entries are in the same part."""
+    ties, parts, room = find_ties(state), [StateDict()], part_bytes
+    for name, tensor in state.items():
+        if name in ties:
+            continue
+        if room <= 0:
+            parts.append(StateDict())
+            room = part_bytes
+        parts[-1][name] = tensor
+        room -= tensor.nbytes
+    for name, kept in ties.items():
+        next(part for part in parts if kept in part)[name] = state[name]
+    return parts
+
+
 def describe(payload: Mapping[str, torch.Tensor], where: str) -> Description | None:
     """Return what a payload says of itself if it is packed; raises RecordError if that cannot be read."""
     if DESCRIPTION not in payload:

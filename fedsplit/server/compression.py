@@ -111,7 +111,7 @@ class Compression:
             except MissingPackageError as exc:
                 # A run that did not ask for it must not end by it.
                 raise RecordError(f"{where}: {exc}") from exc
-            task.plain_bytes = sum(tensor.nbytes for tensor in state.values())
+            task.plain_bytes += sum(tensor.nbytes for tensor in state.values())
             return state
 
         return read

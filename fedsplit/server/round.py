@@ -42,6 +42,7 @@ from fedsplit.server.beginning import Beginning, ask_for_initial_state
 from fedsplit.server.compression import Compression
 from fedsplit.server.conversation import FETCHED_AT_ONCE, Conversation, RoundContext
 from fedsplit.server.observer import Observer
+from fedsplit.server.parts import read_parts
 from fedsplit.server.peer import Reply
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
@@ -79,6 +80,8 @@ class Task(Conversation):
     update_bytes: int = 0
     # What a packed update came to; 0 if it was not packed.
     plain_bytes: int = 0
+    # The digests of the parts that an update came in.
+    payloads: list[str] = field(default_factory=list)
     stages: Stages = field(default_factory=Stages)
 
 
@@ -105,6 +108,8 @@ class Rounds:
         self._ahead: dict[int, Reply] = {}
         # Held by the rank that was first to have its extra tensors named in the log.
         self._told_of_extra = threading.Lock()
+        # On an engine whose questions are expensive there is one for a training, and no more for its parts.
+        self._takes_parts = bool(self.settings.wire) and not self.engine.asks_ahead
         self._balance = Balance(self.run.history.lines) if self.settings.balance else None
         # Why a rank's last answer did not count: it is told with its next task.
         last = self.run.history.lines[-1] if self.run.history.lines else {}
@@ -361,7 +366,8 @@ class Rounds:
             Task(
                 context=context, rank=(rank := int(client.cid)),
                 request=replace(
-                    self._request(kind, server_round, ins.config | self._work(rank)), refused=self._refused.get(rank)
+                    self._request(kind, server_round, ins.config | self._work(rank)), refused=self._refused.get(rank),
+                    step=0 if kind == "train" and self._takes_parts else None,
                 ),
                 state=(state := self._state.payload_of(ins.parameters)), extra_bytes=extra_bytes, client=client,
                 short=self._compression.short(state),
@@ -389,20 +395,25 @@ class Rounds:
 
         `may_read` waits until there may be one more update in memory.
         """
+        read = self._compression.reader(task)
+        content: Any
         try:
-            content = task.fetch(task.reply)
+            if task.reply.status == "step":
+                content = read_parts(task, read, may_read)
+                read = _as_it_is
+            else:
+                content = task.fetch(task.reply)
+                task.update_bytes = len(content)
+                if retains and isinstance(content, bytes):
+                    # What has to wait for the others waits in a file, not in memory.
+                    content = self.run.payloads.park(content)
         except RecordError as exc:
             return str(exc)
-        task.update_bytes = len(content)
-        if retains and isinstance(content, bytes):
-            # What has to wait for the others waits in a file, not in memory.
-            content = self.run.payloads.park(content)
         task.stages.end("transfer")
         may_read()
         reply = task.reply
-        reader = self._compression.reader(task)
         update = read_update(
-            task.rank, content, reply.num_examples, reply.shown_metrics, task.base, reader, numbers=numbers
+            task.rank, content, reply.num_examples, reply.shown_metrics, task.base, read, numbers=numbers
         )
         task.stages.end("checking")
         if not isinstance(update, Update):
@@ -440,7 +451,8 @@ class Rounds:
     def _drop_payloads(self, tasks: Sequence[Task]) -> None:
         """Remove the results of a round, and the states that were sent to single ranks."""
         results = [task.reply.payload.digest for task in tasks if task.reply.payload]
-        self._state.drop([*results, *(task.state.digest for task in tasks)])
+        parts = [digest for task in tasks for digest in task.payloads]
+        self._state.drop([*results, *parts, *(task.state.digest for task in tasks)])
 
     # -- the beginning -------------------------------------------------------------------------------------------------
 
@@ -460,6 +472,10 @@ class Rounds:
     def _ask_for_initial_state(self) -> Any:
         request = self._request("initialize", 0, dict(self.settings.train_config))
         return ask_for_initial_state(self._context(None), request, self.run)
+
+
+def _as_it_is(content: StateDict, where: str) -> StateDict:
+    return content
 
 
 def _mean(tasks: Sequence[Task]) -> dict[str, float]:

@@ -5,6 +5,7 @@
 """
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
-from fedsplit.codecs.held import Held
+from fedsplit.codecs.held import Held, Part
 from fedsplit.disk.files import wait_for_space
 from fedsplit.errors import PeerMissingError, RecordError, SchemaError
 from fedsplit.exchange.directory import Exchange
@@ -25,6 +26,8 @@ from fedsplit.states.state_dict import StateDict, encode, map_file
 
 log = logging.getLogger("fedsplit")
 
+# How much of what travels packed is in a part of it. A part costs a question more: smaller ones would save nothing.
+PART_BYTES = 24_000_000
 _STOP_CHECK_S = 0.05
 _REMIND_S = 30.0
 _CLIENT_CHECK_S = 0.5
@@ -67,11 +70,9 @@ class Channel(Protocol):
     def read_state(self, record: TaskRecord) -> StateDict:
         """Return the state that the newest task came with; writing to it changes nothing elsewhere."""
 
-    def pack(
-        self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]
-    ) -> tuple[StateDict, StateDict]:
-        """Return what of a trained state travels, and what it lacks: that is carried over to the next time."""
-        return state, {}
+    def pack(self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]) -> list[Callable[[], Part]]:
+        """Return what packs a trained state for its way, in one part or in several."""
+        return [lambda: (state, {})]
 
     def is_wanted(self, record: TaskRecord) -> bool:
         """Tell whether somebody still waits for the answer; cheap enough to ask for every batch."""
@@ -153,10 +154,10 @@ class ExchangeChannel(Channel):
             return {}
         return self._held.state() if self._held.digest else map_file(self._exchange.directory / record.payload.file)
 
-    def pack(
-        self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]
-    ) -> tuple[StateDict, StateDict]:
-        return self._held.pack(state, record.wire, carried) if record.kind == "train" else (state, {})
+    def pack(self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]) -> list[Callable[[], Part]]:
+        if record.kind != "train":
+            return super().pack(record, state, carried)
+        return self._held.pack(state, record.wire, carried, math.inf if record.step is None else PART_BYTES)
 
     def is_wanted(self, record: TaskRecord) -> bool:
         if time.monotonic() - self._looked_at < _STOP_CHECK_S:

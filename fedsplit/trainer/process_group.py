@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from fedsplit import errors
+from fedsplit.codecs.held import Part
 from fedsplit.errors import FedSplitError, TrainingError
 from fedsplit.exchange.records import FinishedRecord, Scalar, TaskRecord, read
 from fedsplit.states.state_dict import StateDict, decode, encode
@@ -105,10 +106,10 @@ class ProcessGroupChannel(Channel):
     def read_state(self, record: TaskRecord) -> StateDict:
         return self._newest[1] if self._newest and self._newest[0].version == record.version else {}
 
-    def pack(
-        self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]
-    ) -> tuple[StateDict, StateDict]:
-        return self._inner.pack(record, state, carried) if self.process == 0 else (state, {})
+    def pack(self, record: TaskRecord, state: StateDict, carried: Callable[[], StateDict]) -> list[Callable[[], Part]]:
+        # In one part: each would be an answer that all processes give together.
+        whole = replace(record, step=None)
+        return self._inner.pack(whole, state, carried) if self.process == 0 else super().pack(whole, state, carried)
 
     def is_wanted(self, record: TaskRecord) -> bool:
         # A collective, like a gradient's all-reduce but tiny.

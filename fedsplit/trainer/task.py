@@ -232,11 +232,14 @@ class Task:
         `meanwhile` is called when they are given, and before it is waited.
         """
         channel, record = self._trainer._channel, self._record
-        if record.step is None or channel.processes > 1:
+        # Steps of other tasks are an update in parts, and the stages of a secure sum.
+        is_whole = bool(record.wire or record.secure)
+        if record.step is None or is_whole or channel.processes > 1:
             raise UsageError(
                 "there is no other half of the model: the server was started without --split-learning"
-                if record.step is None else "in several processes a model cannot be cut yet: start one without torchrun"
-            )  # fmt: skip
+                if record.step is None or is_whole
+                else "in several processes a model cannot be cut yet: start one without torchrun"
+            )
         # Its file may go once the other side has moved on: what is mapped stays.
         _ = self.state_dict
         now = time.monotonic()

@@ -21,7 +21,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +39,7 @@ from fedsplit.states.state_dict import ModelSource, StateDict, own_state
 from fedsplit.trainer.channel import Answer, Channel, ExchangeChannel, StandaloneChannel
 from fedsplit.trainer.keep import Kept
 from fedsplit.trainer.local_state import LocalStates
+from fedsplit.trainer.parts import Parts
 from fedsplit.trainer.task import Task, describe_error
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ class Trainer:
         self._secure_directory = Path(checkpoint_dir) / place_name(rank) / "secure"
         self._types = ModuleTypes(model)
         self._current: Task | None = None
-        # What came while a task waited for the other half of the model, and is not about that task.
+        # The newest update, if it was given in parts.
+        self._parts: Parts | None = None
+        # What came while a task waited for the other half of the model, or gave parts, and is not about that task.
         self._found: TaskRecord | FinishedRecord | None = None
 
     def __enter__(self) -> Self:
@@ -140,6 +142,12 @@ class Trainer:
                 continue
             # The secrets of the round before are of no use any more, or would be those of another attempt.
             self._forget_secrets()
+            if self._parts and self._parts.are_asked_for(record):
+                # A server that was started again asks for an update that is still here.
+                if last := self._give_parts(self._parts, record):
+                    self._channel.answer(last, self._parts.last())
+                continue
+            self._parts = None
             if record.step:
                 # This process did not do the steps before: the task has to begin anew.
                 self._channel.answer(record, Answer(state=None, num_examples=0, status="again"))
@@ -201,8 +209,11 @@ class Trainer:
         residual = StateDict()
         if answer.state is not None:
             carried = dict if self.state == "reset" else task._base.load_residual
-            state, residual = self._channel.pack(task._record, answer.state, carried)
-            answer = replace(answer, state=state)
+            parts = Parts(task._record, answer, self._channel.pack(task._record, answer.state, carried))
+            if (last := self._give_parts(parts, task._record)) is None:
+                return
+            task._record, answer, residual = last, parts.last(), parts.take_residual()
+            self._parts = parts if parts.can_stay() else None
         saved = self._local.save(task._record, task._base, local_part, kept, residual)
         try:
             accepted = self._channel.answer(task._record, answer)
@@ -210,6 +221,14 @@ class Trainer:
             self._local.settle(task._record, saved=saved, accepted=False)
             raise
         self._local.settle(task._record, saved=saved, accepted=accepted)
+
+    def _give_parts(self, parts: Parts, record: TaskRecord) -> TaskRecord | None:
+        """Give all parts of an update but the last; returns what asks for that one, None if nobody does any more."""
+        found = parts.give(self._channel, record)
+        if isinstance(found, TaskRecord) and parts.are_asked_for(found):
+            return found
+        self._found = found
+        return None
 
 
 def _for_all_processes(channel: Channel) -> Channel:
