@@ -41,7 +41,7 @@ def on_a_terminal(command: Sequence[str], directory: Path) -> tuple[int, str]:
 
 
 def script_on_a_terminal(script: str, directory: Path, *flags: str, output: Path | None = None) -> tuple[int, Screens]:
-    """Run a script to its end; returns its exit code and the screen's lines after each piece of its output.
+    """Run a script to its end; returns its exit code and the screen's lines after each picture that it shows.
 
     What it prints on stdout goes into the file ``output`` instead, if one is given.
     """
