@@ -32,12 +32,15 @@ $(BIN)/uv: | $(BIN)/python
 demo: .venv/.demo
 	$(BIN)/python -m fedsplit demo $(ARGS)
 
-# The quick ones.
+# Without bytecode each of the many processes that tests start compiles PyTorch and Flower anew; some images ask for that.
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
+# The quick ones. A worker that has no more tests takes some of the other one's.
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: .venv/.dev
-	FEDSPLIT_TESTS=all $(BIN)/python -m pytest -n 2
+	FEDSPLIT_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

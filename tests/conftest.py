@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch, and for every program that a test starts: several of them share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell starts what it runs in the background with SIGINT ignored. Programs that a test ends by it would inherit that,
+# and be killed only after the ten seconds that each has.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import psutil
 import pytest
@@ -35,6 +41,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.option.markexpr == "not slow" and collection_path.name in ONLY_SLOW else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put first what is forked: so the first worker does it all, and no other one makes a process to fork from."""
+    items.sort(key=lambda item: item.get_closest_marker("smoke") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
     """See that the tests of this process have ended every process that they started."""
@@ -47,6 +58,15 @@ def nothing_is_left_running() -> Iterator[None]:
         process.kill()
     psutil.wait_procs(left, GRACE_S)
     assert not said, f"left running by tests: {said}"
+
+
+@pytest.fixture(autouse=True)
+def log_is_put_back() -> Iterator[None]:
+    """Let no test write into the captured output of an earlier one, in which a command has set up logging."""
+    log = logging.getLogger("fedsplit")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = handlers, level, propagate
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 
 import pytest
 import torch
 
-from fedsplit.aggregation import Update, check_update
+from fedsplit.aggregation import Update, check_update, validation
 
 
 def reference():
@@ -96,17 +95,8 @@ def test_a_non_contiguous_entry_passes():
     assert check_update(Update(rank=1, state_dict=state, num_examples=1), {"w": torch.zeros(2, 3)}) is None
 
 
-def test_the_check_of_100_mb_is_about_as_fast_as_one_sum():
-    big = torch.randn(25_000_000)
-    known, sent = {"w": big}, Update(rank=1, state_dict={"w": big}, num_examples=1)
-
-    def best_of(function):
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    # The exact check alone takes 10 times as long and more; this leaves room for a busy machine.
-    assert best_of(lambda: check_update(sent, known)) < 4 * best_of(big.sum) + 0.005
+def test_where_the_sum_of_an_entry_is_finite_its_elements_are_not_looked_at(monkeypatch):
+    # Looking at each takes ten times as long as the sum, and more.
+    monkeypatch.setattr(validation, "same", lambda *_: pytest.fail("the elements are looked at"))
+    big = torch.randn(1000)
+    assert check_update(Update(rank=1, state_dict={"w": big}, num_examples=1), {"w": big}) is None

@@ -7,12 +7,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import inside
 from benchmarks.inside import Federation, InsideRank
 from fedsplit.aggregation import AggregationContext, Update
 from fedsplit.aggregation.numeric import moved
@@ -21,6 +23,7 @@ from fedsplit.asynchronous import rounds as asynchronous
 from fedsplit.asynchronous.rounds import AsyncRounds
 from fedsplit.engines.assembly import open_server
 from fedsplit.errors import UsageError
+from fedsplit.server.round import Task
 from fedsplit.server.settings import ServerSettings
 from fedsplit.states.state_dict import StateDict
 from fedsplit.wire.protocol import EMBEDDED
@@ -28,6 +31,24 @@ from tests.bounds import BOUND_S
 
 INITIAL = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64), "n": torch.tensor(0)}
 FAST_S = 0.01
+
+
+@pytest.fixture(autouse=True)
+def short_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run ends with its last question; a rank that is held by a test gives no answer to it."""
+    monkeypatch.setattr(inside, "EMBEDDED", replace(EMBEDDED, hold_s=0.05))
+
+
+def only_the_lost_is_gone(monkeypatch: pytest.MonkeyPatch, rank: InsideRank) -> None:
+    """Let a rank be gone a moment after it was lost, and no other one, however late a busy machine lets it answer."""
+    monkeypatch.setattr(asynchronous, "_GONE_S", 0.2)
+    away_s = Task.away_s.fget
+    assert away_s is not None
+
+    def counted(task: Task) -> float:
+        return away_s(task) if task.rank == rank.rank and rank.is_lost else 0.0
+
+    monkeypatch.setattr(Task, "away_s", property(counted))
 
 
 def step(rank: int) -> Callable[[Any], tuple[StateDict, int]]:
@@ -260,8 +281,8 @@ def test_an_update_that_is_too_old_is_refused_by_name_and_its_rank_goes_on(tmp_p
 def test_a_rank_that_leaves_for_good_does_not_hold_up_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(asynchronous, "_GONE_S", 0.3)
     ranks = [sleeping(rank, FAST_S) for rank in (1, 2, 3)]
+    only_the_lost_is_gone(monkeypatch, ranks[2])
 
     def leave(task: Any) -> tuple[StateDict, int]:
         ranks[2].is_lost = True

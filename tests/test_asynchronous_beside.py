@@ -17,7 +17,6 @@ import torch
 from benchmarks.inside import Federation, InsideRank, InsideRoster
 from examples.algorithms.scaffold import CONTROL, Scaffold
 from fedsplit import WorkloadContext
-from fedsplit.asynchronous import rounds as asynchronous
 from fedsplit.asynchronous.buffer import Buffer
 from fedsplit.asynchronous.replay import _AllBut, read_track
 from fedsplit.errors import CheckpointError, RunFailedError, UsageError
@@ -28,7 +27,19 @@ from fedsplit.server.strategy import Strategy
 from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.states.extra import separate
 from fedsplit.states.state_dict import StateDict, decode
-from tests.test_asynchronous import FAST_S, INITIAL, end, final, lines, settings, sleeping, started, wait_for
+from tests.test_asynchronous import (  # noqa: F401
+    FAST_S,
+    INITIAL,
+    end,
+    final,
+    lines,
+    only_the_lost_is_gone,
+    settings,
+    short_questions,
+    sleeping,
+    started,
+    wait_for,
+)  # fmt: skip
 from tests.test_asynchronous_journal import Killed, Stepped, a_run, again, killing
 
 MODES: list[dict[str, Any]] = [{"buffer": 1}, {"buffer": 2}, {"merge_after": 2}]
@@ -192,9 +203,9 @@ def leaving(rank: InsideRank, how: str) -> None:
     asked = rank.ask
 
     def ask(record: Any, blob: Any, *, most_s: float) -> Reply:
+        rank.is_lost = True
         if how == "trainer":
             return Reply(status="working", waiting_for="trainer")
-        rank.is_lost = True
         return asked(record, blob, most_s=most_s)
 
     def evaluate(task: Any) -> tuple[float, int, dict[str, float]]:
@@ -213,8 +224,8 @@ def leaving(rank: InsideRank, how: str) -> None:
 def test_whoever_is_gone_for_good_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: dict[str, Any], how: str
 ) -> None:
-    monkeypatch.setattr(asynchronous, "_GONE_S", 0.2)
     ranks = [sleeping(rank, FAST_S) for rank in (1, 2, 3)]
+    only_the_lost_is_gone(monkeypatch, ranks[2])
     leaving(ranks[2], how)
     evaluate_every = 1 if how == "evaluation" else 0
     wanted = settings(tmp_path, min_clients=3, evaluate_every=evaluate_every, **mode)

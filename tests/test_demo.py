@@ -219,15 +219,14 @@ def started_child(name: str, script: str, log: Path) -> Child:
     return child
 
 
-def test_a_program_that_ignores_sigint_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "_STOP_S", 0.3)
+def test_a_program_that_ignores_sigint_is_killed(tmp_path: Path) -> None:
     stubborn = started_child("stubborn", STUBBORN, tmp_path / "log")
     try:
         while stubborn.tail() != "ready":
             assert stubborn.is_running
             time.sleep(0.01)
     finally:
-        together.end([stubborn], [])
+        together.end([stubborn], [], 0.3)
     assert stubborn.describe_end() == "the stubborn was killed by SIGKILL"
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fedsplit.errors import (
@@ -23,6 +24,7 @@ from fedsplit.errors import (
     SchemaError,
     UsageError,
 )
+from fedsplit.exchange import directory
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import PayloadRecord
 from tests.bounds import BOUND_S
@@ -425,16 +427,18 @@ with exchange.hold("trainer"), exchange.handoff():
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux says who is stopped")
-def test_a_process_that_is_stopped_with_the_hand_off_lock_is_named_within_seconds(tmp_path, caplog):
+def test_a_process_that_is_stopped_with_the_hand_off_lock_is_named_within_seconds(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(directory, "_HANDOFF_SAY_S", 0.2)
     with running(HOLD_BOTH, tmp_path) as holder:
         holder.send_signal(signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(holder.pid).status() == psutil.STATUS_STOPPED)
         waiting = threading.Thread(target=Exchange(tmp_path, 1).is_held, args=("client",))
         waiting.start()
         wait_until(lambda: "has been held for" in caplog.text)
         holder.send_signal(signal.SIGCONT)
         kill(holder)
         waiting.join(BOUND_S)
-    said = rf"handoff\.lock has been held for 2 s, by the trainer \(process {holder.pid} on .*, stopped by a signal"
+    said = rf"handoff\.lock has been held for 0 s, by the trainer \(process {holder.pid} on .*, stopped by a signal"
     assert re.search(said, caplog.text)
 
 

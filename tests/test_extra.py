@@ -248,6 +248,7 @@ def check_counts(found: Programs) -> None:
     assert state.keys() == {"weight", "bias"} and extra["count"] == 9
 
 
+@pytest.mark.smoke
 def test_they_travel_both_ways_and_to_single_ranks(tmp_path: Path) -> None:
     with federation(tmp_path, "--aggregate", f"{HERE}:counting") as found:
         found.start_all()

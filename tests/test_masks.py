@@ -590,7 +590,7 @@ class Federation:
             self.errors.append(exc)
 
 
-@pytest.mark.parametrize("payload_store", ["auto", "none"])
+@pytest.mark.parametrize("payload_store", ["auto", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_run_comes_to_the_same_bits_wherever_the_masks_are_made(tmp_path: Path, payload_store: str) -> None:
     runs = [Federation(tmp_path / str(len(masked)), masked, payload_store) for masked in ((), (1, 2), (1, 2, 3))]
     expected, *others = (each.run() for each in runs)

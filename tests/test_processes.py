@@ -45,6 +45,7 @@ def run(command: list[str], environment: dict[str, str], log: Path, directory: P
     return process.wait(BOUND_S)
 
 
+@pytest.mark.smoke
 def test_a_script_that_is_forked_has_its_own_arguments_environment_and_end(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("")
     script = "import helper, os, sys, atexit; atexit.register(print, 'over'); print(sys.argv[1:], os.environ['WHO']); "

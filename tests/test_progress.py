@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fedsplit.engines.forked import Forked
 from tests.bounds import BOUND_S
 from tests.programs import programs
-from tests.terminal import on_a_terminal, screens_of
+from tests.terminal import on_a_terminal, script_on_a_terminal
 
 LOOP = """
-import time
 from types import SimpleNamespace
 from fedsplit import Progress
 
@@ -22,49 +22,58 @@ progress = Progress(2)
 with progress.task(SimpleNamespace(kind="train", server_round=3, total_rounds=10)):
     for done in range(1, 7):
         progress.update(done, 6, 1 / done, epochs=3)
-        time.sleep(0.15)
+        # As it is ten times a second.
+        progress._bar and progress._bar.refresh()
 """
 
 
+@pytest.mark.smoke
 def test_a_loop_of_ones_own_shows_its_epochs_batches_and_loss(tmp_path: Path) -> None:
-    code, shown = on_a_terminal([sys.executable, "-c", LOOP], tmp_path)
+    code, screens = script_on_a_terminal(LOOP, tmp_path)
+    shown = "\n".join(line for screen in screens for line in screen)
     assert code == 0, shown
     assert "rank 2 train 3/10" in shown
     assert re.search(r"[345]/6 .*epoch [23]/3, loss 0\.\d{4}", shown)
 
 
+@pytest.mark.smoke
 def test_without_a_terminal_there_is_no_bar(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, timeout=BOUND_S, check=True)
-    assert (ended.stdout, ended.stderr) == ("", "")
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(LOOP)
+    assert Forked([sys.executable, str(script)], os.environ, log, tmp_path).wait(BOUND_S) == 0
+    assert log.read_text() == ""
 
 
 TALKATIVE = """
-import contextlib, logging, sys, time
+import contextlib, logging, sys
 from types import SimpleNamespace
 from fedsplit import Progress
 from fedsplit.cli import set_up_logging
 
 set_up_logging("trainer", verbose=False) if sys.argv[1] == "fedsplit" else logging.basicConfig(level=logging.INFO)
 log, progress = logging.getLogger(sys.argv[1]), Progress(2)
+def draw():  # as it is ten times a second
+    progress._bar and progress._bar.refresh()
 for number in (1, 2, 3):
     task = SimpleNamespace(kind="train", server_round=number, total_rounds=3)
     with contextlib.suppress(ValueError), progress.task(task):
         for done in range(1, 4):
             if sys.argv[2] == "batches":
                 progress.update(done, 3, 1 / done)
-            time.sleep(0.15)
+            draw()
         log.info("logged %d", number)
         print("printed", number)
-        time.sleep(0.15)
+        draw()
         if number == 2:
             raise ValueError
     log.info("after %d", number)
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("logger", ["fedsplit", "script"])
 def test_what_is_logged_stands_above_the_bar_and_the_bar_goes_with_its_task(tmp_path: Path, logger: str) -> None:
-    code, screens = screens_of([sys.executable, "-c", TALKATIVE, logger, "batches"], tmp_path)
+    code, screens = script_on_a_terminal(TALKATIVE, tmp_path, logger, "batches")
     assert code == 0, screens[-1]
     # Never on one line, never two bars, and none below a line that came while it was shown.
     for screen in screens:
@@ -80,17 +89,18 @@ def test_what_is_logged_stands_above_the_bar_and_the_bar_goes_with_its_task(tmp_
     assert [re.sub(r".*:", "", line) for line in last] == expected
 
 
+@pytest.mark.smoke
 def test_a_workload_that_reports_no_batches_gets_no_count_of_them(tmp_path: Path) -> None:
-    code, screens = screens_of([sys.executable, "-c", TALKATIVE, "fedsplit", "none"], tmp_path)
+    code, screens = script_on_a_terminal(TALKATIVE, tmp_path, "fedsplit", "none")
     assert code == 0, screens[-1]
     bars = [line for screen in screens for line in screen if "rank 2 train" in line]
     assert any(re.fullmatch(r"rank 2 train 1/3 \S+ +0:00:00", line) for line in bars), bars
     assert not any("?" in line for line in bars)
 
 
+@pytest.mark.smoke
 def test_what_is_printed_into_a_file_goes_there_also_beside_a_bar(tmp_path: Path) -> None:
-    command = f"{sys.executable} -c '{TALKATIVE}' fedsplit batches > printed"
-    assert screens_of(["sh", "-c", command], tmp_path)[0] == 0
+    assert script_on_a_terminal(TALKATIVE, tmp_path, "fedsplit", "batches", output=tmp_path / "printed")[0] == 0
     assert (tmp_path / "printed").read_text() == "printed 1\nprinted 2\nprinted 3\n"
 
 
@@ -107,8 +117,9 @@ with Trainer(1, workload.model, standalone=True, standalone_rounds=2) as trainer
 """
 
 
+@pytest.mark.smoke
 def test_a_new_project_shows_its_epochs_and_leaves_nothing_but_its_log(tmp_path: Path) -> None:
-    code, screens = screens_of([sys.executable, "-c", STANDALONE], tmp_path)
+    code, screens = script_on_a_terminal(STANDALONE, tmp_path)
     assert code == 0, screens[-1]
     bars = [line for screen in screens for line in screen if "rank 1 train" in line]
     assert any(re.search(r" \d+/400 .*epoch \d+/400, loss \d\.\d{4}", line) for line in bars), bars

@@ -216,6 +216,12 @@ def restarts(children: Sequence[Child], directory: Path, most: int) -> together.
     return together.Restarts(children, os.environ, directory / "run.json", most)
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small programs, of which none has more to do when another one has failed."""
+    monkeypatch.setattr(together, "_SETTLE_S", 0.1)
+
+
 def watch(
     children: Sequence[Child], directory: Path, most: int = 0, may_stay: Callable[[Child], bool] = lambda _: False
 ) -> list[Child]:
@@ -228,6 +234,7 @@ def watch(
         together.end(children, [])
 
 
+@pytest.mark.usefixtures("soon")
 def test_what_dies_is_started_again_so_often_and_its_log_goes_on(tmp_path: Path) -> None:
     dies = small("trainer of rank 1", "print('was here'); raise SystemExit(7)", tmp_path)
     idle = small("server", "import time; time.sleep(600)", tmp_path)
@@ -236,6 +243,7 @@ def test_what_dies_is_started_again_so_often_and_its_log_goes_on(tmp_path: Path)
     assert dies.exit_code == 7
 
 
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("code", [2, 14, 15])
 def test_wrong_usage_and_the_end_of_the_run_are_not_tried_again(code: int, tmp_path: Path) -> None:
     dies = small("trainer of rank 1", f"print('was here'); raise SystemExit({code})", tmp_path)
@@ -296,10 +304,17 @@ def test_who_still_runs_after_the_end_is_stopped_unless_it_may_stay(
 ) -> None:
     monkeypatch.setattr(together, "_FAREWELL_S", 0.2)
     ended = small("server", "pass", tmp_path)
-    slow = small("trainer of rank 1", "import time; time.sleep(1.5)", tmp_path)
+    over = tmp_path / "over"
+    code = f"import time; from pathlib import Path\nwhile not Path({str(over)!r}).exists(): time.sleep(0.01)"
+    slow = small("trainer of rank 1", code, tmp_path)
     endless = small("trainer of rank 1", "import time; time.sleep(600)", tmp_path)
-    assert watch([ended, slow], tmp_path, may_stay=lambda child: child is slow) == []
-    assert slow.exit_code == 0
+
+    def may_stay(child: Child) -> bool:
+        over.touch()
+        return child is slow
+
+    assert watch([ended, slow], tmp_path, may_stay=may_stay) == []
+    assert slow.exit_code == 0 and over.exists()
     with pytest.raises(RunFailedError, match="over, but 0 s later these still ran and were stopped: trainer of rank 1"):
         watch([ended, endless], tmp_path)
     assert endless.exit_code not in (None, 0)

@@ -400,7 +400,10 @@ def test_a_rank_that_does_no_step_is_refused_and_costs_nobody_else_anything(tmp_
     assert halves.history[0]["refused"] == {"2": "it did no step with the upper part"} and halves.history[0]["merged"]
 
 
-@pytest.mark.parametrize(("tail", "by_reference"), [("3", False), ("3", True), (None, False), (None, True)])
+@pytest.mark.parametrize(
+    ("tail", "by_reference"),
+    [("3", False), pytest.param("3", True, marks=SLOW), pytest.param(None, False, marks=SLOW), (None, True)],
+)
 def test_u_shaped_no_label_leaves_the_rank(
     tail: str | None, by_reference: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from examples.make_certificates import make_certificates
 from fedsplit.engines.processes import Child
+from fedsplit.engines.superlink import node
 from fedsplit.engines.superlink.node import _watch
 from fedsplit.engines.superlink.serve import let_in, only
 from fedsplit.errors import RefusedError, UsageError
@@ -200,20 +201,21 @@ def test_a_public_key_that_cannot_be_read_is_named(tmp_path: Path, content: byte
     ("signal.raise_signal(signal.SIGINT)", False), ("sys.exit(0)", False), ("sys.exit('no')", True),
 ])  # fmt: skip
 def test_a_supernode_that_a_restarted_server_does_not_know_is_started_again(
-    tmp_path: Path, end: str, refused: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, refused: bool
 ) -> None:
-    node = Child("SuperNode", [sys.executable, "-c", f"import signal, sys; {end}"], tmp_path / "supernode.log")
+    monkeypatch.setattr(node, "_CONNECTION_LOOK_S", 0.2)
+    ended = Child("SuperNode", [sys.executable, "-c", f"import signal, sys; {end}"], tmp_path / "supernode.log")
     with socket.create_server(("127.0.0.1", 0)) as server, (tmp_path / "relay.log").open("w+") as lines:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        node.start(os.environ)
+        ended.start(os.environ)
         try:
-            finished = _watch(node, Exchange(tmp_path, 1), 0, tmp_path / "refusal", lines, address)
+            finished = _watch(ended, Exchange(tmp_path, 1), 0, tmp_path / "refusal", lines, address)
         except RefusedError as exc:
             assert refused and "no" in str(exc)
         else:
             assert finished is None and not refused
         finally:
-            node.kill()
+            ended.kill()
 
 
 def nothing_is_left(directory: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fedsplit import Trainer
-from fedsplit.engines.forked import FORKS
+from fedsplit.engines.forked import FORKS, Forked
 from fedsplit.errors import (
     CheckpointError,
     FedSplitError,
@@ -769,6 +769,7 @@ with Trainer(1) as trainer:
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("level", "client", "said"),
     [
@@ -781,16 +782,12 @@ with Trainer(1) as trainer:
 def test_a_script_says_for_whom_it_waits_unless_it_has_set_up_logging(
     tmp_path: Path, level: list[str], client: bool, said: list[str]
 ) -> None:
-    side = ClientSide(Exchange(tmp_path / "exchange", 1))
+    side, log, script = ClientSide(Exchange(tmp_path / "exchange", 1)), tmp_path / "log", tmp_path / "script.py"
+    script.write_text(WAITING)
     with side.exchange.hold("client") if client else nullcontext():
-        process = subprocess.Popen(
-            [sys.executable, "-c", WAITING, *level], cwd=tmp_path, text=True, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stderr is not None
-        lines = [process.stderr.readline() for _ in ["ready", *said]]
+        process = Forked([sys.executable, str(script), *level], os.environ, log, tmp_path)
+        wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > len(said))
         time.sleep(0.7)
         side.finish("a run", "complete")
-        lines += process.stderr.readlines()
-    assert process.wait(BOUND_S) == 0
-    assert [line.rstrip() for line in lines] == ["ready", *said]
+        assert process.wait(BOUND_S) == 0
+    assert log.read_text().splitlines() == ["ready", *said]

@@ -432,6 +432,7 @@ def test_codecs_go_with(tmp_path: Path, what: str, wire: str) -> None:
         )
 
 
+@pytest.mark.smoke
 def test_a_pattern_without_entries_ends_the_run_before_its_first_round(tmp_path: Path) -> None:
     with programs(tmp_path, ranks=2, server_flags=flags(2, "nothing.*=int8")) as federation:
         federation.start_all()
