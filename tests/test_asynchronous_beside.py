@@ -25,7 +25,7 @@ from fedsplit.run.directory import Run
 from fedsplit.run.journal import read_journal
 from fedsplit.server.peer import Reply
 from fedsplit.server.strategy import Strategy
-from fedsplit.split_learning.attach import UpperHalf
+from fedsplit.split_learning.uppers import Uppers
 from fedsplit.states.extra import separate
 from fedsplit.states.state_dict import StateDict, decode
 from tests.test_asynchronous import FAST_S, INITIAL, end, final, lines, settings, sleeping, started, wait_for
@@ -273,7 +273,7 @@ def test_a_model_that_is_cut_and_a_flower_strategy_are_refused_with_the_reason(
     tmp_path: Path, mode: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError, match="trained step by step with the ranks, so there is no update of a single rank"):
-        UpperHalf(settings(tmp_path, **mode), "sfl-v1", tmp_path)
+        Uppers(settings(tmp_path, **mode), "sfl-v1", tmp_path)
     with pytest.raises(UsageError, match="a Flower strategy chooses its clients for a round"):
         settings(tmp_path, strategy="FedAvg", **mode)
 

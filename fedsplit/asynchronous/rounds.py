@@ -9,8 +9,6 @@ their number, no update is carried over, and the run is that of synchronous roun
 A merge counts once it is on the disk: the journal's line, then the checkpoint. Only then is the new state given to
 anybody. A state is kept for as long as somebody trains from it, also over a restart of the server: who was at work is
 asked for the same again.
-
-Importing this module imports torch.
 """
 
 import logging

@@ -29,7 +29,7 @@ from fedsplit.watch.rounds import value
 if TYPE_CHECKING:
     from fedsplit.server.round import Rounds
     from fedsplit.server.settings import ServerSettings
-    from fedsplit.split_learning.attach import UpperHalf
+    from fedsplit.split_learning.uppers import Uppers
 
 log = logging.getLogger("fedsplit")
 
@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def serve(
-    arguments: argparse.Namespace, settings: ServerSettings, upper: UpperHalf | None = None,
+    arguments: argparse.Namespace, settings: ServerSettings, upper: Uppers | None = None,
     rounds: Callable[..., Rounds] | None = None,
 ) -> None:  # fmt: skip
     """Run a server with these settings, where `add_connection` says; returns when the run is over, raises its failure.
@@ -206,11 +206,11 @@ def read_settings(arguments: argparse.Namespace) -> ServerSettings:
     return ServerSettings(**values)
 
 
-def _upper_half(arguments: argparse.Namespace, settings: ServerSettings) -> UpperHalf | None:
-    from fedsplit.split_learning.attach import UpperHalf
+def _upper_half(arguments: argparse.Namespace, settings: ServerSettings) -> Uppers | None:
+    from fedsplit.split_learning.uppers import Uppers
 
     mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
-    return UpperHalf(settings, mode, exchange_dir, arguments.upper_trainers) if mode else None
+    return Uppers(settings, mode, exchange_dir, arguments.upper_trainers) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

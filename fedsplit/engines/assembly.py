@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedsplit.server.round import Rounds
     from fedsplit.server.server import Server
     from fedsplit.server.settings import ServerSettings
-    from fedsplit.split_learning.attach import UpperHalf
+    from fedsplit.split_learning.uppers import Uppers
     from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
@@ -32,7 +32,7 @@ _PACKAGES = ("fedsplit", "flwr", "torch", "numpy", "safetensors", "grpcio", "fil
 @contextmanager
 def open_server(
     settings: ServerSettings, engine: Engine, *, join_key: bytes | None = None, live: bool = False,
-    command: Sequence[str] = (), upper: UpperHalf | None = None, rounds: Callable[..., Rounds] | None = None,
+    command: Sequence[str] = (), upper: Uppers | None = None, rounds: Callable[..., Rounds] | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """Open the run, make its server, and watch it, with a `live` table; `command`, as typed, is noted for the report.
 

@@ -1,6 +1,4 @@
 """The beginning of a run: the newest checkpoint is taken up, or a state to start from is found.
-
-Importing this module imports torch.
 """
 
 import logging

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ _MOST_AGAIN = 20
 
 @dataclass(kw_only=True)
 class Step:
-    """A step of a task: what is given, and what came back, once it did."""
+    """A step of a task: what is given, and the digest of what came back, once it did."""
 
     payload: StoredPayload | None
     numbers: Mapping[str, Scalar]
@@ -66,8 +66,8 @@ class Beyond:
 
     def __init__(self, exchange_dir: Path, wait_s: float, verify: Verify = "auto") -> None:
         self.exchange = Exchange(exchange_dir, "upper", verify)
-        self._side = ClientSide(self.exchange)
-        self._poll = LongPoll(self._side, wait_s)
+        self.side = ClientSide(self.exchange)
+        self._poll = LongPoll(self.side, wait_s)
         self._lock = threading.Lock()
         self._steps: list[Step] = []
         self._failure: str | None = None
@@ -76,19 +76,10 @@ class Beyond:
         """Use a server's store; `stop` is set when its run is being stopped."""
         self._store, self._stop = store, stop
 
-    def taking_part(self) -> AbstractContextManager[None]:
-        """Hold the client's role for the length of the block; raises RoleTakenError."""
-        return self.exchange.hold("client")
-
-    def finish(self, run_id: str, outcome: str, reason: str = "") -> None:
-        """Tell the trainer that the run is over."""
-        self._side.finish(run_id, outcome, reason)
-
     def initial_state(self, request: Request) -> StoredPayload:
         """Ask for the state that the upper part starts from."""
         self.begin(request, None)
-        found = self._next(None, {}).payload
-        if found is None:
+        if (found := self._next(None, {}).payload) is None:
             raise RecordError("the trainer of the upper part gave no state")
         return found
 
@@ -108,7 +99,7 @@ class Beyond:
         return self.step(None, {"what": END}, until).payload
 
     def answers(self) -> set[str]:
-        """Return the digests of what the task's steps gave, whether or not anybody waited for it."""
+        """Return the digests of what the task's steps gave."""
         return {step.digest for step in self._steps if step.digest}
 
     def step(
@@ -165,7 +156,7 @@ class Beyond:
         digest = step.payload.digest if step.payload else None
         while not self._stop.is_set():
             _check_time(until)
-            version = self._side.offer(request, digest, lambda _: self._source(step))
+            version = self.side.offer(request, digest, lambda _: self._source(step.payload))
             if version is None:
                 raise RecordError(
                     f"step {at} of {request.kind}, round {request.server_round}, is no longer in the store"
@@ -193,11 +184,9 @@ class Beyond:
         step.digest, step.is_answered = digest, True
         return Answered(payload=stored, numbers=result.metrics, seconds=result.seconds)
 
-    def _source(self, step: Step) -> Source | None:
-        path = self._store.take(step.payload.digest) if step.payload else None
-        if step.payload is None or path is None:
-            return None
-        return Source(bytes=step.payload.bytes, content=path, identity=step.payload.identity)
+    def _source(self, payload: StoredPayload | None) -> Source | None:
+        path = self._store.take(payload.digest) if payload else None
+        return Source(bytes=payload.bytes, content=path, identity=payload.identity) if payload and path else None
 
 
 class _LateError(RecordError):
@@ -226,13 +215,11 @@ class Clock:
         self._lock = threading.Lock()
 
     def add(self, name: str, seconds: float) -> None:
-        """Add seconds to a name."""
         with self._lock:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the length of the block."""
         began = time.monotonic()
         try:
             yield

@@ -8,14 +8,11 @@ as those of any other model.
 
 A rank may be wrong or hostile. What it hands over has to be a whole payload of a bounded size before the upper part's
 trainer sees it, the number of its steps is bounded too, and whatever is wrong costs that rank its part in the round.
-
-Importing this module imports torch.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import threading
 import time
@@ -60,12 +57,11 @@ class Steps:
 
     beyond: Uppers
     order: Order
-    mode: str
     training: bool
     # Under ``sequential``: what the next rank starts from.
     lower: StoredPayload
     # What all steps of a rank may have together, so that one rank cannot fill the disk for all.
-    most_bytes: float = math.inf
+    most_bytes: float
     clock: Clock = field(default_factory=Clock)
     count: int = 0
     bytes_up: int = 0
@@ -78,7 +74,7 @@ class Steps:
 
     def owner(self, rank: int) -> int:
         """Return whose upper part a rank trains with: its own, or 0, which is everybody's."""
-        return rank if self.mode == "sfl-v1" else 0
+        return rank if self.beyond.mode == "sfl-v1" else 0
 
     def note(self, window: int, given: StoredPayload, taken: StoredPayload | None) -> None:
         """Note that so many steps were done: what a rank gave for them, and what it got."""
@@ -132,7 +128,7 @@ class SplitTask(Task):
         first, state, steps, began = self.request, self.state, self.steps, time.monotonic()
         reply = Reply(status="error")
         try:
-            passes_on = steps.mode == "sequential" and steps.training
+            passes_on = steps.beyond.mode == "sequential" and steps.training
             if passes_on:
                 with steps.clock.measure("turn"):
                     steps.order.wait(self.rank, self._check)
@@ -142,7 +138,7 @@ class SplitTask(Task):
                 lower = self._stored(reply)
                 if reason := self.rounds.check_lower(self.rank, reply, lower):
                     raise RecordError(reason)
-                steps.lower = self._shared(lower)
+                steps.lower = self.rounds.shared(lower)
         except RecordError as exc:
             reply = Reply(status="error", error={"message": str(exc)})
         finally:
@@ -214,7 +210,7 @@ class SplitTask(Task):
         steps.note(window, payload, answered.payload)
         if error := answered.numbers.get(ERROR):
             raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
-        return answered.payload and self._shared(answered.payload), dict(answered.numbers)
+        return answered.payload and self.rounds.shared(answered.payload), dict(answered.numbers)
 
     def _wanted(self, reply: Reply) -> tuple[str, int]:
         """Return what the rank wants of the upper part, for how many batches; raises RecordError if that cannot be."""
@@ -251,12 +247,6 @@ class SplitTask(Task):
         read_header(found.path, found.bytes)
         return found
 
-    def _shared(self, payload: StoredPayload) -> StoredPayload:
-        """Bring what a rank will be given to the store at ``--payload-store URL``, if there is one."""
-        if self.context.remote:
-            self.context.remote.give(payload.path, payload.digest)
-        return payload
-
     def _check(self) -> None:
         self.context.check_stop()
         self.context.check_time()
@@ -264,10 +254,9 @@ class SplitTask(Task):
 
 @dataclass(kw_only=True)
 class SplitRounds(Rounds):
-    """Runs the rounds with a model that is cut; `mode` is that of `fedsplit.split_learning.order`."""
+    """Runs the rounds with a model that is cut."""
 
     beyond: Uppers
-    mode: str
     _has_noted: bool = False
 
     def _tasks(self, kind: str, server_round: int, chosen: Sequence[Any]) -> list[Task]:
@@ -277,21 +266,19 @@ class SplitRounds(Rounds):
             raise AggregationError(
                 "the strategy gives ranks states of their own (rank_extra), which split learning cannot do yet"
             )
-        lower = self._put(join(self._entries(_RANKS), self._state.extra))
-        upper = self._put(self._entries(_UPPER))
+        states = join(self._entries(_RANKS), self._state.extra), self._entries(_UPPER)
+        lower, upper = (self.shared(self.run.payloads.put(encode(state))) for state in states)
         training = kind == "train"
         config = tasks[0].request.config if tasks else {}
-        request = replace(self._request(kind, server_round, config), step=0, split=())
-        self.beyond.begin(request, upper)
+        self.beyond.begin(replace(self._request(kind, server_round, config), step=0, split=()), upper)
         ranks = [task.rank for task in tasks]
-        order = Order(self.mode if training else "free", ranks, f"{self.settings.seed}/{server_round}")
+        order = Order(self.beyond.mode if training else "free", ranks, f"{self.settings.seed}/{server_round}")
         free = shutil.disk_usage(self.run.payloads.root).free
         self._steps = Steps(
-            beyond=self.beyond, order=order, mode=self.mode, training=training, lower=lower,
+            beyond=self.beyond, order=order, training=training, lower=lower, payloads={lower.digest, upper.digest},
             # As much comes back as is given.
             most_bytes=free / (2 * max(1, len(ranks))),
         )  # fmt: skip
-        self._steps.payloads |= {lower.digest, upper.digest}
         return [
             SplitTask(
                 context=task.context, rank=task.rank, request=replace(task.request, step=0), state=lower,
@@ -307,7 +294,8 @@ class SplitRounds(Rounds):
         # What nobody else has named was the server's and the clients' own.
         seconds["relay"] = max(0.0, 2 * seconds.get("all", 0.0) - sum(seconds.values()))
         line["split"] = {
-            "mode": self.mode, "steps": steps.count, "steps_per_second": round(steps.count / wall, 3) if wall else 0.0,
+            "mode": self.beyond.mode, "steps": steps.count,
+            "steps_per_second": round(steps.count / wall, 3) if wall else 0.0,
             "bytes_up": steps.bytes_up, "bytes_down": steps.bytes_down,
             "seconds": {stage: round(seconds.get(stage, 0.0), 6) for stage in STEP_STAGES},
         }  # fmt: skip
@@ -324,7 +312,7 @@ class SplitRounds(Rounds):
             may_read()
             uppers = steps.uppers()
             task.stages.end("turn")
-            if self.mode == "sequential":
+            if self.beyond.mode == "sequential":
                 # All ranks trained one lower part, one after the other.
                 content = self.run.payloads.map(steps.lower.digest, own=True)
             if (upper := uppers.get(steps.owner(task.rank))) is None:
@@ -399,8 +387,8 @@ class SplitRounds(Rounds):
     def _entries(self, prefix: str | tuple[str, ...]) -> StateDict:
         return {name: tensor for name, tensor in self._state.entries.items() if name.startswith(prefix)}
 
-    def _put(self, state: StateDict) -> StoredPayload:
-        payload = self.run.payloads.put(encode(state))
+    def shared(self, payload: StoredPayload) -> StoredPayload:
+        """Bring what a rank will be given to the store at ``--payload-store URL``, if there is one."""
         if self.remote:
             self.remote.give(payload.path, payload.digest)
         return payload

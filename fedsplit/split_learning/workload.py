@@ -46,11 +46,6 @@ def create_split_workload(
     return workload, parts_of(workload, cut, tail)
 
 
-def draws(workload: SplitWorkload, parts: Parts) -> bool:
-    """Return whether the parts draw random numbers in training."""
-    return bool(getattr(workload, "draws", False)) or parts.draws
-
-
 def measured(workload: SplitWorkload, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
     """Return what a workload measures of a batch besides its loss."""
     metrics = getattr(workload, "metrics", None)
