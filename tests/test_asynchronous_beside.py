@@ -225,7 +225,7 @@ def test_whoever_is_gone_for_good_is_not_waited_for(
 
 
 def test_a_rank_that_fails_goes_on_though_all_others_are_gone() -> None:
-    buffer: Buffer[Any] = Buffer(size=2)
+    buffer = Buffer(size=2)
     gone, fails = (SimpleNamespace(rank=rank, base_round=0) for rank in (1, 2))
     buffer.begin(gone)
     buffer.begin(fails)

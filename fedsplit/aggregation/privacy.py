@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.aggregation.base import AggregationContext, Rule, StateDict, Update
-from fedsplit.aggregation.numeric import floating_keys, is_floating, squared_distance, surely_finite, widened
+from fedsplit.aggregation.numeric import floating_keys, is_floating, moved, squared_distance, widened
 from fedsplit.aggregation.validation import check_output
 from fedsplit.errors import MissingPackageError
 
@@ -119,13 +119,7 @@ def _clip(state: Mapping[str, Tensor], start: StateDict, clip: float) -> StateDi
     norm = math.sqrt(squared_distance(state, start, floating_keys(start)))
     if norm <= clip:
         return dict(state)
-    return {key: _between(start[key], tensor.to(start[key].dtype), clip / norm) for key, tensor in state.items()}
-
-
-def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    result = torch.lerp(start, end, share)
-    # lerp makes NaN of two equal infinities.
-    return result if surely_finite(result) else torch.where(start == end, start, result)
+    return {key: moved(start[key], start[key], tensor, clip / norm) for key, tensor in state.items()}
 
 
 def _noisy(tensor: Tensor, deviation: float, generator: torch.Generator) -> Tensor:

@@ -52,7 +52,7 @@ class AsyncRounds(Rounds):
         settings = self.settings
         self._weight = parse_staleness(settings.staleness)
         size = settings.buffer or settings.merge_after or 1
-        self._buffer: Buffer[Task] = Buffer(size=size, fresh=settings.buffer is None)
+        self._buffer = Buffer(size=size, fresh=settings.buffer is None)
         # Guards the buffer and what follows; notified whenever a rank is done.
         self._changed = threading.Condition()
         self._updates: dict[int, Update] = {}
@@ -166,14 +166,14 @@ class AsyncRounds(Rounds):
 
     def _run(self, job: Callable[[Task], None], tasks: list[Task]) -> None:
         """Do a job for every rank that is free; one that is gone is not waited for."""
+
+        def evaluate(task: Task) -> None:
+            job(task)
+            with self._changed:
+                self._evaluating.pop(task.rank, None)
+
         for task in tasks:
             self._evaluating[task.rank] = task
-
-            def evaluate(task: Task) -> None:
-                job(task)
-                with self._changed:
-                    self._evaluating.pop(task.rank, None)
-
             self._spawn(evaluate, task)
         with self._changed:
             while any(

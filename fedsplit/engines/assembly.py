@@ -72,7 +72,7 @@ def open_server(
         remote = open_remote(settings.payload_store)
         server = Server(
             run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
-            rounds=rounds or (upper.rounds if upper else _rounds_of(settings)),
+            rounds=rounds or (upper.rounds if upper else _make_rounds),
         )  # fmt: skip
         run.note_session(command=shlex.join(command), software=_software())
         with upper.telling(server) if upper else nullcontext(), watching(server, settings, live=live):
@@ -119,22 +119,19 @@ def _software() -> dict[str, str]:
     return versions
 
 
-def _rounds_of(settings: ServerSettings) -> Callable[..., Rounds] | None:
-    """Return what runs the rounds that the settings ask for; None for the ordinary ones."""
-    return _async_rounds if settings.is_asynchronous else _secure_rounds if settings.secure_terms else None
+def _make_rounds(**parts: Any) -> Rounds:
+    # Late: they import torch, and clients would wait.
+    if parts["settings"].is_asynchronous:
+        from fedsplit.asynchronous.rounds import AsyncRounds
 
+        return AsyncRounds(**parts)
+    if parts["settings"].secure_terms:
+        from fedsplit.server.secure_rounds import SecureRounds
 
-def _async_rounds(**parts: Any) -> Rounds:
-    # Late: it imports torch, and clients would wait.
-    from fedsplit.asynchronous.rounds import AsyncRounds
+        return SecureRounds(**parts)
+    from fedsplit.server.round import Rounds
 
-    return AsyncRounds(**parts)
-
-
-def _secure_rounds(**parts: Any) -> Rounds:
-    from fedsplit.server.secure_rounds import SecureRounds
-
-    return SecureRounds(**parts)
+    return Rounds(**parts)
 
 
 def _read(path: Path) -> list[Buffer]:

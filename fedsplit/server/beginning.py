@@ -1,5 +1,4 @@
-"""The beginning of a run: the newest checkpoint is taken up, or a state to start from is found.
-"""
+"""The beginning of a run: the newest checkpoint is taken up, or a state to start from is found."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence

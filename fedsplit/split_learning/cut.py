@@ -109,7 +109,7 @@ def _links(chain: nn.Sequential, prefix: str = "") -> Iterator[Link]:
 
 
 def _ends(links: Sequence[Link]) -> dict[str, int]:
-    """Return after which names, of modules and of chains of them, the model can be cut, and how many are before that."""
+    """Return after which names, of modules and chains, the model can be cut, and how many modules are before that."""
     ends: dict[str, int] = {}
     for index, ((name, _), (following, _)) in enumerate(pairwise(links), start=1):
         parts = name.split(".")
