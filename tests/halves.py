@@ -186,7 +186,7 @@ class Halves:
         threads = [threading.Thread(target=self._train, args=(place,), daemon=True) for place in places]
         with ExitStack() as stack:
             upper = Uppers(settings, self.mode, self.directory / "exchange", self.uppers)
-            server = stack.enter_context(open_server(settings, EMBEDDED, upper=upper))
+            server = stack.enter_context(open_server(settings, EMBEDDED, uppers=upper))
             for rank in range(1, self.ranks + 1):
                 exchange = Exchange(self.directory / "exchange", rank)
                 stack.enter_context(exchange.hold("client"))

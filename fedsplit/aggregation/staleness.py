@@ -53,7 +53,6 @@ class _Own:
         self._text = text
 
     def load(self) -> StalenessWeight:
-        """Import it; raises UsageError."""
         from fedsplit.aggregation.split import find_object
 
         found = find_object(self._text, f"--staleness {self._text}")

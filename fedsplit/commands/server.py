@@ -35,7 +35,6 @@ log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add_own_flags(parser)
     parser.add_argument("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
         help="with --split-learning: holds upper/, shared with the trainer of the upper part")  # fmt: skip
@@ -145,14 +144,17 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the server; returns when the run is over."""
-    settings = read_settings(arguments)
-    serve(arguments, settings, _upper_half(arguments, settings))
+    settings, uppers = read_settings(arguments), None
+    if mode := arguments.split_learning:
+        from fedsplit.split_learning.uppers import Uppers
+
+        uppers = Uppers(settings, mode, arguments.exchange_dir, arguments.upper_trainers)
+    serve(arguments, settings, uppers)
     return 0
 
 
 def serve(
-    arguments: argparse.Namespace, settings: ServerSettings, upper: Uppers | None = None,
+    arguments: argparse.Namespace, settings: ServerSettings, uppers: Uppers | None = None,
     rounds: Callable[..., Rounds] | None = None,
 ) -> None:  # fmt: skip
     """Run a server with these settings, where `add_connection` says; returns when the run is over, raises its failure.
@@ -182,7 +184,7 @@ def serve(
     with (
         embedded.claim_port(arguments.address),
         open_server(
-            settings, engine, join_key=join_key, live=live, command=cli.typed_command(), upper=upper, rounds=rounds
+            settings, engine, join_key=join_key, live=live, command=cli.typed_command(), uppers=uppers, rounds=rounds
         ) as server,
     ):
         if engine is SUPERLINK:
@@ -204,13 +206,6 @@ def read_settings(arguments: argparse.Namespace) -> ServerSettings:
     values: dict[str, Any] = {name: getattr(arguments, name) for name in ServerSettings.__dataclass_fields__}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ServerSettings(**values)
-
-
-def _upper_half(arguments: argparse.Namespace, settings: ServerSettings) -> Uppers | None:
-    from fedsplit.split_learning.uppers import Uppers
-
-    mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
-    return Uppers(settings, mode, exchange_dir, arguments.upper_trainers) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

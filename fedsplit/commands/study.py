@@ -67,7 +67,6 @@ class Job:
 
     @property
     def places(self) -> Places:
-        """Where its files are."""
         return Places(self.directory)
 
     def rounds_done(self) -> int:
@@ -118,7 +117,6 @@ class Job:
         return places.exchange.exists() and any(at_work(places.exchange, self.flags.ranks))
 
     def start(self) -> Child:
-        """Start it, or go on with it."""
         places, script = self.places, self.run.command()
         # A run that failed to learn anything has all its rounds: it begins anew.
         is_unfinished = places.run.exists() and self.rounds_done() < self.flags.rounds

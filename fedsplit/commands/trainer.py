@@ -36,7 +36,6 @@ log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
@@ -91,7 +90,6 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the trainer until the run is over."""
     from fedsplit.exchange.directory import Exchange
     from fedsplit.workloads.device import Launch, process_group, set_up_torch
 
@@ -112,7 +110,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, device: str) -> None:
-    """Make the workload and answer every task of the run with it."""
     from fedsplit.workloads import WorkloadContext, create_workload
 
     context = WorkloadContext(
@@ -156,7 +153,6 @@ def _noise(arguments: argparse.Namespace) -> CutNoise | None:
 
 
 def _window(text: str) -> int:
-    """A number of batches from 1 to 100."""
     if not text.isdecimal() or not 0 < int(text) <= MOST_WINDOW:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_WINDOW}, not {text!r}")
     return int(text)

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsplit.cli import count
 from fedsplit.disk.files import Buffer
-from fedsplit.errors import MissingPackageError, UsageError
+from fedsplit.errors import MissingPackageError
 from fedsplit.watch.plot import write_plot
 from fedsplit.watch.trackers import TrackerThread, parse_tracker
 
@@ -32,11 +33,11 @@ _PACKAGES = ("fedsplit", "flwr", "torch", "numpy", "safetensors", "grpcio", "fil
 @contextmanager
 def open_server(
     settings: ServerSettings, engine: Engine, *, join_key: bytes | None = None, live: bool = False,
-    command: Sequence[str] = (), upper: Uppers | None = None, rounds: Callable[..., Rounds] | None = None,
+    command: Sequence[str] = (), uppers: Uppers | None = None, rounds: Callable[..., Rounds] | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """Open the run, make its server, and watch it, with a `live` table; `command`, as typed, is noted for the report.
 
-    With a `join_key` a client must prove that it knows it before it takes part. With an `upper` half the model is cut.
+    With a `join_key` a client must prove that it knows it before it takes part. With `uppers` the model is cut.
     `rounds` makes what runs the rounds, instead of what the settings ask for.
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
@@ -48,11 +49,6 @@ def open_server(
 
     for text in settings.tracker:
         parse_tracker(text)
-    if upper and settings.secure_terms:
-        raise UsageError(
-            "secure(…) cannot go with --split-learning: the upper part is trained beside the server, which sees the "
-            "activations of every rank"
-        )
     # What is not built in is made before the run is opened: opening puts the earlier run aside, and a mistake must not
     # do that. The built-in rules were checked with the flags; to make them imports torch, and clients would wait.
     is_built_in = settings.strategy is None and all(
@@ -62,20 +58,20 @@ def open_server(
     check_staleness(settings.staleness)
     check_installed(settings.wire)
     shown = {**settings.to_run_config(), "engine": engine.name}
-    shown |= {"split-learning": upper.mode} if upper else {}
+    shown |= {"split-learning": uppers.mode} if uppers else {}
     run = Run(
         settings.checkpoint_dir, keep_checkpoints=settings.keep_checkpoints, resume=settings.resume,
         settings=shown,
         initial=partial(_read, settings.initial_checkpoint) if settings.initial_checkpoint else None,
     )  # fmt: skip
-    with upper.taking_part() if upper else nullcontext(), run:
+    with uppers.taking_part() if uppers else nullcontext(), run:
         remote = open_remote(settings.payload_store)
         server = Server(
             run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
-            rounds=rounds or (upper.rounds if upper else _make_rounds),
+            rounds=rounds or (uppers.rounds if uppers else _make_rounds),
         )  # fmt: skip
         run.note_session(command=shlex.join(command), software=_software())
-        with upper.telling(server) if upper else nullcontext(), watching(server, settings, live=live):
+        with uppers.telling(server) if uppers else nullcontext(), watching(server, settings, live=live):
             yield server
 
 
@@ -93,7 +89,7 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
 
             console = Console(stderr=True, highlight=False)
             if console.is_terminal and not console.is_dumb_terminal:
-                title = f"fedsplit run {run.run_id}, {settings.rounds} round{'' if settings.rounds == 1 else 's'}"
+                title = f"fedsplit run {run.run_id}, {count(settings.rounds, 'round')}"
                 table = LiveConsole(console, title, run.history.lines, asynchronous=settings.is_asynchronous)
                 server.observe(stack.enter_context(table))
         yield
@@ -111,7 +107,6 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
 
 
 def _software() -> dict[str, str]:
-    """Return the versions that a run depends on."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

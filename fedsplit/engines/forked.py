@@ -58,7 +58,6 @@ class Forked:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """Return `returncode`."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -81,7 +80,6 @@ class Forked:
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path | None, directory: Path) -> None:
-    """Be the program."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(directory)

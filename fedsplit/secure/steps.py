@@ -42,7 +42,6 @@ class _Session:
 
     @property
     def advert(self) -> bytes:
-        """What all may know of it."""
         return messages.to_row(self.secrets.advert(self.weight))
 
 

@@ -87,15 +87,17 @@ class ServerSettings:
                     f"--{_key(beside[0])} cannot go with --strategy: the strategy itself decides who trains and how "
                     "updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
                 )
-        secure = [spec for spec in self.rules if spec.name == "secure"]
-        if parse_wire(self.wire) and secure:
-            raise UsageError(f"--wire cannot go with {secure[0]}: what is masked packs no better than noise")
+        wire = parse_wire(self.wire)
         self._check_asynchronous()
-        if self.secure_terms and self.is_asynchronous:
-            raise UsageError(
-                f"{self._first_secure} cannot go with --buffer or --merge-after: the masks of a sum cancel out only "
-                "when all its updates are of one round"
-            )
+        if self.secure_terms:
+            secure = next(spec for spec in self.rules if spec.name == "secure")
+            if wire:
+                raise UsageError(f"--wire cannot go with {secure}: what is masked packs no better than noise")
+            if self.is_asynchronous:
+                raise UsageError(
+                    f"{secure} cannot go with --buffer or --merge-after: the masks of a sum cancel out only when all "
+                    "its updates are of one round"
+                )
 
     def _check_asynchronous(self) -> None:
         parse_staleness(self.staleness)
@@ -130,7 +132,6 @@ class ServerSettings:
 
     @cached_property
     def rules(self) -> tuple[RuleSpec, ...]:
-        """The rules of the split."""
         return parse_rules(self.aggregate)
 
     @property
@@ -157,10 +158,6 @@ class ServerSettings:
             ranges={spec.part: float(spec.params["range"]) for spec in specs}, threshold=float(threshold.pop()),
             neighbours=neighbours.pop(),
         )  # fmt: skip
-
-    @property
-    def _first_secure(self) -> str:
-        return next(str(spec) for spec in self.rules if spec.name == "secure")
 
     def is_evaluated(self, server_round: int) -> bool:
         """Tell whether a round ends with an evaluation."""

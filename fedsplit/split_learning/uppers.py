@@ -48,6 +48,11 @@ class Uppers:
                 "--split-learning cannot go with --wire: a state travels once a round there, activations with every "
                 "batch; see --cut-dtype of the trainers"
             )
+        if settings.secure_terms:
+            raise UsageError(
+                "secure(…) cannot go with --split-learning: the upper part is trained beside the server, which sees "
+                "the activations of every rank"
+            )
         if settings.is_asynchronous:
             raise UsageError(
                 "--split-learning cannot go with --buffer or --merge-after: the upper part is trained step by step "

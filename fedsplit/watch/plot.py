@@ -184,7 +184,6 @@ def _draw_metric(axes: Axes, lines: Sequence[Line], name: str) -> None:
 
 
 def _curves(lines: Sequence[Line], name: str) -> dict[str, list[float]]:
-    """Return a test metric by rank, of the ranks that have it."""
     ranks = [rank for rank in ranks_of(lines) if judged(lines, name, rank)]
     return {rank: [value(line, "evaluate", name, rank) for line in lines] for rank in ranks}
 
