@@ -21,16 +21,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsplit import cli
+from fedsplit.errors import UsageError
 from fedsplit.split_learning.order import MOST_WINDOW
 
 if TYPE_CHECKING:
+    import torch
+
     from fedsplit.exchange.directory import Place
-    from fedsplit.split_learning.noise import CutNoise
+    from fedsplit.workloads import WorkloadContext
 
 log = logging.getLogger("fedsplit")
 
@@ -118,12 +122,7 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
     )  # fmt: skip
     cut = (arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype, arguments.cut_noise)
     if any(cut) or arguments.window > 1:
-        from fedsplit.split_learning.start import make_part
-
-        model, answer_all = make_part(
-            arguments.workload, context, arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype,
-            _noise(arguments), arguments.window,
-        )  # fmt: skip
+        model, answer_all = _make_part(arguments, context)
     else:
         from fedsplit.workloads.runner import run_workload
 
@@ -143,13 +142,36 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
         answer_all(trainer, progress=Progress(arguments.rank, shown=trainer.process == 0))
 
 
-def _noise(arguments: argparse.Namespace) -> CutNoise | None:
-    from fedsplit.exchange.directory import place_name
-    from fedsplit.split_learning.noise import CutNoise, read_secret
+def _make_part(arguments: argparse.Namespace, context: WorkloadContext) -> tuple[torch.nn.Module, Callable[..., None]]:
+    """Return a part of a model that is cut, and what answers the tasks of a run with it."""
+    import torch
 
-    if arguments.cut_noise is None:
-        return None
-    return CutNoise(arguments.cut_noise, read_secret(arguments.checkpoint_dir / place_name(_place(arguments))))
+    from fedsplit.exchange.directory import place_name
+    from fedsplit.split_learning.lower import LowerPart
+    from fedsplit.split_learning.noise import CutNoise, read_secret
+    from fedsplit.split_learning.upper import run_upper
+    from fedsplit.split_learning.workload import create_split_workload
+    from fedsplit.workloads.runner import run_workload
+
+    is_upper, window, noise = arguments.part == "upper", arguments.window, None
+    if is_upper and arguments.cut_dtype:
+        raise UsageError("--cut-dtype is for the ranks: the upper part answers in what it is given")
+    if is_upper and arguments.cut_noise:
+        raise UsageError("--cut-noise is for the ranks: it is added to activations before they leave")
+    if is_upper and window > 1:
+        raise UsageError("--window is for the ranks: the upper part takes as many batches as come at once")
+    workload, parts = create_split_workload(arguments.workload, context, cut=arguments.cut, tail=arguments.tail)
+    if is_upper:
+        return parts.beyond(), partial(run_upper, workload=workload, parts=parts)
+    if parts.tail is not None and window > 1:
+        raise UsageError(
+            "--window cannot go with --tail: the loss is the rank's own, and the upper part could not go on without it"
+        )
+    if arguments.cut_noise:
+        noise = CutNoise(arguments.cut_noise, read_secret(arguments.checkpoint_dir / place_name(arguments.rank)))
+    dtype = arguments.cut_dtype and getattr(torch, arguments.cut_dtype)
+    lower = LowerPart(workload, parts, context, dtype, noise, window)
+    return lower.model, partial(run_workload, workload=lower)
 
 
 def _window(text: str) -> int:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.cli import count
-from fedsplit.disk.files import Buffer
+from fedsplit.disk.files import Buffer, write_chunks
 from fedsplit.errors import MissingPackageError
-from fedsplit.watch.plot import write_plot
+from fedsplit.watch.plot import draw
 from fedsplit.watch.trackers import TrackerThread, parse_tracker
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
         return
     try:
         # The clients have been told of the end by now: matplotlib takes a second to import.
-        write_plot(lines, run.places.final_plot)
+        write_chunks(run.places.final_plot, [draw(lines)])
     except MissingPackageError as exc:
         log.info("no plot is drawn: %s", exc)
     except Exception as exc:  # noqa: BLE001  (a picture is no reason for a run to have failed)
