@@ -47,14 +47,12 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What the trainer of the upper part gave: a payload in the store, numbers, and the seconds that it took.
-
-    Before that, others' steps were waited for during `waited_s` seconds.
-    """
+    """What the trainer of the upper part gave: a payload in the store, numbers, and the seconds that it took."""
 
     payload: StoredPayload | None
     numbers: Mapping[str, Scalar]
     seconds: float
+    # How long others' steps were waited for before.
     waited_s: float = 0.0
 
 

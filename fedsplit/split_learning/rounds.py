@@ -17,6 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,7 +56,7 @@ _LATE_S = 5.0
 class Steps:
     """What all ranks do in one task of a round, and what the upper part came to by it."""
 
-    beyond: Uppers
+    rounds: SplitRounds
     order: Order
     training: bool
     # Under ``sequential``: what the next rank starts from.
@@ -67,14 +68,14 @@ class Steps:
     bytes_up: int = 0
     bytes_down: int = 0
     payloads: set[str] = field(default_factory=set)
+    # The upper parts by owner, once all ranks are done; or RecordError if there are none.
+    uppers: Future[dict[int, StateDict]] = field(default_factory=Future)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _ended: threading.Event = field(default_factory=threading.Event)
     _is_wanted: bool = False
-    _uppers: dict[int, StateDict] | str = "no rank did a step"
 
     def owner(self, rank: int) -> int:
         """Return whose upper part a rank trains with: its own, or 0, which is everybody's."""
-        return rank if self.beyond.mode == "sfl-v1" else 0
+        return rank if self.rounds.beyond.mode == "sfl-v1" else 0
 
     def note(self, window: int, given: StoredPayload, taken: StoredPayload | None) -> None:
         """Note that so many steps were done: what a rank gave for them, and what it got."""
@@ -83,27 +84,21 @@ class Steps:
             self.bytes_up += given.bytes
             self.bytes_down += taken.bytes if taken else 0
 
-    def leave(self, rank: int, decode_result: Any, until: float, *, has_failed: bool) -> None:
+    def leave(self, rank: int, until: float, *, has_failed: bool) -> None:
         """Note that a rank is done; after the last one the upper part is asked for what it came to, if any rank was."""
         with self._lock:
             self._is_wanted |= not has_failed
         if not self.order.leave(rank):
             return
         try:
-            if self.count and self._is_wanted:
-                ends = self.beyond.end(until + _LATE_S)
-                self._uppers = {k: v for end in ends for k, v in decode_result(end).items()} if self.training else {}
-        except RecordError as exc:
-            self._uppers = str(exc)
-        finally:
-            self._ended.set()
-
-    def uppers(self) -> dict[int, StateDict]:
-        """Wait until all ranks are done; returns the upper parts by owner, or raises RecordError if there are none."""
-        self._ended.wait()
-        if isinstance(self._uppers, str):
-            raise RecordError(self._uppers)
-        return self._uppers
+            if not self.count or not self._is_wanted:
+                raise RecordError("no rank did a step")
+            ends = self.rounds.beyond.end(until + _LATE_S)
+            self.uppers.set_result(self.rounds.by_owner(ends) if self.training else {})
+        except BaseException as exc:
+            self.uppers.set_exception(exc)
+            if not isinstance(exc, RecordError):
+                raise
 
 
 @dataclass(kw_only=True)
@@ -111,7 +106,6 @@ class SplitTask(Task):
     """What one rank is asked for in steps. Killed in between, its trainer does them again, the upper part does not."""
 
     steps: Steps
-    rounds: SplitRounds
     # The digest of what the rank gave in each step, and the step that came of it.
     _given: list[tuple[str, StoredPayload | None, dict[str, Any]]] = field(default_factory=list)
     _given_bytes: int = 0
@@ -128,7 +122,7 @@ class SplitTask(Task):
         first, state, steps, began = self.request, self.state, self.steps, time.monotonic()
         reply = Reply(status="error")
         try:
-            passes_on = steps.beyond.mode == "sequential" and steps.training
+            passes_on = steps.rounds.beyond.mode == "sequential" and steps.training
             if passes_on:
                 with steps.clock.measure("turn"):
                     steps.order.wait(self.rank, self._check)
@@ -136,14 +130,14 @@ class SplitTask(Task):
             reply = self._walk(first, state)
             if passes_on and not reply.failure:
                 lower = self._stored(reply)
-                if reason := self.rounds.check_lower(self.rank, reply, lower):
+                if reason := steps.rounds.check_lower(self.rank, reply, lower):
                     raise RecordError(reason)
-                steps.lower = self.rounds.shared(lower)
+                steps.lower = steps.rounds.shared(lower)
         except RecordError as exc:
             reply = Reply(status="error", error={"message": str(exc)})
         finally:
             steps.clock.add("all", time.monotonic() - began)
-            steps.leave(self.rank, self.rounds.by_owner, self.context.ends_at, has_failed=reply.failure is not None)
+            steps.leave(self.rank, self.context.ends_at, has_failed=reply.failure is not None)
         return reply
 
     def _walk(self, first: Request, state: StoredPayload) -> Reply:
@@ -157,7 +151,7 @@ class SplitTask(Task):
             reply = self._until_answered()
             self._account(reply, took_s := time.monotonic() - asked)
             if at == 0 and reply.status == "step":
-                self.rounds.note_exchange(took_s - reply.seconds - self.waited_s)
+                self.steps.rounds.note_exchange(took_s - reply.seconds - self.waited_s)
             if reply.status == "again":
                 at, again = 0, again + 1
                 if again > _MOST_AGAIN:
@@ -199,7 +193,7 @@ class SplitTask(Task):
         self._check()
         wanted: dict[str, Scalar] = {"what": what, "owner": steps.owner(rank), "window": window}
         asked = time.monotonic()
-        answered = steps.beyond.of(rank).step(payload, wanted, self.context.ends_at)
+        answered = steps.rounds.beyond.of(rank).step(payload, wanted, self.context.ends_at)
         handed_s = time.monotonic() - asked - answered.waited_s
         steps.clock.add("turn", answered.waited_s)
         steps.clock.add("upper", answered.seconds)
@@ -210,7 +204,7 @@ class SplitTask(Task):
         steps.note(window, payload, answered.payload)
         if error := answered.numbers.get(ERROR):
             raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
-        return answered.payload and self.rounds.shared(answered.payload), dict(answered.numbers)
+        return answered.payload and steps.rounds.shared(answered.payload), dict(answered.numbers)
 
     def _wanted(self, reply: Reply) -> tuple[str, int]:
         """Return what the rank wants of the upper part, for how many batches; raises RecordError if that cannot be."""
@@ -275,14 +269,14 @@ class SplitRounds(Rounds):
         order = Order(self.beyond.mode if training else "free", ranks, f"{self.settings.seed}/{server_round}")
         free = shutil.disk_usage(self.run.payloads.root).free
         self._steps = Steps(
-            beyond=self.beyond, order=order, training=training, lower=lower, payloads={lower.digest, upper.digest},
+            rounds=self, order=order, training=training, lower=lower, payloads={lower.digest, upper.digest},
             # As much comes back as is given.
             most_bytes=free / (2 * max(1, len(ranks))),
         )  # fmt: skip
         return [
             SplitTask(
                 context=task.context, rank=task.rank, request=replace(task.request, step=0), state=lower,
-                client=task.client, base=task.base, base_round=task.base_round, steps=self._steps, rounds=self,
+                client=task.client, base=task.base, base_round=task.base_round, steps=self._steps,
             )
             for task in tasks
         ]  # fmt: skip
@@ -310,7 +304,7 @@ class SplitRounds(Rounds):
             content = task.fetch(reply)
             task.stages.end("transfer")
             may_read()
-            uppers = steps.uppers()
+            uppers = steps.uppers.result()
             task.stages.end("turn")
             if self.beyond.mode == "sequential":
                 # All ranks trained one lower part, one after the other.
@@ -393,14 +387,15 @@ class SplitRounds(Rounds):
             self.remote.give(payload.path, payload.digest)
         return payload
 
-    def by_owner(self, payload: StoredPayload | None) -> dict[int, StateDict]:
-        """Read what the trainer of the upper part came to: each owner's entries, under ``<owner>/<name>``."""
-        if payload is None:
-            raise RecordError("the trainer of the upper part gave no state")
+    def by_owner(self, ends: Sequence[StoredPayload | None]) -> dict[int, StateDict]:
+        """Read what the trainers of upper parts came to: each owner's entries, under ``<owner>/<name>``."""
         found: dict[int, StateDict] = {}
-        for name, tensor in decode(self.run.payloads.map(payload.digest), "the upper part").items():
-            owner, _, own_name = name.partition("/")
-            if not owner.isdecimal():
-                raise RecordError(f"the trainer of the upper part gave {name!r}, expected OWNER/upper.NAME")
-            found.setdefault(int(owner), {})[own_name] = tensor
+        for payload in ends:
+            if payload is None:
+                raise RecordError("the trainer of the upper part gave no state")
+            for name, tensor in decode(self.run.payloads.map(payload.digest), "the upper part").items():
+                owner, _, own_name = name.partition("/")
+                if not owner.isdecimal():
+                    raise RecordError(f"the trainer of the upper part gave {name!r}, expected OWNER/upper.NAME")
+                found.setdefault(int(owner), {})[own_name] = tensor
         return found
