@@ -47,8 +47,6 @@ def check_staleness(text: str) -> None:
 
 
 class _Own:
-    """A function of the user's."""
-
     def __init__(self, text: str) -> None:
         self._text = text
 

@@ -122,7 +122,6 @@ class AsyncRounds(Rounds):
         return sorted([*taken, *failed], key=lambda task: task.rank)
 
     def _take(self, newest: int) -> list[Task] | None:
-        """Return what is merged now; None if it is too early."""
         return self._buffer.take() if self._buffer.is_due(newest, self._is_gone) else None
 
     def _begin_training(self, task: Task) -> None:
@@ -238,7 +237,6 @@ class AsyncRounds(Rounds):
         self.run.payloads.kept = set().union(*self._kept.values())
 
     def _drop_payloads(self, tasks: Iterable[Task]) -> None:
-        """Remove what belongs to states that nobody trains from any more."""
         with self._changed:
             for task in tasks:
                 payload = task.reply.payload

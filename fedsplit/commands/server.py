@@ -157,10 +157,7 @@ def serve(
     arguments: argparse.Namespace, settings: ServerSettings, uppers: Uppers | None = None,
     rounds: Callable[..., Rounds] | None = None,
 ) -> None:  # fmt: skip
-    """Run a server with these settings, where `add_connection` says; returns when the run is over, raises its failure.
-
-    ``rounds`` makes what runs the rounds, instead of what the settings ask for.
-    """
+    """Run a server with these settings, where `add_connection` says, to the end of the run; raises its failure."""
     from fedsplit.engines import embedded, tls
     from fedsplit.engines.assembly import open_server
     from fedsplit.wire.join import read_token

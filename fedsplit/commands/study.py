@@ -239,7 +239,6 @@ def _describe_end(job: Job, child: Child, seconds: float) -> str:
 
 
 def _conclude(results: Sequence[Result], output_dir: Path) -> None:
-    """Print the table, and write it and the plot."""
     groups = group(results)
     compare.print_groups(groups)
     compare.write_by_rank(groups, output_dir / "by-rank.csv")

@@ -81,7 +81,7 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
     run = server.run
     with ExitStack() as stack:
         for text in settings.tracker:
-            server.observe(stack.enter_context(closing(TrackerThread(text, run))))
+            server.observers.add(stack.enter_context(closing(TrackerThread(text, run))))
         if live:
             from rich.console import Console
 
@@ -91,7 +91,7 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
             if console.is_terminal and not console.is_dumb_terminal:
                 title = f"fedsplit run {run.run_id}, {count(settings.rounds, 'round')}"
                 table = LiveConsole(console, title, run.history.lines, asynchronous=settings.is_asynchronous)
-                server.observe(stack.enter_context(table))
+                server.observers.add(stack.enter_context(table))
         yield
     server.end_at_signals()
     lines = run.history.lines

@@ -4,11 +4,9 @@ The strategy sees what it would see in Flower's own server: numpy arrays in the 
 manager whose clients are the ranks (``cid`` is the rank), results and failures. It chooses who trains, with what
 configuration and from which parameters, and it merges. Updates are checked before it sees them.
 
-Floating entries are float32 at least on the strategy's side, since numpy has no bfloat16, and come back in their own
-dtype; complex entries are pairs of numbers. Whole numbers and truth values are float64 in the results, and what becomes
-of them is rounded: Flower's averages of integers come to 0 otherwise. So they are exact up to 2**53.
-
-Between rounds its attributes are kept in the checkpoints, those that `fedsplit.aggregation.flower_arrays` can encode.
+`fedsplit.aggregation.flower_arrays` makes the arrays, and says which of the strategy's attributes are kept in the
+checkpoints. Whole numbers and truth values are float64 in the results, and what becomes of them is rounded: Flower's
+averages of integers come to 0 otherwise. So they are exact up to 2**53.
 """
 
 import inspect

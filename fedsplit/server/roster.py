@@ -112,7 +112,6 @@ class Roster(ClientManager):
     # -- Flower's interface --------------------------------------------------------------------------------------------
 
     def register(self, client: ClientProxy) -> bool:
-        """Take a new connection; it is counted once it has said who it is."""
         peer = Peer(client)
         with self._changed:
             self._connections[client.cid] = peer

@@ -146,7 +146,6 @@ class Beyond:
             raise RecordError(self._failure) from exc
 
     def _ask(self, at: int, until: float) -> ResultRecord:
-        """Put a step before the trainer and wait for its answer."""
         step = self._steps[at]
         request = self._request
         if request.step is not None:

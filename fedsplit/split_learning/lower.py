@@ -92,7 +92,6 @@ class LowerPart:
             torch.set_rng_state(state["generator"])
 
     def _step(self, task: Task, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-        """Do a step with a batch; returns what is to be noted of it."""
         self._optimizer.zero_grad()
         loss, numbers = self._forward(task, inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -124,7 +123,6 @@ class LowerPart:
     def _forward(
         self, task: Task, inputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the loss of a batch, and what is to be noted of it."""
         activations, tail = self._lower(inputs), self._parts.tail
         generator = self._draws and torch.is_grad_enabled()
         if tail is None:

@@ -179,7 +179,6 @@ class SplitTask(Task):
         clock.add("network", max(0.0, took_s - max(reply.seconds, reply.held_s)))
 
     def _do_step(self, reply: Reply) -> tuple[StoredPayload | None, dict[str, Any]]:
-        """Let the upper part's trainer do a step with what the rank gave."""
         steps, rank = self.steps, self.rank
         (what, window), payload = self._wanted(reply), self._stored(reply)
         self._given_bytes += payload.bytes
@@ -254,7 +253,6 @@ class SplitRounds(Rounds):
     _has_noted: bool = False
 
     def _tasks(self, kind: str, server_round: int, chosen: Sequence[Any]) -> list[Task]:
-        """Turn a strategy's instructions into tasks that are done in steps."""
         tasks = super()._tasks(kind, server_round, chosen)
         if any(task.state.digest != self._state.payload.digest for task in tasks):
             raise AggregationError(

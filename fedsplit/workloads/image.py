@@ -232,8 +232,6 @@ class ImageWorkload:
 
 
 class _Tally:
-    """Adds up the losses and hits of a task's batches, and tells `on_batch`."""
-
     def __init__(self, total: int, epochs: int, on_batch: Callable[[int, int, float, int], None] | None) -> None:
         self._total, self._epochs, self._on_batch = total, epochs, on_batch
         self._done = self.examples = self._hits = 0

@@ -104,8 +104,6 @@ class _PromptGrid:
 
 
 class _Nodes:
-    """Keeps the roster up to date with the SuperNodes that are connected."""
-
     def __init__(self, grid: Grid, roster: Roster) -> None:
         self._grid, self._roster = grid, roster
         self._proxies: dict[int, GridClientProxy] = {}
