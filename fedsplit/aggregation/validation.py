@@ -45,7 +45,8 @@ def extra_reason(extra: Mapping[str, Tensor]) -> str | None:
     """Return in one line why extra tensors cannot be taken, or None."""
     for name, tensor in extra.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
-            return f"the extra tensor {name!r}: expected a name and a tensor on the CPU, found {_kind(tensor)}"
+            found = f"a tensor on {tensor.device}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            return f"the extra tensor {name!r}: expected a name and a tensor on the CPU, found {found}"
         if not (surely_finite(tensor) or bool(real_view(widened(tensor)).isfinite().all())):
             return f"NaN or Inf in the extra tensor {name!r}"
     return None
@@ -112,10 +113,6 @@ class Watched:
                 did.append(f"changed {key!r} in")
         if did:
             raise AggregationError(f"it {did[0]} {self._what}; a rule must not change what it is given")
-
-
-def _kind(value: object) -> str:
-    return f"a tensor on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _new_non_finite(found: Tensor, reference: Tensor) -> bool:

@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING
 
 from fedsplit import cli
 from fedsplit.errors import UsageError
+from fedsplit.exchange.directory import Exchange, Place, place_name
 from fedsplit.split_learning.order import MOST_WINDOW
+from fedsplit.workloads import WorkloadContext, create_workload
+from fedsplit.workloads.device import Launch, process_group, set_up_torch
 
 if TYPE_CHECKING:
     import torch
-
-    from fedsplit.exchange.directory import Place
-    from fedsplit.workloads import WorkloadContext
 
 log = logging.getLogger("fedsplit")
 
@@ -94,9 +94,6 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedsplit.exchange.directory import Exchange
-    from fedsplit.workloads.device import Launch, process_group, set_up_torch
-
     launch = Launch.read(os.environ)
     if launch.process == 0:
         # Before anything slow, so that a taken rank or an unusable directory is reported at once.
@@ -114,8 +111,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, device: str) -> None:
-    from fedsplit.workloads import WorkloadContext, create_workload
-
     context = WorkloadContext(
         rank=arguments.rank, num_partitions=arguments.num_partitions, seed=arguments.seed, device=device,
         data_dir=arguments.data_dir, options=dict(arguments.workload_option),
@@ -146,7 +141,6 @@ def _make_part(arguments: argparse.Namespace, context: WorkloadContext) -> tuple
     """Return a part of a model that is cut, and what answers the tasks of a run with it."""
     import torch
 
-    from fedsplit.exchange.directory import place_name
     from fedsplit.split_learning.lower import LowerPart
     from fedsplit.split_learning.noise import CutNoise, read_secret
     from fedsplit.split_learning.upper import run_upper

@@ -31,10 +31,7 @@ FORKS.set_forkserver_preload([*PRELOADED])
 
 
 class Forked:
-    """A program in a process that was forked; has what is used of `subprocess.Popen`.
-
-    It gets SIGTERM if this process is killed.
-    """
+    """A program in a forked process, which gets SIGTERM if this one is killed; it has what is used of a `Popen`."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], log: Path | None = None,

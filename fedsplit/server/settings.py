@@ -6,15 +6,13 @@ be given several times is one text with semicolons: ``aggregate = "bn*=local; fe
 This module imports neither torch nor Flower, so that a wrong flag is told of at once.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Self, get_type_hints
 
 from msgspec import ValidationError, convert
 
@@ -177,7 +175,7 @@ class ServerSettings:
         return config
 
     @classmethod
-    def from_run_config(cls, config: Mapping[str, Any]) -> ServerSettings:
+    def from_run_config(cls, config: Mapping[str, Any]) -> Self:
         """Read a run config; raises UsageError for a value of the wrong kind. Keys of others are left alone."""
         kinds = {name: kind for name, kind in get_type_hints(cls).items() if _key(name) in config}
         return cls(**{name: _read(name, kind, config[_key(name)]) for name, kind in kinds.items()})

@@ -100,9 +100,7 @@ class Beyond:
         """Return the digests of what the task's steps gave."""
         return {step.digest for step in self._steps if step.digest}
 
-    def step(
-        self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf
-    ) -> Answered:  # fmt: skip
+    def step(self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf) -> Answered:
         """Have the next step done; raises RecordError if it cannot be.
 
         It is waited for until ``until`` by `time.monotonic`, and then raises RecordError. The task can go on all the
@@ -115,9 +113,7 @@ class Beyond:
                 self._next(self._state, {}, until)
             return replace(self._next(payload, numbers, until), waited_s=waited_s)
 
-    def _next(
-        self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf
-    ) -> Answered:  # fmt: skip
+    def _next(self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf) -> Answered:
         if self._failure:
             raise RecordError(self._failure)
         _check_time(until)
