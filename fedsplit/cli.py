@@ -61,10 +61,7 @@ def make_tool(parser: argparse.ArgumentParser, run: Runner) -> None:
 
 
 def make_program(parser: argparse.ArgumentParser, program: str, run: Runner, *, flower: bool = False) -> None:
-    """Make a parser that of the server, a client or a trainer: `run` takes the parsed flags, returns the exit code.
-
-    Log lines begin with the name of the `program`. With `flower`, Flower is part of it and logs too.
-    """
+    """Make a parser that of the server, a client or a trainer, whose name log lines begin with; `flower` logs too."""
     parser.set_defaults(run=run, program=program)
     flowers = ", and in text what Flower logs" if flower else ""
     parser.add_argument("-v", "--verbose", action="store_true", help=f"show debug lines too{flowers}")

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.cli import count
 from fedsplit.disk.files import Buffer, write_chunks
+from fedsplit.disk.remote_store import open_remote
 from fedsplit.errors import MissingPackageError
+from fedsplit.run.directory import Run
 from fedsplit.watch.plot import draw
 from fedsplit.watch.trackers import TrackerThread, parse_tracker
 
@@ -37,14 +39,11 @@ def open_server(
 ) -> Iterator[Server]:  # fmt: skip
     """Open the run, make its server, and watch it, with a `live` table; `command`, as typed, is noted for the report.
 
-    With a `join_key` a client must prove that it knows it before it takes part. With `uppers` the model is cut.
-    `rounds` makes what runs the rounds, instead of what the settings ask for.
+    With `uppers` the model is cut; `join_key` and `rounds` are those of `Server`.
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
     from fedsplit.aggregation.staleness import check_staleness
     from fedsplit.codecs.spec import check_installed
-    from fedsplit.disk.remote_store import open_remote
-    from fedsplit.run.directory import Run
     from fedsplit.server.server import Server, make_strategy
 
     for text in settings.tracker:

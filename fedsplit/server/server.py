@@ -48,9 +48,9 @@ class _SignalError(KeyboardInterrupt):
 class Server(FlowerServer):
     """Runs a federation on the connected ranks, into an open `Run`; what ended it early is its ``failure``.
 
-    ``remote`` is the store at ``--payload-store URL``, for clients on other machines. With a ``join_key`` nobody takes
-    part who does not know it. Without a ``strategy`` that of the settings is made, once the server listens. ``rounds``
-    makes what runs the rounds, of the fields of `Rounds`; that class itself without it.
+    ``remote`` is the store at ``--payload-store URL``, for clients on other machines, ``join_key`` that of `Roster`.
+    Without a ``strategy`` that of the settings is made, once the server listens. ``rounds`` makes what runs the rounds,
+    of the fields of `Rounds`; that class itself without it.
     """
 
     def __init__(
