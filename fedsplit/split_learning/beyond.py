@@ -92,10 +92,6 @@ class Beyond:
         """Whether any step of the task was given to the trainer."""
         return bool(self._steps)
 
-    def end(self, until: float) -> StoredPayload | None:
-        """End the task; returns what it came to."""
-        return self.step(None, {"what": END}, until).payload
-
     def answers(self) -> set[str]:
         """Return the digests of what the task's steps gave."""
         return {step.digest for step in self._steps if step.digest}

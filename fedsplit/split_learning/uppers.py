@@ -19,7 +19,7 @@ from fedsplit.disk.payload_store import StoredPayload
 from fedsplit.errors import FedSplitError, RecordError, RunStoppedError, UsageError
 from fedsplit.exchange.records import Request
 from fedsplit.server.settings import ServerSettings
-from fedsplit.split_learning.beyond import Beyond
+from fedsplit.split_learning.beyond import END, Beyond
 from fedsplit.split_learning.order import MODES
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Uppers:
         found, failures = list[StoredPayload | None](), list[RecordError]()
         for each in self.all:
             try:
-                found += [each.end(until)] if each.has_begun else []
+                found += [each.step(None, {"what": END}, until).payload] if each.has_begun else []
             except RecordError as exc:
                 log.warning("%s: its ranks do not count", exc)
                 failures.append(exc)
