@@ -43,7 +43,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def make_parser(doc: str, prog: str) -> argparse.ArgumentParser:
-    """Return a parser whose help begins with a docstring."""
     # No abbreviated flags: those that are unique today may not be so in the next release.
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
@@ -62,10 +61,7 @@ def make_tool(parser: argparse.ArgumentParser, run: Runner) -> None:
 
 
 def make_program(parser: argparse.ArgumentParser, program: str, run: Runner, *, flower: bool = False) -> None:
-    """Make a parser that of the server, a client or a trainer: `run` takes the parsed flags, returns the exit code.
-
-    Log lines begin with the name of the `program`. With `flower`, Flower is part of it and logs too.
-    """
+    """Make a parser that of the server, a client or a trainer, whose name log lines begin with; `flower` logs too."""
     parser.set_defaults(run=run, program=program)
     flowers = ", and in text what Flower logs" if flower else ""
     parser.add_argument("-v", "--verbose", action="store_true", help=f"show debug lines too{flowers}")
@@ -96,22 +92,18 @@ def check_output(output: Path, endings: Sequence[str], flag: str = "--output") -
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
     return _number(text, int, lambda value: value >= 1, "a positive integer")
 
 
 def natural(text: str) -> int:
-    """A whole number of at least 0."""
     return _number(text, int, lambda value: value >= 0, "0 or a positive integer")
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def seconds(text: str) -> float:
-    """Seconds, more than 0."""
     return _number(text, float, lambda value: value > 0, "a number of seconds above 0")
 
 

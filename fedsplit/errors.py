@@ -37,12 +37,10 @@ class FedSplitError(Exception):
         cls.exit_code = cls.exit_code if exit_code is None else exit_code
 
 
-class UsageError(FedSplitError, ValueError, exit_code=2):
-    """A flag or an argument cannot work."""
+class UsageError(FedSplitError, ValueError, exit_code=2): ...
 
 
-class OutOfRangeError(UsageError):
-    """An update is beyond the range of its secure rule."""
+class OutOfRangeError(UsageError): ...
 
 
 class MissingPackageError(UsageError):
@@ -52,69 +50,55 @@ class MissingPackageError(UsageError):
         super().__init__(f"{wanted_by} needs {package}, which is not installed: pip install 'fedsplit[{extra}]'")
 
 
-class ExchangeError(FedSplitError, exit_code=3):
-    """The exchange directory cannot be used."""
+class ExchangeError(FedSplitError, exit_code=3): ...
 
 
 class NoSpaceError(ExchangeError):
     """A disk is full; what was being written is as it was before."""
 
 
-class DirectoryLostError(ExchangeError):
-    """The exchange directory was removed or replaced while it was in use."""
+class DirectoryLostError(ExchangeError): ...
 
 
-class RoleTakenError(ExchangeError, exit_code=4):
-    """A live process already holds this role of this rank."""
+class RoleTakenError(ExchangeError, exit_code=4): ...
 
 
-class RecordError(ExchangeError, exit_code=5):
-    """A record or a payload is not what the protocol says."""
+class RecordError(ExchangeError, exit_code=5): ...
 
 
 class SchemaError(RecordError):
     """A record is of another version of the protocol: waiting will not mend it."""
 
 
-class StateMismatchError(FedSplitError, exit_code=6):
-    """Two state_dicts do not have the same keys, shapes or dtypes."""
+class StateMismatchError(FedSplitError, exit_code=6): ...
 
 
-class ConnectionFailedError(FedSplitError, exit_code=7):
-    """The server cannot be reached, or cannot listen."""
+class ConnectionFailedError(FedSplitError, exit_code=7): ...
 
 
-class RefusedError(ConnectionFailedError, exit_code=8):
-    """The server turned this client away."""
+class RefusedError(ConnectionFailedError, exit_code=8): ...
 
 
-class PeerMissingError(FedSplitError, exit_code=9):
-    """The process on the other side stayed away longer than allowed."""
+class PeerMissingError(FedSplitError, exit_code=9): ...
 
 
-class TrainingError(FedSplitError, exit_code=10):
-    """The trainer's own code failed."""
+class TrainingError(FedSplitError, exit_code=10): ...
 
 
 class TaskOverError(TrainingError):
     """A task was given up, or begun anew, while its script waited for the other half of the model."""
 
 
-class WorkloadError(FedSplitError, exit_code=11):
-    """A workload cannot be loaded, lacks a method, or its data is not there."""
+class WorkloadError(FedSplitError, exit_code=11): ...
 
 
-class AggregationError(FedSplitError, exit_code=12):
-    """A rule of aggregation cannot work, or returned what it must not."""
+class AggregationError(FedSplitError, exit_code=12): ...
 
 
-class CheckpointError(FedSplitError, exit_code=13):
-    """A checkpoint cannot be written or read."""
+class CheckpointError(FedSplitError, exit_code=13): ...
 
 
-class RunStoppedError(FedSplitError, exit_code=14):
-    """The server was stopped before the run was complete."""
+class RunStoppedError(FedSplitError, exit_code=14): ...
 
 
-class RunFailedError(FedSplitError, exit_code=15):
-    """The run cannot go on."""
+class RunFailedError(FedSplitError, exit_code=15): ...

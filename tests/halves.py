@@ -28,11 +28,11 @@ from fedsplit.engines.assembly import open_server
 from fedsplit.exchange.directory import Exchange
 from fedsplit.server.server import Server
 from fedsplit.server.settings import ServerSettings
-from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.split_learning.cut import Parts, parts_of
 from fedsplit.split_learning.lower import LowerPart
 from fedsplit.split_learning.noise import CutNoise
 from fedsplit.split_learning.upper import run_upper
+from fedsplit.split_learning.uppers import Uppers
 from fedsplit.states.state_dict import map_file
 from fedsplit.trainer.progress import Progress
 from fedsplit.trainer.trainer import Trainer
@@ -185,8 +185,8 @@ class Halves:
         places: list[int | str] = [*range(1, self.ranks + 1), "upper", *more]
         threads = [threading.Thread(target=self._train, args=(place,), daemon=True) for place in places]
         with ExitStack() as stack:
-            upper = UpperHalf(settings, self.mode, self.directory / "exchange", self.uppers)
-            server = stack.enter_context(open_server(settings, EMBEDDED, upper=upper))
+            upper = Uppers(settings, self.mode, self.directory / "exchange", self.uppers)
+            server = stack.enter_context(open_server(settings, EMBEDDED, uppers=upper))
             for rank in range(1, self.ranks + 1):
                 exchange = Exchange(self.directory / "exchange", rank)
                 stack.enter_context(exchange.hold("client"))

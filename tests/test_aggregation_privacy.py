@@ -89,7 +89,7 @@ def test_a_rule_inside_that_misbehaves_is_named(tmp_path, monkeypatch):
     (tmp_path / "rule_that_forgets.py").write_text("def rule(updates, context):\n    return {}\n")
     monkeypatch.syspath_prepend(tmp_path)
     previous = {"w": torch.zeros(2)}
-    with pytest.raises(AggregationError, match=r"rule_that_forgets:rule.* missing 'w'"):
+    with pytest.raises(AggregationError, match=r"rule_that_forgets:rule.* lacks 'w'"):
         run("dp(rule_that_forgets:rule, clip=1.0, noise=0)", previous, [previous])
 
 

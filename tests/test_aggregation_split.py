@@ -289,13 +289,16 @@ class rule:
     [
         (
             "return {}",
-            "it returned a state with wrong keys: missing 'body.weight', 'body.count', 'head.weight' and 1 more",
+            "its result lacks 'body.weight', 'body.count', 'head.weight' and 1 more of the state before",
         ),
-        ("return {**out, 'extra': torch.zeros(1)}", "it returned a state with wrong keys: unexpected 'extra'"),
-        ("return {**out, 'head.bias': torch.zeros(1)}", "'head.bias', which has shape (1,), expected ()"),
+        ("return {**out, 'extra': torch.zeros(1)}", "its result has 'extra', which the state before does not have"),
+        (
+            "return {**out, 'head.bias': torch.zeros(1)}",
+            "'head.bias': the state before has shape [], its result has [1]",
+        ),
         (
             "return {**out, 'head.weight': torch.zeros(3)}",
-            "'head.weight', which has dtype torch.float32, expected torch.bfloat16",
+            "'head.weight': the state before has torch.bfloat16, its result has torch.float32",
         ),
         ("return {**out, 'head.bias': 1.0}", "it returned a float for 'head.bias', expected a tensor"),
         ("return {**out, 'head.bias': torch.tensor(math.nan)}", "it made a NaN or Inf in 'head.bias'"),

@@ -31,13 +31,19 @@ def test_a_fit_update_passes():
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        (update(drop=["w"]), "missing 'w'"),
-        (update({"x": torch.zeros(1)}), "unexpected 'x'"),
-        (update({"x": torch.zeros(1)}, drop=["w", "n"]), "missing 'w', 'n'; unexpected 'x'"),
-        (update({f"x{i}": torch.zeros(1) for i in range(9)}), "unexpected 'x0', 'x1', 'x2' and 6 more"),
-        (update({"w": torch.zeros(3, 2)}), "'w' has shape (3, 2), expected (2, 3)"),
-        (update({"n": torch.tensor([0])}), "'n' has shape (1,), expected ()"),
-        (update({"w": torch.zeros(2, 3).double()}), "'w' has dtype torch.float64, expected torch.float32"),
+        (update(drop=["w"]), "it lacks 'w' of the global state"),
+        (update({"x": torch.zeros(1)}), "it has 'x', which the global state does not have"),
+        (
+            update({"x": torch.zeros(1)}, drop=["w", "n"]),
+            "it lacks 'w', 'n' of the global state; it has 'x', which the global state does not have",
+        ),
+        (
+            update({f"x{i}": torch.zeros(1) for i in range(9)}),
+            "it has 'x0', 'x1', 'x2' and 6 more, which the global state does not have",
+        ),
+        (update({"w": torch.zeros(3, 2)}), "'w': the global state has shape [2, 3], it has [3, 2]"),
+        (update({"n": torch.tensor([0])}), "'n': the global state has shape [], it has [1]"),
+        (update({"w": torch.zeros(2, 3).double()}), "'w': the global state has torch.float32, it has torch.float64"),
         (update({"w": torch.full((2, 3), math.nan)}), "NaN or Inf in 'w'"),
         (update({"h": torch.tensor([0, 0, 0, -math.inf]).bfloat16()}), "NaN or Inf in 'h'"),
         (update(num_examples=0), "num_examples is 0, expected at least 1"),

@@ -24,7 +24,7 @@ from fedsplit.run.directory import Run
 from fedsplit.run.journal import read_journal
 from fedsplit.server.peer import Reply
 from fedsplit.server.strategy import Strategy
-from fedsplit.split_learning.attach import UpperHalf
+from fedsplit.split_learning.uppers import Uppers
 from fedsplit.states.extra import separate
 from fedsplit.states.state_dict import StateDict, decode
 from tests.test_asynchronous import (  # noqa: F401
@@ -236,7 +236,7 @@ def test_whoever_is_gone_for_good_is_not_waited_for(
 
 
 def test_a_rank_that_fails_goes_on_though_all_others_are_gone() -> None:
-    buffer: Buffer[Any] = Buffer(size=2)
+    buffer = Buffer(size=2)
     gone, fails = (SimpleNamespace(rank=rank, base_round=0) for rank in (1, 2))
     buffer.begin(gone)
     buffer.begin(fails)
@@ -284,7 +284,7 @@ def test_a_model_that_is_cut_and_a_flower_strategy_are_refused_with_the_reason(
     tmp_path: Path, mode: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError, match="trained step by step with the ranks, so there is no update of a single rank"):
-        UpperHalf(settings(tmp_path, **mode), "sfl-v1", tmp_path)
+        Uppers(settings(tmp_path, **mode), "sfl-v1", tmp_path)
     with pytest.raises(UsageError, match="a Flower strategy chooses its clients for a round"):
         settings(tmp_path, strategy="FedAvg", **mode)
 

@@ -197,7 +197,7 @@ def test_a_lower_part_that_no_rank_could_load_does_not_go_on_to_the_next(tmp_pat
     halves = Halves(tmp_path, "sequential", rounds=1, script=spoiling)
     halves.run()
     (line,) = halves.history
-    assert list(line["refused"]) == ["1"] and "missing 'lower.0.bias'" in line["refused"]["1"] and line["merged"]
+    assert list(line["refused"]) == ["1"] and "lacks 'lower.0.bias'" in line["refused"]["1"] and line["merged"]
 
 
 # -- slow, or away -----------------------------------------------------------------------------------------------------

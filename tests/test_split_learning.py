@@ -22,10 +22,10 @@ from fedsplit.errors import RunFailedError, TaskOverError, UsageError, WorkloadE
 from fedsplit.exchange.directory import Exchange
 from fedsplit.run.time_account import STEP_STAGES
 from fedsplit.server.settings import ServerSettings
-from fedsplit.split_learning.attach import UpperHalf
 from fedsplit.split_learning.cut import parts_of
 from fedsplit.split_learning.noise import CutNoise, read_secret
 from fedsplit.split_learning.order import Order
+from fedsplit.split_learning.uppers import Uppers
 from fedsplit.split_learning.workload import create_split_workload
 from fedsplit.states.state_dict import StateDict
 from fedsplit.trainer.trainer import Trainer
@@ -274,10 +274,10 @@ def nothing(context: WorkloadContext) -> object:
 def test_a_mode_that_there_is_not_is_refused_before_anything_starts(tmp_path: Path) -> None:
     says = "--split-learning v3: expected one of sfl-v1, sfl-v2, sequential"
     with pytest.raises(UsageError, match=re.escape(says)):
-        UpperHalf(ServerSettings(checkpoint_dir=tmp_path), "v3", tmp_path)
+        Uppers(ServerSettings(checkpoint_dir=tmp_path), "v3", tmp_path)
     for mode in ("sfl-v2", "sequential"):
         with pytest.raises(UsageError, match=f"--upper-trainers 2: {mode} has one upper part"):
-            UpperHalf(ServerSettings(checkpoint_dir=tmp_path), mode, tmp_path, 2)
+            Uppers(ServerSettings(checkpoint_dir=tmp_path), mode, tmp_path, 2)
     assert list(tmp_path.iterdir()) == []
 
 

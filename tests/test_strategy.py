@@ -76,7 +76,7 @@ def test_evaluations_are_averaged_by_the_number_of_examples() -> None:
     [
         ({"b": torch.zeros(2)}, 1, "'a'"),
         ({"a": torch.zeros(3)}, 1, "shape"),
-        ({"a": torch.zeros(2, dtype=torch.float64)}, 1, "dtype"),
+        ({"a": torch.zeros(2, dtype=torch.float64)}, 1, "float64"),
         ({"a": torch.tensor([1.0, float("nan")])}, 1, "NaN"),
         ({"a": torch.zeros(2)}, 0, "num_examples"),
     ],

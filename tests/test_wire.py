@@ -22,7 +22,7 @@ from fedsplit.exchange.client_side import ClientSide, Source
 from fedsplit.exchange.directory import Exchange
 from fedsplit.exchange.records import Request, ResultRecord
 from fedsplit.server.settings import ServerSettings
-from fedsplit.split_learning.attach import UpperHalf
+from fedsplit.split_learning.uppers import Uppers
 from fedsplit.states.state_dict import StateDict, decode, encode, map_file
 from fedsplit.workloads import WorkloadContext, create_workload
 from tests.bounds import BOUND_S
@@ -274,7 +274,7 @@ def test_an_evaluation_says_what_is_held_too_and_sends_no_state(client: Callable
 
 def test_split_learning_and_secure_sums_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--split-learning cannot go with --wire"):
-        UpperHalf(ServerSettings(wire=("zstd",)), "sfl-v1", tmp_path)
+        Uppers(ServerSettings(wire=("zstd",)), "sfl-v1", tmp_path)
     with pytest.raises(UsageError, match="--wire cannot go with secure"):
         ServerSettings(wire=("zstd",), aggregate=("secure(fedavg, range=1.0)",))
 

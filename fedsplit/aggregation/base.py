@@ -6,13 +6,11 @@ also has an `Accumulator`, which takes them one by one, so that the server can d
 Rules are given only updates that passed `fedsplit.aggregation.validation.check_update`, in rank order.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -110,7 +108,7 @@ class Rule:
     reads_extra: bool = False  # whether extra tensors are of use to it; a class of the user's need not say so
 
     @classmethod
-    def of_function(cls, name: str, function: RuleFunction, *, min_updates: int = 1, reads_extra: bool = False) -> Rule:
+    def of_function(cls, name: str, function: RuleFunction, *, min_updates: int = 1, reads_extra: bool = False) -> Self:
         """Make a rule of ``function(updates, context)``, which sees all updates at once."""
         begin = partial(_Collector, function)
         return cls(name=name, accumulator=begin, min_updates=min_updates, reads_extra=reads_extra)

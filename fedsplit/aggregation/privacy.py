@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.aggregation.base import AggregationContext, Rule, StateDict, Update
-from fedsplit.aggregation.numeric import floating_keys, is_floating, squared_distance, surely_finite, widened
+from fedsplit.aggregation.numeric import floating_keys, is_floating, moved, squared_distance, widened
 from fedsplit.aggregation.validation import check_output
 from fedsplit.errors import MissingPackageError
 
@@ -39,8 +39,6 @@ def private_rule(name: str, inner: Rule, *, averages: bool, clip: float, noise: 
 
 
 class _PrivateAccumulator:
-    """Clips the updates for the rule inside, and adds noise to what that makes of them."""
-
     def __init__(
         self, context: AggregationContext, *, inner: Rule, averages: bool, clip: float, noise: float, delta: float
     ) -> None:
@@ -72,7 +70,6 @@ class _PrivateAccumulator:
         return {key: merged[key].to(t.dtype) if key in merged else t for key, t in previous.items()}
 
     def _spend(self) -> None:
-        """Note in the memory what this round spent."""
         # The standard deviation of the noise divided by how far one client can move the result: clip / n with fedavg,
         # twice the clip with any other rule. As text, as a checkpoint's keys are; a float comes back from it exactly.
         multiplier = repr(self._noise if self._averages else self._noise / (2 * self._count))
@@ -119,13 +116,7 @@ def _clip(state: Mapping[str, Tensor], start: StateDict, clip: float) -> StateDi
     norm = math.sqrt(squared_distance(state, start, floating_keys(start)))
     if norm <= clip:
         return dict(state)
-    return {key: _between(start[key], tensor.to(start[key].dtype), clip / norm) for key, tensor in state.items()}
-
-
-def _between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    result = torch.lerp(start, end, share)
-    # lerp makes NaN of two equal infinities.
-    return result if surely_finite(result) else torch.where(start == end, start, result)
+    return {key: moved(start[key], start[key], tensor, clip / norm) for key, tensor in state.items()}
 
 
 def _noisy(tensor: Tensor, deviation: float, generator: torch.Generator) -> Tensor:

@@ -1,9 +1,8 @@
 """Reads the values of `--aggregate`, and checks them as far as that is possible without importing torch.
 
-One value is ``@rules.toml``, ``rule`` or ``PATTERN=rule``; `fedsplit.aggregation.grammar` says how a rule is written. A
-pattern is a glob over state_dict keys or, as ``<BatchNorm*>``, over the types of the modules that an entry is in. The
-first pattern that matches a key wins, and the rule without a pattern takes the other keys.
-`fedsplit.aggregation.check_rules` checks whether classes of Flower's and functions of the user's exist.
+One value is ``@rules.toml``, ``rule`` or ``PATTERN=rule``: `fedsplit.aggregation.grammar` says how a rule is written,
+`fedsplit.states.local_keys` what a pattern is. The first pattern that matches a key wins, and a rule without one
+takes the others. `check_rules` in `fedsplit.aggregation.split` looks for classes of Flower's and for functions.
 """
 
 from __future__ import annotations

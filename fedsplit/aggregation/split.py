@@ -143,9 +143,8 @@ class Split:
 class RoundMerger:
     """The merging of one round: an accumulator for each part, and the watch over what its rule does to its inputs.
 
-    `count` is how many updates were added. `retains` tells whether they are kept until `finish`; if not, the server may
-    drop each payload after `add`. `at_once` is how many updates to give to `add_all` instead; 1 if none. `extra` and
-    `rank_extra` are the extra tensors, as the rules leave them.
+    It is a `fedsplit.server.strategy.Merge`. `count` is how many updates were added; `extra` and `rank_extra` are the
+    extra tensors, as the rules leave them.
     """
 
     def __init__(
@@ -275,7 +274,6 @@ def load_rule(spec: RuleSpec) -> Rule:
 
 
 def _user_rule(spec: RuleSpec) -> Rule:
-    """Load a function of the user's, or a class of theirs that makes a rule."""
     target = find_object(spec.name, f"the rule {spec.name}")
     if not callable(target):
         module_name, _, path = spec.name.partition(":")

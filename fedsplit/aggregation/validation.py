@@ -11,6 +11,7 @@ from fedsplit.aggregation.base import Update
 from fedsplit.aggregation.numeric import real_view, same, surely_finite, widened
 from fedsplit.errors import AggregationError
 from fedsplit.states.local_keys import named
+from fedsplit.states.state_dict import describe_difference
 from fedsplit.states.ties import broken_tie, find_ties
 
 
@@ -26,14 +27,12 @@ def check_update(update: Update, reference: Mapping[str, Tensor], *, numbers: bo
         return f"num_examples is {examples!r}, expected a whole number"
     if examples < 1:
         return f"num_examples is {examples}, expected at least 1"
-    if keys := _key_difference(state, reference):
-        return keys
-    for key, expected in reference.items():
-        if reason := _form_difference(state[key], expected):
-            return f"{key!r} {reason}"
-    if broken := broken_tie(find_ties(reference), state, expected="the global state", found="it"):
-        return broken
-    return (check_numbers(state, reference) if numbers else None) or extra_reason(update.extra)
+    return (
+        describe_difference(reference, state, expected="the global state", found="it")
+        or broken_tie(find_ties(reference), state, expected="the global state", found="it")
+        or (check_numbers(state, reference) if numbers else None)
+        or extra_reason(update.extra)
+    )
 
 
 def check_numbers(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> str | None:
@@ -46,7 +45,8 @@ def extra_reason(extra: Mapping[str, Tensor]) -> str | None:
     """Return in one line why extra tensors cannot be taken, or None."""
     for name, tensor in extra.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
-            return f"the extra tensor {name!r}: expected a name and a tensor on the CPU, found {_kind(tensor)}"
+            found = f"a tensor on {tensor.device}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            return f"the extra tensor {name!r}: expected a name and a tensor on the CPU, found {found}"
         if not (surely_finite(tensor) or bool(real_view(widened(tensor)).isfinite().all())):
             return f"NaN or Inf in the extra tensor {name!r}"
     return None
@@ -59,14 +59,15 @@ def check_output(result: object, previous: Mapping[str, Tensor]) -> None:
     """
     if not isinstance(result, Mapping):
         raise AggregationError(f"it returned a {type(result).__name__}, expected a dict of tensors")
-    if keys := _key_difference(result, previous):
-        raise AggregationError(f"it returned a state with wrong keys: {keys}")
-    for key, expected in previous.items():
-        tensor = result[key]
+    for key, tensor in result.items():
         if not isinstance(tensor, Tensor):
             raise AggregationError(f"it returned a {type(tensor).__name__} for {key!r}, expected a tensor")
-        if reason := _form_difference(tensor, expected):
-            raise AggregationError(f"it returned {key!r}, which {reason}")
+    if difference := describe_difference(previous, result, expected="the state before", found="its result"):
+        raise AggregationError(difference)
+    for key, expected in previous.items():
+        tensor = result[key]
+        if tensor.device != expected.device:
+            raise AggregationError(f"it returned {key!r} on {tensor.device}, expected {expected.device}")
         if tensor is not expected and _new_non_finite(tensor, expected):
             raise AggregationError(
                 f"it made a NaN or Inf in {key!r}; if that entry is meant to hold one, keep it with {key}=frozen"
@@ -112,28 +113,6 @@ class Watched:
                 did.append(f"changed {key!r} in")
         if did:
             raise AggregationError(f"it {did[0]} {self._what}; a rule must not change what it is given")
-
-
-def _kind(value: object) -> str:
-    return f"a tensor on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _key_difference(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
-    """Return in words which keys are missing and unexpected, or nothing."""
-    missing = named(key for key in expected if key not in found)
-    unexpected = named(key for key in found if key not in expected)
-    return "; ".join(f"{what} {keys}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys)
-
-
-def _form_difference(found: Tensor, expected: Tensor) -> str | None:
-    """Return in words how shape, dtype or device differ, or None."""
-    if found.shape != expected.shape:
-        return f"has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    if found.dtype != expected.dtype:
-        return f"has dtype {found.dtype}, expected {expected.dtype}"
-    if found.device != expected.device:
-        return f"is on {found.device}, expected {expected.device}"
-    return None
 
 
 def _new_non_finite(found: Tensor, reference: Tensor) -> bool:

@@ -5,23 +5,18 @@ that took it is the rank asked again. So no merge has two updates of one rank, a
 of one rank holds for a merge as it does for a round.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-
-class Work(Protocol):
-    """What a rank was asked for: a training from the state of a round."""
-
-    rank: int
-    base_round: int
-
-
-AnyWork = TypeVar("AnyWork", bound=Work)
+if TYPE_CHECKING:
+    from fedsplit.server.round import Task
 
 
 @dataclass(kw_only=True)
-class Buffer(Generic[AnyWork]):
+class Buffer:
     """The ranks at work, and the updates that arrived, in that order.
 
     A merge is due once `size` updates are there, whatever state they started from; with `fresh`, once there are `size`
@@ -31,46 +26,46 @@ class Buffer(Generic[AnyWork]):
 
     size: int
     fresh: bool = False
-    at_work: dict[int, AnyWork] = field(default_factory=dict)
-    arrived: dict[int, AnyWork] = field(default_factory=dict)
+    at_work: dict[int, Task] = field(default_factory=dict)
+    arrived: dict[int, Task] = field(default_factory=dict)
 
-    def begin(self, work: AnyWork) -> None:
+    def begin(self, task: Task) -> None:
         """Note that a rank was asked; raises ValueError if it still does, or has, something else."""
-        if work.rank in self.at_work or work.rank in self.arrived:
-            raise ValueError(f"rank {work.rank} is at work already")
-        self.at_work[work.rank] = work
+        if task.rank in self.at_work or task.rank in self.arrived:
+            raise ValueError(f"rank {task.rank} is at work already")
+        self.at_work[task.rank] = task
 
-    def end(self, work: AnyWork, *, counts: bool) -> None:
+    def end(self, task: Task, *, counts: bool) -> None:
         """Note that a rank is done; ``counts`` if there is an update to be merged."""
-        if self.at_work.get(work.rank) is not work:
-            raise ValueError(f"rank {work.rank} was not asked for this")
-        del self.at_work[work.rank]
+        if self.at_work.get(task.rank) is not task:
+            raise ValueError(f"rank {task.rank} was not asked for this")
+        del self.at_work[task.rank]
         if counts:
-            self.arrived[work.rank] = work
+            self.arrived[task.rank] = task
 
-    def too_old(self, newest: int, most: int | None) -> list[AnyWork]:
+    def too_old(self, newest: int, most: int | None) -> list[Task]:
         """Take out the updates whose state is more than ``most`` merges older than that of round ``newest``."""
-        found = [work for work in self.arrived.values() if most is not None and newest - work.base_round > most]
-        for work in found:
-            del self.arrived[work.rank]
+        found = [task for task in self.arrived.values() if most is not None and newest - task.base_round > most]
+        for task in found:
+            del self.arrived[task.rank]
         return found
 
-    def is_due(self, newest: int, is_gone: Callable[[AnyWork], bool]) -> bool:
+    def is_due(self, newest: int, is_gone: Callable[[Task], bool]) -> bool:
         """Tell whether to merge now, ``newest`` being the round of the state that ranks are given."""
 
-        def counts(work: AnyWork) -> bool:
-            return not self.fresh or work.base_round == newest
+        def counts(task: Task) -> bool:
+            return not self.fresh or task.base_round == newest
 
         if sum(map(counts, self.arrived.values())) >= self.size:
             return True
-        if any(counts(work) and not is_gone(work) for work in self.at_work.values()):
+        if any(counts(task) and not is_gone(task) for task in self.at_work.values()):
             return False
         # With nothing to merge the round goes on for as long as somebody is at work, or it ends as it is.
         return bool(self.arrived) or all(map(is_gone, self.at_work.values()))
 
-    def take(self) -> list[AnyWork]:
+    def take(self) -> list[Task]:
         """Return what the merge takes, the oldest arrivals first, and forget it."""
         taken = list(self.arrived.values())[: None if self.fresh else self.size]
-        for work in taken:
-            del self.arrived[work.rank]
+        for task in taken:
+            del self.arrived[task.rank]
         return taken

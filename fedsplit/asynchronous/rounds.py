@@ -9,8 +9,6 @@ their number, no update is carried over, and the run is that of synchronous roun
 A merge counts once it is on the disk: the journal's line, then the checkpoint. Only then is the new state given to
 anybody. A state is kept for as long as somebody trains from it, also over a restart of the server: who was at work is
 asked for the same again.
-
-Importing this module imports torch.
 """
 
 import logging
@@ -54,7 +52,7 @@ class AsyncRounds(Rounds):
         settings = self.settings
         self._weight = parse_staleness(settings.staleness)
         size = settings.buffer or settings.merge_after or 1
-        self._buffer: Buffer[Task] = Buffer(size=size, fresh=settings.buffer is None)
+        self._buffer = Buffer(size=size, fresh=settings.buffer is None)
         # Guards the buffer and what follows; notified whenever a rank is done.
         self._changed = threading.Condition()
         self._updates: dict[int, Update] = {}
@@ -124,7 +122,6 @@ class AsyncRounds(Rounds):
         return sorted([*taken, *failed], key=lambda task: task.rank)
 
     def _take(self, newest: int) -> list[Task] | None:
-        """Return what is merged now; None if it is too early."""
         return self._buffer.take() if self._buffer.is_due(newest, self._is_gone) else None
 
     def _begin_training(self, task: Task) -> None:
@@ -168,14 +165,14 @@ class AsyncRounds(Rounds):
 
     def _run(self, job: Callable[[Task], None], tasks: list[Task]) -> None:
         """Do a job for every rank that is free; one that is gone is not waited for."""
+
+        def evaluate(task: Task) -> None:
+            job(task)
+            with self._changed:
+                self._evaluating.pop(task.rank, None)
+
         for task in tasks:
             self._evaluating[task.rank] = task
-
-            def evaluate(task: Task) -> None:
-                job(task)
-                with self._changed:
-                    self._evaluating.pop(task.rank, None)
-
             self._spawn(evaluate, task)
         with self._changed:
             while any(
@@ -240,7 +237,6 @@ class AsyncRounds(Rounds):
         self.run.payloads.kept = set().union(*self._kept.values())
 
     def _drop_payloads(self, tasks: Iterable[Task]) -> None:
-        """Remove what belongs to states that nobody trains from any more."""
         with self._changed:
             for task in tasks:
                 payload = task.reply.payload

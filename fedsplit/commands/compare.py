@@ -21,7 +21,7 @@ from fedsplit.errors import CheckpointError
 from fedsplit.run.events import format_bytes
 from fedsplit.run.history import JUDGED_BY, Line, is_number
 from fedsplit.study.results import Group, find_runs, group
-from fedsplit.watch.plot import write_comparison
+from fedsplit.watch.plot import draw_comparison
 from fedsplit.watch.rounds import PHASES, metrics_at, ranks_of
 
 _MISSING = (math.nan, math.nan)
@@ -57,7 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_groups(groups: Sequence[Group]) -> None:
-    """Print the table on stdout."""
     headings, rows = _table(groups)
     cli.print_table(rows, headings, numbers=headings[1:])
 
@@ -104,7 +103,8 @@ def _write_plot(groups: Sequence[Group], output: Path) -> None:
     names = [name for name in JUDGED_BY if any(name in each.numbers() for each in groups)]
     if not names:
         raise CheckpointError("none of these runs has an accuracy or a loss of an evaluation: there is nothing to draw")
-    write_comparison({name: {each.label: each.curve(name) for each in groups} for name in names}, output)
+    curves = {name: {each.label: each.curve(name) for each in groups} for name in names}
+    write_chunks(output, [draw_comparison(curves)])
 
 
 def _write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:

@@ -9,9 +9,10 @@ transfer, merging, evaluation and waiting. It may be drawn while the run is on; 
 import argparse
 
 from fedsplit import cli
+from fedsplit.disk.files import write_chunks
 from fedsplit.run.directory import Places
 from fedsplit.run.history import read_rounds
-from fedsplit.watch.plot import write_plot
+from fedsplit.watch.plot import draw
 
 _ENDINGS = (".png",)
 
@@ -25,6 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
     cli.check_output(arguments.output, _ENDINGS)
     path = Places(arguments.checkpoint_dir).history
     lines = read_rounds(path)
-    write_plot(lines, arguments.output)
+    write_chunks(arguments.output, [draw(lines)])
     print(f"{arguments.output}: {cli.count(len(lines), 'round')} of {path}")
     return 0

@@ -7,25 +7,18 @@ an --exchange-dir and a --checkpoint-dir of their own, so that they begin as the
 checkpoints/server/journal.jsonl says. Exit code 0: every update and every state had the same bits.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from fedsplit import cli
 from fedsplit.commands import server
 from fedsplit.errors import CheckpointError, UsageError
 from fedsplit.run.directory import Places
 
-if TYPE_CHECKING:
-    from fedsplit.server.round import Rounds
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="the --checkpoint-dir of the run")
     add("--checkpoint-dir", type=Path, required=True, metavar="DIR", help="where the run is done again")
@@ -34,8 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the server; returns when the journal is done."""
-    from fedsplit.asynchronous.replay import read_track, replayed
+    from fedsplit.asynchronous.replay import Replay, read_track, replayed
 
     places = Places(arguments.directory)
     if places.server.resolve() == Places(arguments.checkpoint_dir).server.resolve():
@@ -46,13 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError, KeyError) as exc:
         raise CheckpointError(f"{places.run} cannot be read: {exc}") from exc
     wanted = replayed(settings, arguments.checkpoint_dir)
-    server.serve(arguments, wanted, rounds=partial(_rounds, entries))
+    server.serve(arguments, wanted, rounds=partial(Replay, entries=entries))
     print(f"replayed {cli.count(len(entries) - 1, 'merge')}: every update and every state has the bits that it had")
     return 0
-
-
-def _rounds(entries: list[dict[str, Any]], **parts: Any) -> Rounds:
-    # Late: it imports torch, and clients would wait.
-    from fedsplit.asynchronous.replay import Replay
-
-    return Replay(**parts, entries=entries)

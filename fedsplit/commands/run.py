@@ -19,9 +19,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +38,7 @@ from fedsplit.watch.rounds import refusals
 
 
 class _Default:
-    """A default that is found later: false, and a text in the help."""
+    """A default that is found later: false, and a text in the help. A str would be read as if it had been typed."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -70,7 +69,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the programs to the end of the run; see `execute`."""
     arguments.min_clients = arguments.min_clients or arguments.ranks
     # Before anything is started.
     server.read_settings(arguments)
@@ -108,7 +106,12 @@ def execute(arguments: argparse.Namespace) -> int:
     """
     places = Places(arguments.checkpoint_dir)
     make_private_directory(places.logs, CheckpointError)
-    _check_roles_are_free(arguments.exchange_dir, arguments.ranks)
+    # Before the logs of programs that are at work here are overwritten.
+    for rank, role, holder in at_work(arguments.exchange_dir, arguments.ranks):
+        raise RoleTakenError(
+            f"rank {rank} already has a {role} in {arguments.exchange_dir}: {holder}; stop that one, or take another "
+            "--exchange-dir"
+        )
     programs = f"a server, {cli.count(arguments.ranks, 'client')} and {cli.count(arguments.ranks, 'trainer')}"
     writers = "all" if arguments.logs else "all but the server"
     print(f"starting {programs}; {writers} write logs in {places.logs}", flush=True)
@@ -174,21 +177,14 @@ def plan(arguments: argparse.Namespace, places: Places) -> list[Child]:
         train = [*(["env", f"CUDA_VISIBLE_DEVICES={gpu}"] if gpu else []), *(own or _command(trainer, training, rank))]
         for role, command in (("client", _command(client, relaying, rank)), ("trainer", train)):
             children.append(Child(f"{role} of rank {rank}", command, places.logs / f"{role}-{rank}.log"))
-    return [
-        *children,
-        *_upper_parts(training, places.logs, arguments.upper_trainers if arguments.split_learning else 0),
-    ]
-
-
-def _upper_parts(training: Mapping[str, Any], logs: Path, count: int) -> Iterator[Child]:
-    """Yield the trainers of upper parts; the first one's directories are those of the ranks."""
-    values = {**training, "cut_dtype": None, "cut_noise": None, "window": 1, "part": "upper"}
-    for number in range(1, count + 1):
+    training |= {"cut_dtype": None, "cut_noise": None, "window": 1, "part": "upper"}
+    for number in range(1, arguments.upper_trainers + 1) if arguments.split_learning else ():
+        # The first one's directories are those of the ranks.
         end = f"-{number}" if number > 1 else ""
-        own = {name: values[name] / f"upper{end}" for name in ("exchange_dir", "checkpoint_dir") if end}
-        yield Child(
-            f"trainer of the upper part{end}", _command(trainer, {**values, **own}), logs / f"trainer-upper{end}.log"
-        )
+        inside = {name: values[name] / f"upper{end}" for name in ("exchange_dir", "checkpoint_dir") if end}
+        command = _command(trainer, {**training, **inside})
+        children.append(Child(f"trainer of the upper part{end}", command, places.logs / f"trainer-upper{end}.log"))
+    return children
 
 
 def _command(program: ModuleType, values: Mapping[str, Any], rank: int | None = None) -> list[str]:
@@ -234,15 +230,6 @@ def _check_script(arguments: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is for the trainer that comes with fedsplit, which the command after -- "
                 "takes the place of; say it there"
             )
-
-
-def _check_roles_are_free(exchange_dir: Path, ranks: int) -> None:
-    # Before the logs of programs that are at work here are overwritten.
-    for rank, role, holder in at_work(exchange_dir, ranks):
-        raise RoleTakenError(
-            f"rank {rank} already has a {role} in {exchange_dir}: {holder}; stop that one, or take another "
-            "--exchange-dir"
-        )
 
 
 def _environment(ranks: int) -> dict[str, str]:

@@ -29,13 +29,12 @@ from fedsplit.watch.rounds import value
 if TYPE_CHECKING:
     from fedsplit.server.round import Rounds
     from fedsplit.server.settings import ServerSettings
-    from fedsplit.split_learning.attach import UpperHalf
+    from fedsplit.split_learning.uppers import Uppers
 
 log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add_own_flags(parser)
     parser.add_argument("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
         help="with --split-learning: holds upper/, shared with the trainer of the upper part")  # fmt: skip
@@ -145,20 +144,20 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the server; returns when the run is over."""
-    settings = read_settings(arguments)
-    serve(arguments, settings, _upper_half(arguments, settings))
+    settings, uppers = read_settings(arguments), None
+    if mode := arguments.split_learning:
+        from fedsplit.split_learning.uppers import Uppers
+
+        uppers = Uppers(settings, mode, arguments.exchange_dir, arguments.upper_trainers)
+    serve(arguments, settings, uppers)
     return 0
 
 
 def serve(
-    arguments: argparse.Namespace, settings: ServerSettings, upper: UpperHalf | None = None,
+    arguments: argparse.Namespace, settings: ServerSettings, uppers: Uppers | None = None,
     rounds: Callable[..., Rounds] | None = None,
 ) -> None:  # fmt: skip
-    """Run a server with these settings, where `add_connection` says; returns when the run is over, raises its failure.
-
-    ``rounds`` makes what runs the rounds, instead of what the settings ask for.
-    """
+    """Run a server with these settings, where `add_connection` says, to the end of the run; raises its failure."""
     from fedsplit.engines import embedded, tls
     from fedsplit.engines.assembly import open_server
     from fedsplit.wire.join import read_token
@@ -182,7 +181,7 @@ def serve(
     with (
         embedded.claim_port(arguments.address),
         open_server(
-            settings, engine, join_key=join_key, live=live, command=cli.typed_command(), upper=upper, rounds=rounds
+            settings, engine, join_key=join_key, live=live, command=cli.typed_command(), uppers=uppers, rounds=rounds
         ) as server,
     ):
         if engine is SUPERLINK:
@@ -204,13 +203,6 @@ def read_settings(arguments: argparse.Namespace) -> ServerSettings:
     values: dict[str, Any] = {name: getattr(arguments, name) for name in ServerSettings.__dataclass_fields__}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ServerSettings(**values)
-
-
-def _upper_half(arguments: argparse.Namespace, settings: ServerSettings) -> UpperHalf | None:
-    from fedsplit.split_learning.attach import UpperHalf
-
-    mode, exchange_dir = arguments.split_learning, arguments.exchange_dir
-    return UpperHalf(settings, mode, exchange_dir, arguments.upper_trainers) if mode else None
 
 
 def conclude(lines: Sequence[Line], checkpoint_dir: Path, log_format: str) -> None:

@@ -40,9 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_ranks(directory: Path) -> list[tuple[Path, Place]]:
-    """Return exchange directory and rank of every rank in it, or of the one whose directory it is.
-
-    The upper part of a model that is cut, beside the server, is the last of them.
+    """Return exchange directory and rank of every rank in it, an upper part last, or of the one whose directory it is.
 
     Raises ExchangeError if it is no exchange directory.
     """

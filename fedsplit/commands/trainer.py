@@ -21,22 +21,25 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsplit import cli
+from fedsplit.errors import UsageError
+from fedsplit.exchange.directory import Exchange, Place, place_name
 from fedsplit.split_learning.order import MOST_WINDOW
+from fedsplit.workloads import WorkloadContext, create_workload
+from fedsplit.workloads.device import Launch, process_group, set_up_torch
 
 if TYPE_CHECKING:
-    from fedsplit.exchange.directory import Place
-    from fedsplit.split_learning.noise import CutNoise
+    import torch
 
 log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
@@ -91,10 +94,6 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the trainer until the run is over."""
-    from fedsplit.exchange.directory import Exchange
-    from fedsplit.workloads.device import Launch, process_group, set_up_torch
-
     launch = Launch.read(os.environ)
     if launch.process == 0:
         # Before anything slow, so that a taken rank or an unusable directory is reported at once.
@@ -112,21 +111,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, device: str) -> None:
-    """Make the workload and answer every task of the run with it."""
-    from fedsplit.workloads import WorkloadContext, create_workload
-
     context = WorkloadContext(
         rank=arguments.rank, num_partitions=arguments.num_partitions, seed=arguments.seed, device=device,
         data_dir=arguments.data_dir, options=dict(arguments.workload_option),
     )  # fmt: skip
     cut = (arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype, arguments.cut_noise)
     if any(cut) or arguments.window > 1:
-        from fedsplit.split_learning.start import make_part
-
-        model, answer_all = make_part(
-            arguments.workload, context, arguments.part, arguments.cut, arguments.tail, arguments.cut_dtype,
-            _noise(arguments), arguments.window,
-        )  # fmt: skip
+        model, answer_all = _make_part(arguments, context)
     else:
         from fedsplit.workloads.runner import run_workload
 
@@ -146,17 +137,38 @@ def _train(arguments: argparse.Namespace, device: str) -> None:
         answer_all(trainer, progress=Progress(arguments.rank, shown=trainer.process == 0))
 
 
-def _noise(arguments: argparse.Namespace) -> CutNoise | None:
-    from fedsplit.exchange.directory import place_name
-    from fedsplit.split_learning.noise import CutNoise, read_secret
+def _make_part(arguments: argparse.Namespace, context: WorkloadContext) -> tuple[torch.nn.Module, Callable[..., None]]:
+    """Return a part of a model that is cut, and what answers the tasks of a run with it."""
+    import torch
 
-    if arguments.cut_noise is None:
-        return None
-    return CutNoise(arguments.cut_noise, read_secret(arguments.checkpoint_dir / place_name(_place(arguments))))
+    from fedsplit.split_learning.lower import LowerPart
+    from fedsplit.split_learning.noise import CutNoise, read_secret
+    from fedsplit.split_learning.upper import run_upper
+    from fedsplit.split_learning.workload import create_split_workload
+    from fedsplit.workloads.runner import run_workload
+
+    is_upper, window, noise = arguments.part == "upper", arguments.window, None
+    if is_upper and arguments.cut_dtype:
+        raise UsageError("--cut-dtype is for the ranks: the upper part answers in what it is given")
+    if is_upper and arguments.cut_noise:
+        raise UsageError("--cut-noise is for the ranks: it is added to activations before they leave")
+    if is_upper and window > 1:
+        raise UsageError("--window is for the ranks: the upper part takes as many batches as come at once")
+    workload, parts = create_split_workload(arguments.workload, context, cut=arguments.cut, tail=arguments.tail)
+    if is_upper:
+        return parts.beyond(), partial(run_upper, workload=workload, parts=parts)
+    if parts.tail is not None and window > 1:
+        raise UsageError(
+            "--window cannot go with --tail: the loss is the rank's own, and the upper part could not go on without it"
+        )
+    if arguments.cut_noise:
+        noise = CutNoise(arguments.cut_noise, read_secret(arguments.checkpoint_dir / place_name(arguments.rank)))
+    dtype = arguments.cut_dtype and getattr(torch, arguments.cut_dtype)
+    lower = LowerPart(workload, parts, context, dtype, noise, window)
+    return lower.model, partial(run_workload, workload=lower)
 
 
 def _window(text: str) -> int:
-    """A number of batches from 1 to 100."""
     if not text.isdecimal() or not 0 < int(text) <= MOST_WINDOW:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_WINDOW}, not {text!r}")
     return int(text)

@@ -12,16 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.disk.files import Buffer
-from fedsplit.errors import MissingPackageError, UsageError
-from fedsplit.watch.plot import write_plot
+from fedsplit.cli import count
+from fedsplit.disk.files import Buffer, write_chunks
+from fedsplit.disk.remote_store import open_remote
+from fedsplit.errors import MissingPackageError
+from fedsplit.run.directory import Run
+from fedsplit.watch.plot import draw
 from fedsplit.watch.trackers import TrackerThread, parse_tracker
 
 if TYPE_CHECKING:
     from fedsplit.server.round import Rounds
     from fedsplit.server.server import Server
     from fedsplit.server.settings import ServerSettings
-    from fedsplit.split_learning.attach import UpperHalf
+    from fedsplit.split_learning.uppers import Uppers
     from fedsplit.wire.protocol import Engine
 
 log = logging.getLogger("fedsplit")
@@ -32,27 +35,19 @@ _PACKAGES = ("fedsplit", "flwr", "torch", "numpy", "safetensors", "grpcio", "fil
 @contextmanager
 def open_server(
     settings: ServerSettings, engine: Engine, *, join_key: bytes | None = None, live: bool = False,
-    command: Sequence[str] = (), upper: UpperHalf | None = None, rounds: Callable[..., Rounds] | None = None,
+    command: Sequence[str] = (), uppers: Uppers | None = None, rounds: Callable[..., Rounds] | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """Open the run, make its server, and watch it, with a `live` table; `command`, as typed, is noted for the report.
 
-    With a `join_key` a client must prove that it knows it before it takes part. With an `upper` half the model is cut.
-    `rounds` makes what runs the rounds, instead of what the settings ask for.
+    With `uppers` the model is cut; `join_key` and `rounds` are those of `Server`.
     """
     from fedsplit.aggregation.spec import BUILTIN_RULES
     from fedsplit.aggregation.staleness import check_staleness
     from fedsplit.codecs.spec import check_installed
-    from fedsplit.disk.remote_store import open_remote
-    from fedsplit.run.directory import Run
     from fedsplit.server.server import Server, make_strategy
 
     for text in settings.tracker:
         parse_tracker(text)
-    if upper and settings.secure_terms:
-        raise UsageError(
-            "secure(…) cannot go with --split-learning: the upper part is trained beside the server, which sees the "
-            "activations of every rank"
-        )
     # What is not built in is made before the run is opened: opening puts the earlier run aside, and a mistake must not
     # do that. The built-in rules were checked with the flags; to make them imports torch, and clients would wait.
     is_built_in = settings.strategy is None and all(
@@ -62,20 +57,20 @@ def open_server(
     check_staleness(settings.staleness)
     check_installed(settings.wire)
     shown = {**settings.to_run_config(), "engine": engine.name}
-    shown |= {"split-learning": upper.mode} if upper else {}
+    shown |= {"split-learning": uppers.mode} if uppers else {}
     run = Run(
         settings.checkpoint_dir, keep_checkpoints=settings.keep_checkpoints, resume=settings.resume,
         settings=shown,
         initial=partial(_read, settings.initial_checkpoint) if settings.initial_checkpoint else None,
     )  # fmt: skip
-    with upper.taking_part() if upper else nullcontext(), run:
+    with uppers.taking_part() if uppers else nullcontext(), run:
         remote = open_remote(settings.payload_store)
         server = Server(
             run, settings, remote=remote, join_key=join_key, engine=engine, strategy=strategy,
-            rounds=rounds or (upper.rounds if upper else _rounds_of(settings)),
+            rounds=rounds or (uppers.rounds if uppers else _make_rounds),
         )  # fmt: skip
         run.note_session(command=shlex.join(command), software=_software())
-        with upper.telling(server) if upper else nullcontext(), watching(server, settings, live=live):
+        with uppers.telling(server) if uppers else nullcontext(), watching(server, settings, live=live):
             yield server
 
 
@@ -85,7 +80,7 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
     run = server.run
     with ExitStack() as stack:
         for text in settings.tracker:
-            server.observe(stack.enter_context(closing(TrackerThread(text, run))))
+            server.observers.add(stack.enter_context(closing(TrackerThread(text, run))))
         if live:
             from rich.console import Console
 
@@ -93,9 +88,9 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
 
             console = Console(stderr=True, highlight=False)
             if console.is_terminal and not console.is_dumb_terminal:
-                title = f"fedsplit run {run.run_id}, {settings.rounds} round{'' if settings.rounds == 1 else 's'}"
+                title = f"fedsplit run {run.run_id}, {count(settings.rounds, 'round')}"
                 table = LiveConsole(console, title, run.history.lines, asynchronous=settings.is_asynchronous)
-                server.observe(stack.enter_context(table))
+                server.observers.add(stack.enter_context(table))
         yield
     server.end_at_signals()
     lines = run.history.lines
@@ -103,7 +98,7 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
         return
     try:
         # The clients have been told of the end by now: matplotlib takes a second to import.
-        write_plot(lines, run.places.final_plot)
+        write_chunks(run.places.final_plot, [draw(lines)])
     except MissingPackageError as exc:
         log.info("no plot is drawn: %s", exc)
     except Exception as exc:  # noqa: BLE001  (a picture is no reason for a run to have failed)
@@ -111,7 +106,6 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
 
 
 def _software() -> dict[str, str]:
-    """Return the versions that a run depends on."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -119,22 +113,19 @@ def _software() -> dict[str, str]:
     return versions
 
 
-def _rounds_of(settings: ServerSettings) -> Callable[..., Rounds] | None:
-    """Return what runs the rounds that the settings ask for; None for the ordinary ones."""
-    return _async_rounds if settings.is_asynchronous else _secure_rounds if settings.secure_terms else None
+def _make_rounds(**parts: Any) -> Rounds:
+    # Late: they import torch, and clients would wait.
+    if parts["settings"].is_asynchronous:
+        from fedsplit.asynchronous.rounds import AsyncRounds
 
+        return AsyncRounds(**parts)
+    if parts["settings"].secure_terms:
+        from fedsplit.server.secure_rounds import SecureRounds
 
-def _async_rounds(**parts: Any) -> Rounds:
-    # Late: it imports torch, and clients would wait.
-    from fedsplit.asynchronous.rounds import AsyncRounds
+        return SecureRounds(**parts)
+    from fedsplit.server.round import Rounds
 
-    return AsyncRounds(**parts)
-
-
-def _secure_rounds(**parts: Any) -> Rounds:
-    from fedsplit.server.secure_rounds import SecureRounds
-
-    return SecureRounds(**parts)
+    return Rounds(**parts)
 
 
 def _read(path: Path) -> list[Buffer]:

@@ -3,8 +3,6 @@
 A connection can die silently, as when a cable is pulled. The server notices when a question or a ping stays
 unanswered, the client when it hears nothing at all for `_SILENCE_S`. Either drops the connection, and the client comes
 back with the exchange directory that it had.
-
-It starts no process for each message; docs/architecture.md has the measurements, and which releases of Flower have it.
 """
 
 from __future__ import annotations

@@ -31,10 +31,7 @@ FORKS.set_forkserver_preload([*PRELOADED])
 
 
 class Forked:
-    """A program in a process that was forked; has what is used of `subprocess.Popen`.
-
-    It gets SIGTERM if this process is killed.
-    """
+    """A program in a forked process, which gets SIGTERM if this one is killed; it has what is used of a `Popen`."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], log: Path | None = None,
@@ -58,7 +55,6 @@ class Forked:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """Return `returncode`."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -81,7 +77,6 @@ class Forked:
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path | None, directory: Path) -> None:
-    """Be the program."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(directory)

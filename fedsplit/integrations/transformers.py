@@ -36,10 +36,9 @@ def federate(
 
     `trainer` is entered already. `hf_trainer` has a data set to train on, of a known length or a stream, and one of a
     known length to evaluate on. Its ``num_train_epochs`` is set here; ``max_steps``, if given, is for one round. With
-    ``--balance`` a round is the share of these that the server asks for. A
-    metric of ``compute_metrics`` reaches the server without its ``eval_``. With `adapter_only` just the adapters of a
-    PEFT model are loaded and sent, with `adapter_state` as the trainer's model. Its base is then no part of the
-    federation, and must be the same everywhere.
+    ``--balance`` a round is the share of these that the server asks for. A metric of ``compute_metrics`` reaches the
+    server without its ``eval_``. With `adapter_only` just the adapters of a PEFT model are loaded and sent, with
+    `adapter_state` as the trainer's model. Its base is then no part of the federation, and must be the same everywhere.
     """
     hf_trainer.args.num_train_epochs, max_steps = epochs_per_round, hf_trainer.args.max_steps
     rounds = _Rounds(hf_trainer)

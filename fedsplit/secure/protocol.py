@@ -23,14 +23,13 @@ Differences from the papers: own shares go through the server too, encrypted; th
 from a hash of all public keys; no signatures, so a server that makes up ranks is not found out (SECURITY.md).
 """
 
-from __future__ import annotations
-
 import secrets as random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from math import floor
+from typing import Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -65,7 +64,7 @@ class Secrets:
     own: bytes
 
     @classmethod
-    def new(cls) -> Secrets:
+    def new(cls) -> Self:
         """Draw new ones: for each attempt at a round, as a mask must never hide two vectors."""
         return cls(channel=random.token_bytes(32), mask=random.token_bytes(32), own=random.token_bytes(32))
 
@@ -89,7 +88,6 @@ class Group:
 
     @property
     def weight(self) -> int:
-        """The weight of all."""
         return sum(advert.weight for advert in self.adverts.values())
 
     @cached_property
@@ -239,7 +237,6 @@ def _recover(group: Group, rank: int, revealed: Mapping[int, Mapping[int, bytes]
 
 
 def public_key(private: bytes) -> bytes:
-    """Return the public key of a private one."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 

@@ -40,11 +40,6 @@ class _Session:
     weight: int
     fixed: Array
 
-    @property
-    def advert(self) -> bytes:
-        """What all may know of it."""
-        return messages.to_row(self.secrets.advert(self.weight))
-
 
 class Steps:
     """Keeps the session of a rank in a directory, and answers the stages of its round."""
@@ -115,7 +110,8 @@ class Steps:
 
     def _group(self, request: Request, session: _Session) -> Group:
         keys = self._asked(session, 1)
-        if request.secure is None or keys.get(self._rank) != session.advert:
+        own = messages.to_row(session.secrets.advert(session.weight))
+        if request.secure is None or keys.get(self._rank) != own:
             raise RecordError("the server gave other keys or another weight for this rank than it had sent")
         return messages.group_of(request.run_id, request.server_round, request.secure, keys)
 
@@ -158,7 +154,6 @@ def _bytes(content: bytes) -> Array:
 
 
 def _change(name: str, most: float, end: Array, start: Array | None) -> Array:
-    """Return how far an entry has moved, in steps."""
     if start is None or start.shape != end.shape or end.dtype.kind != "f":
         raise UsageError(f"{name!r} cannot be summed: expected floating point entries of the shape that was received")
     change = np.subtract(end, start, dtype=np.float64).reshape(-1)

@@ -1,7 +1,4 @@
-"""The beginning of a run: the newest checkpoint is taken up, or a state to start from is found.
-
-Importing this module imports torch.
-"""
+"""The beginning of a run: the newest checkpoint is taken up, or a state to start from is found."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -78,14 +75,11 @@ class Beginning:
             asked = self.state.payload
             self.state.put(self._without_local(initial()))
             self.state.drop([asked.digest] if asked.bytes else [])
-        else:
-            self._check_local()
-
-    def _check_local(self) -> None:
-        """Raise UsageError if a trainer gave its whole state, and nothing of it is what the rules keep local."""
-        names = self.state.entries
+            return
+        # A trainer may give its whole state, and nothing of it be what the rules keep local.
+        names, patterns = self.state.entries, self.settings.local_patterns
         local = [spec.part for spec in self.settings.rules if spec.name == "local" and not spec.by_type]
-        if local and not self.run.local_entries() and not any(is_local(n, self.settings.local_patterns) for n in names):
+        if local and not self.run.local_entries() and not any(is_local(name, patterns) for name in names):
             raise UsageError(f"no entry matches the local patterns {named(local)}; there are {named(names)}")
 
     def _without_local(self, chunks: Sequence[Any]) -> list[Any]:

@@ -4,11 +4,9 @@ The strategy sees what it would see in Flower's own server: numpy arrays in the 
 manager whose clients are the ranks (``cid`` is the rank), results and failures. It chooses who trains, with what
 configuration and from which parameters, and it merges. Updates are checked before it sees them.
 
-Floating entries are float32 at least on the strategy's side, since numpy has no bfloat16, and come back in their own
-dtype; complex entries are pairs of numbers. Whole numbers and truth values are float64 in the results, and what becomes
-of them is rounded: Flower's averages of integers come to 0 otherwise. So they are exact up to 2**53.
-
-Between rounds its attributes are kept in the checkpoints, those that `fedsplit.aggregation.flower_arrays` can encode.
+`fedsplit.aggregation.flower_arrays` makes the arrays, and says which of the strategy's attributes are kept in the
+checkpoints. Whole numbers and truth values are float64 in the results, and what becomes of them is rounded: Flower's
+averages of integers come to 0 otherwise. So they are exact up to 2**53.
 """
 
 import inspect
@@ -199,7 +197,6 @@ class ForeignStrategy(base.StreamingStrategy):
         self._reference = {key: tensor for key, tensor in state.items() if key not in self._ties}
 
     def _arrays(self, parameters: Parameters) -> Parameters:
-        """Return the global state as Flower's arrays."""
         if self._state is None or self._state[0] is not parameters:
             self._take_up(separate(decode_state(parameters.tensors[0], "the global state"))[0])
             self._state = parameters, to_arrays(self._reference)
@@ -256,8 +253,6 @@ class ForeignStrategy(base.StreamingStrategy):
 
 
 class _Collected:
-    """The updates of a round, all kept until the strategy takes them."""
-
     retains = True
     at_once = 1
 

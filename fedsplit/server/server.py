@@ -21,7 +21,7 @@ from fedsplit.disk.checkpoints import BackgroundWriter
 from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.errors import CheckpointError, ExchangeError, FedSplitError, RunFailedError, RunStoppedError
 from fedsplit.run.directory import Run
-from fedsplit.server.observer import Observer, Observers
+from fedsplit.server.observer import Observers
 from fedsplit.server.roster import Roster
 from fedsplit.server.settings import ServerSettings
 from fedsplit.wire.protocol import EMBEDDED, Engine
@@ -48,9 +48,9 @@ class _SignalError(KeyboardInterrupt):
 class Server(FlowerServer):
     """Runs a federation on the connected ranks, into an open `Run`; what ended it early is its ``failure``.
 
-    ``remote`` is the store at ``--payload-store URL``, for clients on other machines. With a ``join_key`` nobody takes
-    part who does not know it. Without a ``strategy`` that of the settings is made, once the server listens. ``rounds``
-    makes what runs the rounds, of the fields of `Rounds`; that class itself without it.
+    ``remote`` is the store at ``--payload-store URL``, for clients on other machines, ``join_key`` that of `Roster`.
+    Without a ``strategy`` that of the settings is made, once the server listens. ``rounds`` makes what runs the rounds,
+    of the fields of `Rounds`; that class itself without it.
     """
 
     def __init__(
@@ -63,19 +63,16 @@ class Server(FlowerServer):
         self._settings = settings
         self._remote = remote
         self._engine = engine
-        self._observer = Observers()
+        # Whoever is to watch is added before `fit`.
+        self.observers = Observers()
         self._writer = BackgroundWriter()
         self._stop = threading.Event()
         self._told = False
         self._given_strategy = strategy
         self._make_rounds = rounds
         store = remote or (run.payloads if settings.payload_store == "auto" else None)
-        self._roster = Roster(run.run_id, store, join_key=join_key, ping_s=engine.ping_s, observer=self._observer)
+        self._roster = Roster(run.run_id, store, join_key=join_key, ping_s=engine.ping_s, observer=self.observers)
         super().__init__(client_manager=self._roster)
-
-    def observe(self, observer: Observer) -> None:
-        """Let somebody watch; before `fit`."""
-        self._observer.add(observer)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[FlowerHistory, float]:
         """Run all rounds; Flower calls this, and disconnects the clients after it. So errors are kept, not raised."""
@@ -117,7 +114,7 @@ class Server(FlowerServer):
         self.set_strategy(strategy)
         (self._make_rounds or Rounds)(
             run=self.run, settings=self._settings, strategy=strategy, roster=self._roster, engine=self._engine,
-            remote=self._remote, observer=self._observer, writer=self._writer, stop=self._stop,
+            remote=self._remote, observer=self.observers, writer=self._writer, stop=self._stop,
         ).run_all()  # fmt: skip
 
     def _end_early(self, failure: FedSplitError) -> None:

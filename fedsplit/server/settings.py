@@ -6,15 +6,13 @@ be given several times is one text with semicolons: ``aggregate = "bn*=local; fe
 This module imports neither torch nor Flower, so that a wrong flag is told of at once.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Self, get_type_hints
 
 from msgspec import ValidationError, convert
 
@@ -87,15 +85,17 @@ class ServerSettings:
                     f"--{_key(beside[0])} cannot go with --strategy: the strategy itself decides who trains and how "
                     "updates are merged; give it parameters, as in 'FedAvg(fraction_fit=0.5)'"
                 )
-        secure = [spec for spec in self.rules if spec.name == "secure"]
-        if parse_wire(self.wire) and secure:
-            raise UsageError(f"--wire cannot go with {secure[0]}: what is masked packs no better than noise")
+        wire = parse_wire(self.wire)
         self._check_asynchronous()
-        if self.secure_terms and self.is_asynchronous:
-            raise UsageError(
-                f"{self._first_secure} cannot go with --buffer or --merge-after: the masks of a sum cancel out only "
-                "when all its updates are of one round"
-            )
+        if self.secure_terms:
+            secure = next(spec for spec in self.rules if spec.name == "secure")
+            if wire:
+                raise UsageError(f"--wire cannot go with {secure}: what is masked packs no better than noise")
+            if self.is_asynchronous:
+                raise UsageError(
+                    f"{secure} cannot go with --buffer or --merge-after: the masks of a sum cancel out only when all "
+                    "its updates are of one round"
+                )
 
     def _check_asynchronous(self) -> None:
         parse_staleness(self.staleness)
@@ -130,7 +130,6 @@ class ServerSettings:
 
     @cached_property
     def rules(self) -> tuple[RuleSpec, ...]:
-        """The rules of the split."""
         return parse_rules(self.aggregate)
 
     @property
@@ -158,10 +157,6 @@ class ServerSettings:
             neighbours=neighbours.pop(),
         )  # fmt: skip
 
-    @property
-    def _first_secure(self) -> str:
-        return next(str(spec) for spec in self.rules if spec.name == "secure")
-
     def is_evaluated(self, server_round: int) -> bool:
         """Tell whether a round ends with an evaluation."""
         return self.evaluate_every > 0 and server_round % self.evaluate_every == 0
@@ -180,7 +175,7 @@ class ServerSettings:
         return config
 
     @classmethod
-    def from_run_config(cls, config: Mapping[str, Any]) -> ServerSettings:
+    def from_run_config(cls, config: Mapping[str, Any]) -> Self:
         """Read a run config; raises UsageError for a value of the wrong kind. Keys of others are left alone."""
         kinds = {name: kind for name, kind in get_type_hints(cls).items() if _key(name) in config}
         return cls(**{name: _read(name, kind, config[_key(name)]) for name, kind in kinds.items()})

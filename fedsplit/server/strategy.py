@@ -82,16 +82,10 @@ class StreamingStrategy(FlowerStrategy):
     remembers_evaluations: bool = False
     # In asynchronous rounds, how many ranks there are in all: `configure_fit` is offered those that are free.
     num_ranks: int = 0
-
-    @property
-    def reads_extra(self) -> bool:
-        """Whether the extra tensors of an update are of use."""
-        return False
-
-    @property
-    def min_updates(self) -> int:
-        """With fewer updates in a merge than this, the state stays as it was."""
-        return 1
+    # Whether the extra tensors of an update are of use.
+    reads_extra: bool = False
+    # With fewer updates in a merge than this, the state stays as it was.
+    min_updates: int = 1
 
     @abstractmethod
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
@@ -173,7 +167,6 @@ class Strategy(StreamingStrategy):
 
     @classmethod
     def of(cls, settings: ServerSettings) -> Self:
-        """Make the strategy that a server's flags ask for."""
         names = ("aggregate", "min_clients", "min_results", "fraction_train", "evaluate_every", "train_config",
                  "seed", "rounds")  # fmt: skip
         return cls(**{name: getattr(settings, name) for name in names})
@@ -183,16 +176,15 @@ class Strategy(StreamingStrategy):
 
     def begin_run(self, state: StateDict, local_entries: Mapping[str, torch.Tensor]) -> list[PartRow]:
         """Give every entry its rule; raises UsageError for a pattern without entries or an entry without a rule."""
-        self._reference = state
+        self._reference, settings = state, self.settings
         entries = {**state, **local_entries}
-        self.split = Split.resolve(
-            self.settings.rules, entries, local_withheld=not local_entries, at_home=local_entries
-        )
-        if self.split.min_updates > self.settings.min_clients:
+        self.split = Split.resolve(settings.rules, entries, local_withheld=not local_entries, at_home=local_entries)
+        if self.split.min_updates > settings.min_clients:
             raise UsageError(
                 f"the rules need at least {self.split.min_updates} updates a round, --min-clients is "
-                f"{self.settings.min_clients}; start with --min-clients {self.split.min_updates} or more"
+                f"{settings.min_clients}; start with --min-clients {self.split.min_updates} or more"
             )
+        self.reads_extra, self.min_updates = self.split.reads_extra, max(settings.min_results, self.split.min_updates)
         return [part.row for part in self.split.parts]
 
     def configure_fit(self, server_round: int, parameters: Parameters, client_manager: ClientManager) -> FitChoice:
@@ -212,14 +204,6 @@ class Strategy(StreamingStrategy):
         self._ranks = [self._rank(cid) for cid in chosen]
         return [(clients[cid], flower.FitIns(self._given(cid, parameters), dict(self._config))) for cid in chosen]
 
-    @property
-    def reads_extra(self) -> bool:
-        return self.split.reads_extra
-
-    @property
-    def min_updates(self) -> int:
-        return max(self.settings.min_results, self.split.min_updates)
-
     def start_fit(self, server_round: int) -> RoundMerger:
         return self.split.start_round(
             server_round=server_round, total_rounds=self.settings.rounds, previous=self._reference,
@@ -229,14 +213,12 @@ class Strategy(StreamingStrategy):
         )  # fmt: skip
 
     def end_fit(self, server_round: int, merge: Any, failures: FitFailures) -> Ended:
-        needed = self.min_updates
-        if merge.count >= needed:
+        if merge.count >= self.min_updates:
             merged = merge.finish()
             self._rank_extra = {str(rank): own for rank, own in merge.rank_extra.items() if own}
             return join(merged, merge.extra), {}
-        log.warning(
-            "only %d of at least %d updates were accepted: the global state stays as it was", merge.count, needed
-        )
+        stays = "only %d of at least %d updates were accepted: the global state stays as it was"
+        log.warning(stays, merge.count, self.min_updates)
         return None, {}
 
     def aggregate_fit(self, server_round: int, results: FitResults, failures: FitFailures) -> Merged:
@@ -373,14 +355,12 @@ def refusal(reason: str) -> flower.FitRes:
 
 
 def dump(memory: object) -> bytes:
-    """Return a memory as the bytes of its file in a checkpoint."""
     buffer = io.BytesIO()
     torch.save(memory, buffer)
     return buffer.getvalue()
 
 
 def to_payload(state: StateDict) -> Parameters:
-    """Return a state as one safetensors payload."""
     return Parameters([b"".join(encode(state))], TENSOR_TYPE)
 
 

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ _MOST_AGAIN = 20
 
 @dataclass(kw_only=True)
 class Step:
-    """A step of a task: what is given, and what came back, once it did."""
+    """A step of a task: what is given, and the digest of what came back, once it did."""
 
     payload: StoredPayload | None
     numbers: Mapping[str, Scalar]
@@ -47,14 +47,12 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What the trainer of the upper part gave: a payload in the store, numbers, and the seconds that it took.
-
-    Before that, others' steps were waited for during `waited_s` seconds.
-    """
+    """What the trainer of the upper part gave: a payload in the store, numbers, and the seconds that it took."""
 
     payload: StoredPayload | None
     numbers: Mapping[str, Scalar]
     seconds: float
+    # How long others' steps were waited for before.
     waited_s: float = 0.0
 
 
@@ -66,8 +64,8 @@ class Beyond:
 
     def __init__(self, exchange_dir: Path, wait_s: float, verify: Verify = "auto") -> None:
         self.exchange = Exchange(exchange_dir, "upper", verify)
-        self._side = ClientSide(self.exchange)
-        self._poll = LongPoll(self._side, wait_s)
+        self.side = ClientSide(self.exchange)
+        self._poll = LongPoll(self.side, wait_s)
         self._lock = threading.Lock()
         self._steps: list[Step] = []
         self._failure: str | None = None
@@ -76,19 +74,10 @@ class Beyond:
         """Use a server's store; `stop` is set when its run is being stopped."""
         self._store, self._stop = store, stop
 
-    def taking_part(self) -> AbstractContextManager[None]:
-        """Hold the client's role for the length of the block; raises RoleTakenError."""
-        return self.exchange.hold("client")
-
-    def finish(self, run_id: str, outcome: str, reason: str = "") -> None:
-        """Tell the trainer that the run is over."""
-        self._side.finish(run_id, outcome, reason)
-
     def initial_state(self, request: Request) -> StoredPayload:
         """Ask for the state that the upper part starts from."""
         self.begin(request, None)
-        found = self._next(None, {}).payload
-        if found is None:
+        if (found := self._next(None, {}).payload) is None:
             raise RecordError("the trainer of the upper part gave no state")
         return found
 
@@ -103,17 +92,11 @@ class Beyond:
         """Whether any step of the task was given to the trainer."""
         return bool(self._steps)
 
-    def end(self, until: float) -> StoredPayload | None:
-        """End the task; returns what it came to."""
-        return self.step(None, {"what": END}, until).payload
-
     def answers(self) -> set[str]:
-        """Return the digests of what the task's steps gave, whether or not anybody waited for it."""
+        """Return the digests of what the task's steps gave."""
         return {step.digest for step in self._steps if step.digest}
 
-    def step(
-        self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf
-    ) -> Answered:  # fmt: skip
+    def step(self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf) -> Answered:
         """Have the next step done; raises RecordError if it cannot be.
 
         It is waited for until ``until`` by `time.monotonic`, and then raises RecordError. The task can go on all the
@@ -126,9 +109,7 @@ class Beyond:
                 self._next(self._state, {}, until)
             return replace(self._next(payload, numbers, until), waited_s=waited_s)
 
-    def _next(
-        self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf
-    ) -> Answered:  # fmt: skip
+    def _next(self, payload: StoredPayload | None, numbers: Mapping[str, Scalar], until: float = math.inf) -> Answered:
         if self._failure:
             raise RecordError(self._failure)
         _check_time(until)
@@ -157,7 +138,6 @@ class Beyond:
             raise RecordError(self._failure) from exc
 
     def _ask(self, at: int, until: float) -> ResultRecord:
-        """Put a step before the trainer and wait for its answer."""
         step = self._steps[at]
         request = self._request
         if request.step is not None:
@@ -165,7 +145,7 @@ class Beyond:
         digest = step.payload.digest if step.payload else None
         while not self._stop.is_set():
             _check_time(until)
-            version = self._side.offer(request, digest, lambda _: self._source(step))
+            version = self.side.offer(request, digest, lambda _: self._source(step.payload))
             if version is None:
                 raise RecordError(
                     f"step {at} of {request.kind}, round {request.server_round}, is no longer in the store"
@@ -193,11 +173,9 @@ class Beyond:
         step.digest, step.is_answered = digest, True
         return Answered(payload=stored, numbers=result.metrics, seconds=result.seconds)
 
-    def _source(self, step: Step) -> Source | None:
-        path = self._store.take(step.payload.digest) if step.payload else None
-        if step.payload is None or path is None:
-            return None
-        return Source(bytes=step.payload.bytes, content=path, identity=step.payload.identity)
+    def _source(self, payload: StoredPayload | None) -> Source | None:
+        path = self._store.take(payload.digest) if payload else None
+        return Source(bytes=payload.bytes, content=path, identity=payload.identity) if payload and path else None
 
 
 class _LateError(RecordError):
@@ -226,13 +204,11 @@ class Clock:
         self._lock = threading.Lock()
 
     def add(self, name: str, seconds: float) -> None:
-        """Add seconds to a name."""
         with self._lock:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the length of the block."""
         began = time.monotonic()
         try:
             yield

@@ -6,6 +6,7 @@ state_dicts, put together, are those of the whole model.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,9 +58,7 @@ class Parts:
     @property
     def draws(self) -> bool:
         """Whether a module of them draws random numbers in training, by what torch's own modules show of it."""
-        modules = [
-            module for part in (self.lower, self.upper, self.tail) if part is not None for module in part.modules()
-        ]
+        modules = [*self.at_rank().modules(), *self.beyond().modules()]
         return any("Dropout" in type(module).__name__ or getattr(module, "dropout", 0) for module in modules)
 
 
@@ -110,18 +109,15 @@ def _links(chain: nn.Sequential, prefix: str = "") -> Iterator[Link]:
 
 
 def _ends(links: Sequence[Link]) -> dict[str, int]:
-    """Return every name after which the chain can be cut, and how many modules are before that."""
+    """Return after which names, of modules and chains, the model can be cut, and how many modules are before that."""
     ends: dict[str, int] = {}
-    for index, (name, _) in enumerate(links[:-1], start=1):
-        ends[name] = index
-    for index, (name, _) in enumerate(links, start=1):
-        following = links[index][0] if index < len(links) else ""
+    for index, ((name, _), (following, _)) in enumerate(pairwise(links), start=1):
         parts = name.split(".")
-        for depth in range(1, len(parts)):
-            above = ".".join(parts[:depth])
-            if following and not following.startswith(f"{above}."):
-                ends[above] = index
-    return dict(sorted(ends.items(), key=lambda each: (each[1], each[0])))
+        for depth in range(1, len(parts) + 1):
+            each = ".".join(parts[:depth])
+            if not following.startswith(f"{each}."):
+                ends[each] = index
+    return ends
 
 
 def _end(ends: dict[str, int], flag: str, name: str) -> int:

@@ -18,7 +18,7 @@ import torch
 from fedsplit.run.history import weighted_mean
 from fedsplit.split_learning.cut import Parts
 from fedsplit.split_learning.noise import CutNoise
-from fedsplit.split_learning.workload import SplitWorkload, draws, measured
+from fedsplit.split_learning.workload import SplitWorkload, measured
 from fedsplit.trainer.remote import remote_window
 from fedsplit.trainer.task import Task
 from fedsplit.workloads import EvaluateResult, StatefulWorkload, TrainResult, WorkloadContext
@@ -39,7 +39,7 @@ class LowerPart:
         self._workload, self._parts = workload, parts
         self._stateful = workload if isinstance(workload, StatefulWorkload) else None
         self._optimizer = workload.optimizer(self.model)
-        self._draws = draws(workload, parts)
+        self._draws = bool(getattr(workload, "draws", False)) or parts.draws
         if self._draws:
             seed = np.random.SeedSequence([context.seed, context.rank]).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(seed >> 1))
@@ -47,13 +47,14 @@ class LowerPart:
     def train(self, task: Task) -> TrainResult:
         """Train on this rank's batches, as the whole model would be trained."""
         self.model.train()
-        self._begin(task)
+        if self._noise:
+            self._noise.begin(task)
         measurements: list[tuple[int, dict[str, float]]] = []
         batches = iter(self._workload.batches(task))
         while window := list(islice(batches, self._window)):
             if task.should_stop():
                 break
-            found = self._step(task, *window[0]) if len(window) == 1 else self._steps(task, window)
+            found = [self._step(task, *window[0])] if len(window) == 1 else self._steps(task, window)
             measurements += [(len(targets), each) for (_, targets), each in zip(window, found, strict=True)]
         examples = sum(each for each, _ in measurements)
         different = getattr(self._workload, "num_examples", examples)
@@ -63,7 +64,8 @@ class LowerPart:
     def evaluate(self, task: Task) -> EvaluateResult:
         """Evaluate on this rank's batches."""
         self.model.eval()
-        self._begin(task)
+        if self._noise:
+            self._noise.begin(task)
         measurements: list[tuple[int, dict[str, float]]] = []
         for inputs, targets in self._workload.batches(task):
             if task.should_stop():
@@ -83,24 +85,18 @@ class LowerPart:
         return state
 
     def load_local_state(self, state: dict[str, Any]) -> None:
-        """Go on from `local_state`."""
         self._optimizer.load_state_dict(state["optimizer"])
         if self._stateful:
             self._stateful.load_local_state(state["workload"])
         if self._draws:
             torch.set_rng_state(state["generator"])
 
-    def _begin(self, task: Task) -> None:
-        if self._noise:
-            self._noise.begin(task)
-
-    def _step(self, task: Task, inputs: torch.Tensor, targets: torch.Tensor) -> list[dict[str, float]]:
-        """Do a step with a batch; returns what is to be noted of it."""
+    def _step(self, task: Task, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         self._optimizer.zero_grad()
         loss, numbers = self._forward(task, inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        return [numbers]
+        return numbers
 
     def _steps(self, task: Task, window: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[dict[str, float]]:
         """Do a step with each batch of a window, whose activations and gradients are all those of its beginning."""
@@ -127,7 +123,6 @@ class LowerPart:
     def _forward(
         self, task: Task, inputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the loss of a batch, and what is to be noted of it."""
         activations, tail = self._lower(inputs), self._parts.tail
         generator = self._draws and torch.is_grad_enabled()
         if tail is None:

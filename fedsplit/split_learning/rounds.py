@@ -8,18 +8,16 @@ as those of any other model.
 
 A rank may be wrong or hostile. What it hands over has to be a whole payload of a bounded size before the upper part's
 trainer sees it, the number of its steps is bounded too, and whatever is wrong costs that rank its part in the round.
-
-Importing this module imports torch.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,27 +56,26 @@ _LATE_S = 5.0
 class Steps:
     """What all ranks do in one task of a round, and what the upper part came to by it."""
 
-    beyond: Uppers
+    rounds: SplitRounds
     order: Order
-    mode: str
     training: bool
     # Under ``sequential``: what the next rank starts from.
     lower: StoredPayload
     # What all steps of a rank may have together, so that one rank cannot fill the disk for all.
-    most_bytes: float = math.inf
+    most_bytes: float
     clock: Clock = field(default_factory=Clock)
     count: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     payloads: set[str] = field(default_factory=set)
+    # The upper parts by owner, once all ranks are done; or RecordError if there are none.
+    uppers: Future[dict[int, StateDict]] = field(default_factory=Future)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _ended: threading.Event = field(default_factory=threading.Event)
     _is_wanted: bool = False
-    _uppers: dict[int, StateDict] | str = "no rank did a step"
 
     def owner(self, rank: int) -> int:
         """Return whose upper part a rank trains with: its own, or 0, which is everybody's."""
-        return rank if self.mode == "sfl-v1" else 0
+        return rank if self.rounds.beyond.mode == "sfl-v1" else 0
 
     def note(self, window: int, given: StoredPayload, taken: StoredPayload | None) -> None:
         """Note that so many steps were done: what a rank gave for them, and what it got."""
@@ -87,27 +84,21 @@ class Steps:
             self.bytes_up += given.bytes
             self.bytes_down += taken.bytes if taken else 0
 
-    def leave(self, rank: int, decode_result: Any, until: float, *, has_failed: bool) -> None:
+    def leave(self, rank: int, until: float, *, has_failed: bool) -> None:
         """Note that a rank is done; after the last one the upper part is asked for what it came to, if any rank was."""
         with self._lock:
             self._is_wanted |= not has_failed
         if not self.order.leave(rank):
             return
         try:
-            if self.count and self._is_wanted:
-                ends = self.beyond.end(until + _LATE_S)
-                self._uppers = {k: v for end in ends for k, v in decode_result(end).items()} if self.training else {}
-        except RecordError as exc:
-            self._uppers = str(exc)
-        finally:
-            self._ended.set()
-
-    def uppers(self) -> dict[int, StateDict]:
-        """Wait until all ranks are done; returns the upper parts by owner, or raises RecordError if there are none."""
-        self._ended.wait()
-        if isinstance(self._uppers, str):
-            raise RecordError(self._uppers)
-        return self._uppers
+            if not self.count or not self._is_wanted:
+                raise RecordError("no rank did a step")
+            ends = self.rounds.beyond.end(until + _LATE_S)
+            self.uppers.set_result(self.rounds.by_owner(ends) if self.training else {})
+        except BaseException as exc:
+            self.uppers.set_exception(exc)
+            if not isinstance(exc, RecordError):
+                raise
 
 
 @dataclass(kw_only=True)
@@ -115,7 +106,6 @@ class SplitTask(Task):
     """What one rank is asked for in steps. Killed in between, its trainer does them again, the upper part does not."""
 
     steps: Steps
-    rounds: SplitRounds
     # The digest of what the rank gave in each step, and the step that came of it.
     _given: list[tuple[str, StoredPayload | None, dict[str, Any]]] = field(default_factory=list)
     _given_bytes: int = 0
@@ -132,7 +122,7 @@ class SplitTask(Task):
         first, state, steps, began = self.request, self.state, self.steps, time.monotonic()
         reply = Reply(status="error")
         try:
-            passes_on = steps.mode == "sequential" and steps.training
+            passes_on = steps.rounds.beyond.mode == "sequential" and steps.training
             if passes_on:
                 with steps.clock.measure("turn"):
                     steps.order.wait(self.rank, self._check)
@@ -140,14 +130,14 @@ class SplitTask(Task):
             reply = self._walk(first, state)
             if passes_on and not reply.failure:
                 lower = self._stored(reply)
-                if reason := self.rounds.check_lower(self.rank, reply, lower):
+                if reason := steps.rounds.check_lower(self.rank, reply, lower):
                     raise RecordError(reason)
-                steps.lower = self._shared(lower)
+                steps.lower = steps.rounds.shared(lower)
         except RecordError as exc:
             reply = Reply(status="error", error={"message": str(exc)})
         finally:
             steps.clock.add("all", time.monotonic() - began)
-            steps.leave(self.rank, self.rounds.by_owner, self.context.ends_at, has_failed=reply.failure is not None)
+            steps.leave(self.rank, self.context.ends_at, has_failed=reply.failure is not None)
         return reply
 
     def _walk(self, first: Request, state: StoredPayload) -> Reply:
@@ -161,7 +151,7 @@ class SplitTask(Task):
             reply = self._until_answered()
             self._account(reply, took_s := time.monotonic() - asked)
             if at == 0 and reply.status == "step":
-                self.rounds.note_exchange(took_s - reply.seconds - self.waited_s)
+                self.steps.rounds.note_exchange(took_s - reply.seconds - self.waited_s)
             if reply.status == "again":
                 at, again = 0, again + 1
                 if again > _MOST_AGAIN:
@@ -189,7 +179,6 @@ class SplitTask(Task):
         clock.add("network", max(0.0, took_s - max(reply.seconds, reply.held_s)))
 
     def _do_step(self, reply: Reply) -> tuple[StoredPayload | None, dict[str, Any]]:
-        """Let the upper part's trainer do a step with what the rank gave."""
         steps, rank = self.steps, self.rank
         (what, window), payload = self._wanted(reply), self._stored(reply)
         self._given_bytes += payload.bytes
@@ -203,7 +192,7 @@ class SplitTask(Task):
         self._check()
         wanted: dict[str, Scalar] = {"what": what, "owner": steps.owner(rank), "window": window}
         asked = time.monotonic()
-        answered = steps.beyond.of(rank).step(payload, wanted, self.context.ends_at)
+        answered = steps.rounds.beyond.of(rank).step(payload, wanted, self.context.ends_at)
         handed_s = time.monotonic() - asked - answered.waited_s
         steps.clock.add("turn", answered.waited_s)
         steps.clock.add("upper", answered.seconds)
@@ -214,7 +203,7 @@ class SplitTask(Task):
         steps.note(window, payload, answered.payload)
         if error := answered.numbers.get(ERROR):
             raise RecordError(f"the trainer of the upper part could not do its step: {printable(str(error))}")
-        return answered.payload and self._shared(answered.payload), dict(answered.numbers)
+        return answered.payload and steps.rounds.shared(answered.payload), dict(answered.numbers)
 
     def _wanted(self, reply: Reply) -> tuple[str, int]:
         """Return what the rank wants of the upper part, for how many batches; raises RecordError if that cannot be."""
@@ -251,12 +240,6 @@ class SplitTask(Task):
         read_header(found.path, found.bytes)
         return found
 
-    def _shared(self, payload: StoredPayload) -> StoredPayload:
-        """Bring what a rank will be given to the store at ``--payload-store URL``, if there is one."""
-        if self.context.remote:
-            self.context.remote.give(payload.path, payload.digest)
-        return payload
-
     def _check(self) -> None:
         self.context.check_stop()
         self.context.check_time()
@@ -264,38 +247,34 @@ class SplitTask(Task):
 
 @dataclass(kw_only=True)
 class SplitRounds(Rounds):
-    """Runs the rounds with a model that is cut; `mode` is that of `fedsplit.split_learning.order`."""
+    """Runs the rounds with a model that is cut."""
 
     beyond: Uppers
-    mode: str
     _has_noted: bool = False
 
     def _tasks(self, kind: str, server_round: int, chosen: Sequence[Any]) -> list[Task]:
-        """Turn a strategy's instructions into tasks that are done in steps."""
         tasks = super()._tasks(kind, server_round, chosen)
         if any(task.state.digest != self._state.payload.digest for task in tasks):
             raise AggregationError(
                 "the strategy gives ranks states of their own (rank_extra), which split learning cannot do yet"
             )
-        lower = self._put(join(self._entries(_RANKS), self._state.extra))
-        upper = self._put(self._entries(_UPPER))
+        states = join(self._entries(_RANKS), self._state.extra), self._entries(_UPPER)
+        lower, upper = (self.shared(self.run.payloads.put(encode(state))) for state in states)
         training = kind == "train"
         config = tasks[0].request.config if tasks else {}
-        request = replace(self._request(kind, server_round, config), step=0, split=())
-        self.beyond.begin(request, upper)
+        self.beyond.begin(replace(self._request(kind, server_round, config), step=0, split=()), upper)
         ranks = [task.rank for task in tasks]
-        order = Order(self.mode if training else "free", ranks, f"{self.settings.seed}/{server_round}")
+        order = Order(self.beyond.mode if training else "free", ranks, f"{self.settings.seed}/{server_round}")
         free = shutil.disk_usage(self.run.payloads.root).free
         self._steps = Steps(
-            beyond=self.beyond, order=order, mode=self.mode, training=training, lower=lower,
+            rounds=self, order=order, training=training, lower=lower, payloads={lower.digest, upper.digest},
             # As much comes back as is given.
             most_bytes=free / (2 * max(1, len(ranks))),
         )  # fmt: skip
-        self._steps.payloads |= {lower.digest, upper.digest}
         return [
             SplitTask(
                 context=task.context, rank=task.rank, request=replace(task.request, step=0), state=lower,
-                client=task.client, base=task.base, base_round=task.base_round, steps=self._steps, rounds=self,
+                client=task.client, base=task.base, base_round=task.base_round, steps=self._steps,
             )
             for task in tasks
         ]  # fmt: skip
@@ -307,7 +286,8 @@ class SplitRounds(Rounds):
         # What nobody else has named was the server's and the clients' own.
         seconds["relay"] = max(0.0, 2 * seconds.get("all", 0.0) - sum(seconds.values()))
         line["split"] = {
-            "mode": self.mode, "steps": steps.count, "steps_per_second": round(steps.count / wall, 3) if wall else 0.0,
+            "mode": self.beyond.mode, "steps": steps.count,
+            "steps_per_second": round(steps.count / wall, 3) if wall else 0.0,
             "bytes_up": steps.bytes_up, "bytes_down": steps.bytes_down,
             "seconds": {stage: round(seconds.get(stage, 0.0), 6) for stage in STEP_STAGES},
         }  # fmt: skip
@@ -322,9 +302,9 @@ class SplitRounds(Rounds):
             content = task.fetch(reply)
             task.stages.end("transfer")
             may_read()
-            uppers = steps.uppers()
+            uppers = steps.uppers.result()
             task.stages.end("turn")
-            if self.mode == "sequential":
+            if self.beyond.mode == "sequential":
                 # All ranks trained one lower part, one after the other.
                 content = self.run.payloads.map(steps.lower.digest, own=True)
             if (upper := uppers.get(steps.owner(task.rank))) is None:
@@ -399,20 +379,21 @@ class SplitRounds(Rounds):
     def _entries(self, prefix: str | tuple[str, ...]) -> StateDict:
         return {name: tensor for name, tensor in self._state.entries.items() if name.startswith(prefix)}
 
-    def _put(self, state: StateDict) -> StoredPayload:
-        payload = self.run.payloads.put(encode(state))
+    def shared(self, payload: StoredPayload) -> StoredPayload:
+        """Bring what a rank will be given to the store at ``--payload-store URL``, if there is one."""
         if self.remote:
             self.remote.give(payload.path, payload.digest)
         return payload
 
-    def by_owner(self, payload: StoredPayload | None) -> dict[int, StateDict]:
-        """Read what the trainer of the upper part came to: each owner's entries, under ``<owner>/<name>``."""
-        if payload is None:
-            raise RecordError("the trainer of the upper part gave no state")
+    def by_owner(self, ends: Sequence[StoredPayload | None]) -> dict[int, StateDict]:
+        """Read what the trainers of upper parts came to: each owner's entries, under ``<owner>/<name>``."""
         found: dict[int, StateDict] = {}
-        for name, tensor in decode(self.run.payloads.map(payload.digest), "the upper part").items():
-            owner, _, own_name = name.partition("/")
-            if not owner.isdecimal():
-                raise RecordError(f"the trainer of the upper part gave {name!r}, expected OWNER/upper.NAME")
-            found.setdefault(int(owner), {})[own_name] = tensor
+        for payload in ends:
+            if payload is None:
+                raise RecordError("the trainer of the upper part gave no state")
+            for name, tensor in decode(self.run.payloads.map(payload.digest), "the upper part").items():
+                owner, _, own_name = name.partition("/")
+                if not owner.isdecimal():
+                    raise RecordError(f"the trainer of the upper part gave {name!r}, expected OWNER/upper.NAME")
+                found.setdefault(int(owner), {})[own_name] = tensor
         return found

@@ -11,7 +11,6 @@ import copy
 import logging
 import traceback
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
@@ -57,7 +56,10 @@ class UpperPart:
         task.load_into(self._model)
         training = task.kind == "train"
         if training and task.restore:
-            self._restore(task.local_state or {})
+            # What the optimizers were at the end of the round before.
+            self._owners.clear()
+            for key, each in (task.local_state or {}).items():
+                self._owner(int(key)).optimizer.load_state_dict(each)
         taken: dict[int, _Owner] = {}
         given, steps = task.hand_over(), 0
 
@@ -91,12 +93,6 @@ class UpperPart:
         if number not in self._owners:
             self._owners[number] = _Owner(self._workload, copy.deepcopy(self._model))
         return self._owners[number]
-
-    def _restore(self, kept: dict[str, Any]) -> None:
-        """Go on from what the optimizers were at the end of the round before."""
-        self._owners.clear()
-        for number, state in kept.items():
-            self._owner(int(number)).optimizer.load_state_dict(state)
 
     @torch.no_grad()
     def _evaluate(self, given: Given) -> Answer:
@@ -219,7 +215,6 @@ def _received(name: str, given: Given, like: torch.Tensor) -> torch.Tensor:
 
 
 def _check_finite(what: str, tensors: Iterable[torch.Tensor]) -> None:
-    """Raise ValueError if there is a NaN or infinity in floating point tensors."""
     dense = [each for each in tensors if each.is_floating_point() and each.layout == torch.strided and each.numel()]
     # A sum with a NaN or infinity in it is never finite: one pass, and one number to look at.
     sums = [each.sum().to(dense[0].device, torch.float32) for each in dense]

@@ -1,11 +1,8 @@
 """What a workload of a model that is cut has, and how it is made.
 
-Besides its parts (`fedsplit.split_learning.cut`): ``loss(output, target)``, the mean loss of a batch as a tensor;
-``batches(task)``, which yields ``(inputs, targets)`` of this rank for a task, in an order that is the same when a task
-is begun anew; and ``optimizer(module)``, which makes the optimizer of a part. Optional are ``metrics(output, target)``,
-means over a batch by name; ``num_examples``, how many different examples this rank trains on; ``draws``, whether a part
-draws random numbers in training, where `Parts.draws` does not see it; and `local_state` and `load_local_state`, for
-what the order of the batches comes from.
+Optional are ``metrics(output, target)``, means over a batch by name; ``num_examples``, how many different examples this
+rank trains on; ``draws``, whether a part draws random numbers in training, where `Parts.draws` does not see it; and
+`local_state` and `load_local_state`, for what the order of the batches comes from.
 """
 
 from collections.abc import Iterator
@@ -21,13 +18,13 @@ _REQUIRED = ("loss(output, target)", "batches(task)", "optimizer(module)")
 
 
 class SplitWorkload(Protocol):
-    """What a factory returns, besides the parts or the model to cut."""
+    """What a factory returns, besides the parts or the model to cut (`fedsplit.split_learning.cut`)."""
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, /) -> torch.Tensor:
         """Return the mean loss of a batch."""
 
     def batches(self, task: Any, /) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs and targets of this rank's batches, for training or evaluation as ``task.kind`` says."""
+        """Yield inputs and targets of this rank for a task, in the same order when the task is begun anew."""
 
     def optimizer(self, module: torch.nn.Module, /) -> torch.optim.Optimizer:
         """Return a new optimizer of a part."""
@@ -46,12 +43,6 @@ def create_split_workload(
     return workload, parts_of(workload, cut, tail)
 
 
-def draws(workload: SplitWorkload, parts: Parts) -> bool:
-    """Return whether the parts draw random numbers in training."""
-    return bool(getattr(workload, "draws", False)) or parts.draws
-
-
 def measured(workload: SplitWorkload, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Return what a workload measures of a batch besides its loss."""
     metrics = getattr(workload, "metrics", None)
     return {} if metrics is None else {name: float(value) for name, value in metrics(output, target).items()}

@@ -49,9 +49,7 @@ class LiveConsole(Observer):
     rounds every rank is shown with what it does, and how many merges its state is behind.
     """
 
-    def __init__(
-        self, console: Console, title: str, lines: Sequence[Line] = (), *, asynchronous: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, console: Console, title: str, lines: Sequence[Line] = (), *, asynchronous: bool = False) -> None:
         self._console, self._title, self._lines = console, title, list(lines)
         self._asynchronous, self._newest = asynchronous, 0
         self._split: list[PartRow] = []
@@ -113,7 +111,6 @@ class LiveConsole(Observer):
         self._begin("the last round is done: writing its checkpoint" if is_last else "starting the next round")
 
     def render(self) -> RenderableType:
-        """Return all that is shown."""
         with self._lock:
             shown: list[RenderableType] = []
             room = self._console.height - _LINES_AROUND

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fedsplit.disk.files import write_chunks
+from fedsplit.cli import count
 from fedsplit.errors import MissingPackageError
 from fedsplit.run.history import JUDGED_BY, Line
 from fedsplit.run.time_account import STAGES, STEP_STAGES, account, account_step
@@ -67,11 +66,6 @@ _SVG_INCHES = (400 / 72, 270 / 72)
 _COLOR = re.compile(r"(fill|stroke): #([0-9a-f]{6})")
 
 
-def write_plot(lines: Sequence[Line], output: Path) -> None:
-    """Draw a history into a PNG file; see `draw`."""
-    write_chunks(output, [draw(lines)])
-
-
 def draw(lines: Sequence[Line]) -> bytes:
     """Draw a history of at least one line as a PNG; raises MissingPackageError without matplotlib."""
     return _png(partial(make_figure, lines))
@@ -84,8 +78,7 @@ def make_figure(lines: Sequence[Line]) -> Figure:
     names = ["loss", *[name for _, name in metrics_of(lines) if name != "loss"][:1]]
     panels = _panels(lines, names)
     figure = Figure(figsize=(4.0 * len(panels) + 1.0, 4.2), layout="constrained")
-    clients = len(ranks_of(lines))
-    title = f"{len(lines)} round{'s' * (len(lines) != 1)}, {clients} client{'s' * (clients != 1)}"
+    title = f"{count(len(lines), 'round')}, {count(len(ranks_of(lines)), 'client')}"
     for server_round, number in judged(lines, names[-1])[-1:]:
         title += f", test {names[-1]} {number:.4f} after round {server_round}"
     figure.suptitle(title)
@@ -109,9 +102,9 @@ def charts(lines: Sequence[Line]) -> dict[str, str]:
         return {name: _svg(names.get(name, name), panel) for name, panel in panels.items()}
 
 
-def write_comparison(curves: Mapping[str, Mapping[str, Curve]], output: Path) -> None:
-    """Draw what `make_comparison` returns into a PNG file; raises MissingPackageError without matplotlib."""
-    write_chunks(output, [_png(partial(make_comparison, curves))])
+def draw_comparison(curves: Mapping[str, Mapping[str, Curve]]) -> bytes:
+    """Draw what `make_comparison` returns as a PNG; raises MissingPackageError without matplotlib."""
+    return _png(partial(make_comparison, curves))
 
 
 def make_comparison(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
@@ -184,7 +177,6 @@ def _draw_metric(axes: Axes, lines: Sequence[Line], name: str) -> None:
 
 
 def _curves(lines: Sequence[Line], name: str) -> dict[str, list[float]]:
-    """Return a test metric by rank, of the ranks that have it."""
     ranks = [rank for rank in ranks_of(lines) if judged(lines, name, rank)]
     return {rank: [value(line, "evaluate", name, rank) for line in lines] for rank in ranks}
 
@@ -229,7 +221,6 @@ def _draw_step(axes: Axes, lines: Sequence[Line]) -> None:
 def _draw_stages(
     axes: Axes, lines: Sequence[Line], rows: Mapping[str, Sequence[float]], colors: Mapping[str, str]
 ) -> None:
-    """Draw how each round's total is divided."""
     rounds, totals = [line["round"] for line in lines], [sum(column) for column in zip(*rows.values(), strict=True)]
     # A stage that never took a tenth of a percent would only be a name in the legend.
     rows = {stage: row for stage, row in rows.items() if sum(row) > 0.001 * sum(totals)}

@@ -114,7 +114,6 @@ def _watch(
 
 
 def _show(lines: TextIO) -> None:
-    """Show what the relay has logged since the last time."""
     sys.stderr.write(lines.read())
     sys.stderr.flush()
 

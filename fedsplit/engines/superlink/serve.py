@@ -30,16 +30,20 @@ import fedsplit.wire.flower_env  # noqa: F401  (first: it keeps Flower from call
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.engines.embedded import parse_address
 from fedsplit.engines.superlink.apps import run_on
 from fedsplit.errors import ConnectionFailedError, UsageError
+from fedsplit.server.server import Server
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from flwr.superlink.grid import HttpGrid
-
-    from fedsplit.server.server import Server
 
 log = logging.getLogger("fedsplit")
 
@@ -144,9 +148,6 @@ def _listening(app: Application, host: str, port: int, tls: tuple[Path, Path] | 
 
 def let_in(app: FastAPI, path: Path) -> None:
     """Register the public key of a SuperNode that may join; raises UsageError if the file holds none."""
-    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-
     try:
         key = load_ssh_public_key(path.read_bytes())
     except OSError as exc:
@@ -167,11 +168,7 @@ def let_in(app: FastAPI, path: Path) -> None:
 def _started_run(app: FastAPI, port: int) -> Iterator[HttpGrid]:
     """Start a run of which this process is the ServerApp; yields what it speaks to the SuperNodes with."""
     from flwr.cli.build import build_fab_from_files
-    from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
-    from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-    from flwr.supercore.fab import Fab
     from flwr.supercore.heartbeat import HeartbeatSender
-    from flwr.supercore.task_identity import TaskIdentity
     from flwr.superlink.grid import HttpGrid
 
     state = app.state.linkstate_factory.state()
