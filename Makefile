@@ -32,8 +32,8 @@ $(BIN)/uv: | $(BIN)/python
 demo: .venv/.demo
 	$(BIN)/python -m fedsplit demo $(ARGS)
 
-# Without bytecode each of the many processes that tests start compiles PyTorch and Flower anew; some images ask for that.
-test test-all: export PYTHONDONTWRITEBYTECODE =
+# Without bytecode each of the many processes compiles PyTorch and Flower anew; some images ask for that.
+demo test test-all: export PYTHONDONTWRITEBYTECODE =
 
 # The quick ones. A worker that has no more tests takes some of the other one's.
 test: .venv/.dev
