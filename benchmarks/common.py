@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Peaks and processor time only grow: looking often would only take time from what is measured.
 _WATCH_S = 0.1
-# Flower calls home unless it is told not to; the interpreter finds this package from anywhere. And it keeps bytecode, as
+# Flower calls home unless it is told not to; the interpreter finds this package from anywhere, and keeps bytecode, as
 # it does on its own and some images forbid: without it an import of torch takes twice as long.
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "", "FLWR_TELEMETRY_ENABLED": "0",
