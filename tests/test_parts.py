@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedsplit.codecs.packed import in_parts, pack
+from fedsplit import Task
+from fedsplit.client.relay import Relay
+from fedsplit.codecs import held
+from fedsplit.codecs.packed import DESCRIPTION, in_parts, pack
 from fedsplit.codecs.spec import parse_wire
-from fedsplit.errors import RecordError
+from fedsplit.disk.payload_store import PayloadStore
+from fedsplit.errors import RecordError, UsageError
 from fedsplit.exchange.records import Request
+from fedsplit.server.compression import Compression
+from fedsplit.server.conversation import RoundContext
 from fedsplit.server.parts import read_parts
-from fedsplit.server.peer import Reply
+from fedsplit.server.peer import Peer, Reply
+from fedsplit.server.round import Task as ServerTask
+from fedsplit.server.state import GlobalState
+from fedsplit.states.header import PREFIX
 from fedsplit.states.state_dict import StateDict, decode, map_file
 from fedsplit.trainer import channel
 from fedsplit.wire.answers import ResultPayload
+from tests.bounds import BOUND_S
 from tests.programs import Programs, programs
 from tests.test_five_programs import link_tests
 from tests.test_wire import WIRE, Federation, finished, flags, payload, unpacked
@@ -134,6 +146,122 @@ def test_a_task_that_is_given_up_in_the_middle_is_followed_by_the_next_one(askin
     assert federation.trainings == [1, 2]
 
 
+def test_nothing_of_the_script_stays_in_memory_once_all_is_given(asking: Callable[[str], Asking]) -> None:
+    federation, given = asking("memory"), []
+
+    def reply(task: Task, layer: torch.nn.Module) -> None:
+        state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        given.append(weakref.ref(state["weight"]))
+        task.reply(state, num_examples=3)
+
+    federation.reply = reply  # type: ignore[method-assign]
+    with federation.trainer():
+        federation.whole(1)
+        # Its answer to the evaluation is there once it has left the training.
+        federation.step = None
+        federation.ask(1, kind="evaluate")
+        gc.collect()
+        assert given[0]() is None
+
+
+# -- a relay and the server's side of a rank ---------------------------------------------------------------------------
+
+
+class OneRank:
+    """Flower's proxy and the roster of a server with this one client."""
+
+    cid = "1"
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self.peer = Peer(self)  # type: ignore[arg-type]
+        self.peer.rank = 1
+
+    def fit(self, ins: Any, *_: object) -> Any:
+        return self.relay.fit(ins)
+
+    def get_parameters(self, ins: Any, *_: object) -> Any:
+        return self.relay.get_parameters(ins)
+
+    def wait_for_rank(self, *_: object) -> Peer:
+        return self.peer
+
+
+def served(federation: Asking, timeout_s: float) -> tuple[ServerTask, Callable[[Any, str], StateDict]]:
+    """Return a server's training of the rank, and what reads its update."""
+    store = PayloadStore(federation.directory / "store")
+    store.open()
+    state = GlobalState(store, None)
+    state.put([payload(federation.state)])
+    rank = OneRank(Relay(federation.exchange, trainer_wait_s=BOUND_S, use_store=False))
+    context = RoundContext(
+        roster=rank, store=store, remote=None, client_wait_s=BOUND_S, stop=threading.Event(), timeout_s=timeout_s,  # type: ignore[arg-type]
+    )  # fmt: skip
+    request = Request(run_id="run", kind="train", server_round=1, total_rounds=9, wire=WIRE, step=0)
+    task = ServerTask(
+        context=context, rank=1, request=request, state=state.payload, client=rank, base=state.entries, base_round=0,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return task, Compression(WIRE, state, store).reader(task)
+
+
+def test_who_trained_in_time_counts_though_its_turn_comes_after_the_deadline(asking: Callable[[str], Asking]) -> None:
+    federation = asking("late")
+    task, read = served(federation, BOUND_S)
+    with federation.trainer():
+        task.reply = task.until_done()
+        task.context = replace(task.context, began=-BOUND_S)
+        assert task.reply.status == "step" and not task.context.left_s
+        assert read_parts(task, read, lambda: None).keys() == federation.state.keys()
+    assert federation.trainings == [1]
+
+
+def test_an_error_while_a_later_part_is_packed_is_told_and_nothing_is_trained_again(
+    asking: Callable[[str], Asking], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = asking("fails")
+    task, read = served(federation, BOUND_S)
+    pack_as_ever = held.pack
+
+    def pack_or_fail(state: StateDict, *rest: Any, **named: Any) -> Any:
+        if "bias" in state:
+            raise MemoryError("no memory for the bias")
+        return pack_as_ever(state, *rest, **named)
+
+    def reply(task: Task, layer: torch.nn.Module) -> None:
+        try:
+            task.reply(layer, num_examples=3)
+        except MemoryError as exc:
+            task.fail(exc)
+
+    monkeypatch.setattr(held, "pack", pack_or_fail)
+    federation.reply = reply  # type: ignore[method-assign]
+    with federation.trainer():
+        task.reply = task.until_done()
+        with pytest.raises(RecordError, match="no memory for the bias"):
+            read_parts(task, read, lambda: None)
+    assert federation.trainings == [1] and "MemoryError" in task.reply.traceback
+
+
+@pytest.mark.parametrize("entry", [torch.ones(4).to_sparse(), torch.ones(4, device="meta"), "text"])
+def test_what_cannot_travel_is_refused_by_name_before_any_part_is_given(
+    asking: Callable[[str], Asking], entry: Any
+) -> None:
+    federation, said = asking("sparse"), []
+
+    def reply(task: Task, layer: torch.nn.Module) -> None:
+        try:
+            task.reply({**layer.state_dict(), "bias": entry}, num_examples=3)
+        except UsageError as exc:
+            said.append(str(exc))
+            task.fail(exc)
+
+    federation.reply = reply  # type: ignore[method-assign]
+    with federation.trainer():
+        federation.step = 0
+        assert federation.ask(1).status == "error"
+    assert said and "'bias'" in said[0]
+
+
 # -- the server --------------------------------------------------------------------------------------------------------
 
 BASE = {f"w{n}": torch.full((100,), float(n)) for n in range(4)}
@@ -147,6 +275,7 @@ class Asked:
     answers: list[StateDict | str | None]
     rank: int = 1
     extra_bytes: int = 0
+    base: StateDict = field(default_factory=lambda: BASE)
     update_bytes: int = 0
     plain_bytes: int = 0
     request: Request = field(default_factory=lambda: Request(
@@ -154,6 +283,8 @@ class Asked:
     ))  # fmt: skip
     payloads: list[str] = field(default_factory=list)
     asked: list[int | None] = field(default_factory=list)
+    transfers: int = 0
+    most_bytes: int = 10_000
 
     def __post_init__(self) -> None:
         self.reply = self.until_done()
@@ -179,8 +310,11 @@ class Asked:
             raise RecordError(str(reply.failure))
         return reply.blob
 
+    def begin_transfer(self) -> None:
+        self.transfers += 1
+
     def check_size(self, found: int) -> None:
-        if found > 10_000:
+        if found > self.most_bytes:
             raise RecordError("too large")
 
 
@@ -238,10 +372,29 @@ def test_what_is_no_update_is_refused_and_no_thread_goes_on(answers: list[Any], 
     assert threading.active_count() == threads
 
 
+def test_entries_that_the_model_has_not_are_refused_at_once_and_extra_tensors_only_in_bounds() -> None:
+    many: list[Any] = [packed_parts()[0], {"w9": torch.ones(1)}, *packed_parts()]
+    with pytest.raises(RecordError, match="'w9', which the state that it starts from lacks"):
+        read_parts(Asked(many), lambda content, _: decode_or_read(content), lambda: None)  # type: ignore[arg-type]
+    for extra, says in (
+        ({f"{PREFIX}{n}": torch.ones(1) for n in range(1_100)}, "1,100 entries"),
+        ({f"{PREFIX}x": torch.ones(2_000_000)}, "8,000,000 bytes beside the model"),
+    ):
+        task = Asked([packed_parts()[0], extra, {}])
+        task.most_bytes = 10**9
+        with pytest.raises(RecordError, match=says):
+            read_parts(task, lambda content, _: decode_or_read(content), lambda: None)  # type: ignore[arg-type]
+
+
+def decode_or_read(content: bytes) -> StateDict:
+    entries = decode(content)
+    return read(content, "") if DESCRIPTION in entries else entries
+
+
 def test_an_empty_part_is_refused() -> None:
     empty = pack({}, parse_wire(("zstd",)), base={}, digest="0" * 64, carried={})
     assert empty
-    with pytest.raises(RecordError, match="empty"):
+    with pytest.raises(RecordError, match="has 0 entries"):
         gathered(Asked([packed_parts()[0], empty.entries(), packed_parts()[1]]))
 
 

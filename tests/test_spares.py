@@ -21,9 +21,15 @@ from fedsplit.exchange.records import Request, TaskRecord
 from fedsplit.exchange.trainer_side import TrainerSide
 from fedsplit.states.state_dict import encode, map_file
 from tests.bounds import BOUND_S
-from tests.handoffs import digest_of, names_in
+from tests.handoffs import ROOT, digest_of, names_in
 
 SIZE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def on_a_file_system_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a container, on its layers: there all that is mapped here is open too, and so it is seen."""
+    monkeypatch.setattr(spares, "_file_system", lambda _: "ext4")
 
 
 @pytest.fixture
@@ -120,6 +126,40 @@ def test_without_leases_files_are_removed(tmp_path, pool, monkeypatch):
     monkeypatch.setattr(spares, "_LEASE", 0)
     spare(tmp_path / "a", pool)
     assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["overlay", "nfs4", "fuse.sshfs", ""])
+def test_where_not_all_readers_are_seen_files_are_removed(tmp_path, pool, monkeypatch, kind):
+    monkeypatch.setattr(spares, "_file_system", lambda _: kind)
+    spare(tmp_path / "a", pool)
+    assert not names_in(tmp_path)
+
+
+def test_the_file_system_is_that_of_the_longest_mount_point_and_the_last_there(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    mounts = ("overlay / overlay rw 0 0", f"x {tmp_path} ext4 rw 0 0", f"y {tmp_path} tmpfs rw 0 0", "z /tm xfs rw 0 0")
+    monkeypatch.setattr(Path, "read_text", lambda _: "\n".join(mounts))
+    assert spares._file_system(tmp_path / "deeper") == "tmpfs"
+    assert spares._file_system(Path("/tmpx")) == "overlay"
+
+
+def test_who_opens_a_file_that_is_looked_at_ends_nobody(tmp_path):
+    path = tmp_path / "spare"
+    path.write_bytes(b"1" * SIZE)
+    opens = "import os, sys\nwhile True: os.close(os.open(sys.argv[1], os.O_RDONLY))"
+    looks = (
+        "import sys, pathlib\nfrom fedsplit.disk.spares import _is_unused\n"
+        "print({_is_unused(pathlib.Path(sys.argv[1])) for _ in range(20_000)})"
+    )
+    opener = subprocess.Popen([sys.executable, "-c", opens, str(path)])
+    try:
+        looked = subprocess.run(
+            [sys.executable, "-c", looks, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=BOUND_S
+        )
+    finally:
+        opener.kill()
+        opener.wait()
+    assert looked.returncode == 0 and "True" in looked.stdout, looked
 
 
 def test_where_the_kernel_refuses_a_lease_a_new_file_is_written(tmp_path, pool, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit import Trainer
+from fedsplit import Task, Trainer
 from fedsplit.codecs.held import Held
 from fedsplit.codecs.packed import describe, pack, unpack
 from fedsplit.codecs.spec import check_installed, parse_wire
@@ -180,7 +180,7 @@ class Federation:
                         generator = torch.Generator().manual_seed(task.server_round)
                         with torch.no_grad():
                             layer.weight += 0.01 * torch.randn(4, 100, generator=generator)
-                        task.reply(layer, num_examples=3)
+                        self.reply(task, layer)
             except BaseException as exc:  # noqa: BLE001  (raised again in the test's thread)
                 failures.append(exc)
 
@@ -192,6 +192,10 @@ class Federation:
             self.side.finish("run", "stopped")
             thread.join(BOUND_S)
         assert not thread.is_alive() and not failures, failures
+
+    def reply(self, task: Task, layer: torch.nn.Module) -> None:
+        """Answer a training, as a script does."""
+        task.reply(layer, num_examples=3)
 
     def next_rounds(self, rounds: range) -> None:
         for server_round in rounds:

@@ -24,7 +24,7 @@ from flwr.client import Client
 
 from fedsplit.client.long_poll import LongPoll
 from fedsplit.disk.digest import bytes_digest
-from fedsplit.disk.files import explained, retire
+from fedsplit.disk.files import explained, remove
 from fedsplit.disk.payload_store import Incoming, PayloadStore, read_part
 from fedsplit.disk.remote_store import RemoteStore
 from fedsplit.disk.spares import Spares
@@ -269,8 +269,10 @@ class Relay(Client):
             asked = self._masks.for_trainer(ask) if self._masks else ask
             version = self._side.offer(asked, asked.digest, lambda _: self._fetch(ask, blobs))
         finally:
-            self._incoming = None
-            retire(self._exchange.fetched_path, self._spares)
+            if self._incoming:
+                self._incoming.discard()
+                self._incoming = None
+            remove(self._exchange.fetched_path)
         if version is None:
             return {"status": "need"}, []
         self._is_full = False

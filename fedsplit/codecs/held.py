@@ -15,7 +15,7 @@ from fedsplit.codecs.spec import parse_wire
 from fedsplit.disk.payload_store import PayloadStore
 from fedsplit.errors import RecordError
 from fedsplit.states.extra import MOST_BYTES, MOST_STATES, separate
-from fedsplit.states.state_dict import StateDict, decode, encode, map_file
+from fedsplit.states.state_dict import StateDict, check_travels, decode, encode, map_file
 
 log = logging.getLogger("fedsplit")
 
@@ -61,6 +61,8 @@ class Held:
         """Return what packs the parts of an update, each of about so many bytes before."""
         if self.digest is None:
             return [lambda: (state, {})]
+        for name, tensor in state.items():
+            check_travels(name, tensor)
         base, residual = separate(self.state())[0], carried()
         codecs, digest, parts = parse_wire(wire), self.digest, in_parts(state, part_bytes)
 

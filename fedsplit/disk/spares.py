@@ -4,14 +4,16 @@ New memory for a file costs more than to write to what is there: on a virtual ma
 large file keeps it under a name of its own instead of removing it, and writes a later one over it.
 
 Nobody's bytes change by that. A file is written over only if it has no other name left, and if the kernel grants a
-lease for writing (``F_SETLEASE``, fcntl(2)), which it does only for a file that no process has open or mapped. Where
-there are no leases (they are Linux's; a network file system may have none) a new file is written, as ever.
+lease for writing (``F_SETLEASE``, fcntl(2)), which it does only for a file that no process has open or mapped. That
+holds on Linux and on file systems of this machine alone; on others, such as those of a network or a container's own
+layers, which do not see all readers, files are removed as ever.
 """
 
 import fcntl
 import itertools
 import os
 import shutil
+import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +25,10 @@ _LEAST_BYTES = 1 << 19
 # have it); so many files; and never more than is free beside them. How many are looked at to find one.
 _MOST_BYTES, _MOST_STATES, _MOST, _LOOKS = 1 << 28, 5, 64, 4
 _LEASE: int = getattr(fcntl, "F_SETLEASE", 0)
+_SEE_ALL_READERS = ("tmpfs", "ext4", "xfs", "btrfs")
 _numbers = itertools.count()
 _of_this_process: WeakSet["Spares"] = WeakSet()
+_adding = threading.Lock()
 
 
 class Spares:
@@ -35,13 +39,18 @@ class Spares:
         # The oldest first, it is the first that nobody needs any more; and at the end those that were looked at.
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
-        _of_this_process.add(self)
+        # Whether they can be used again where they are; None before that was looked up.
+        self._is_possible: bool | None = None
+        with _adding:
+            _of_this_process.add(self)
 
     def give(self, path: Path) -> None:
         """Take a file away from its path, if it is there."""
         with self._lock, suppress(FileNotFoundError):
             size = path.lstat().st_size
-            if not _LEASE or size < _LEAST_BYTES:
+            if self._is_possible is None:
+                self._is_possible = bool(_LEASE) and _file_system(self._directory) in _SEE_ALL_READERS
+            if not self._is_possible or size < _LEAST_BYTES:
                 path.unlink()
                 return
             spare = self._directory / f".{self._prefix}.spare-{os.getpid()}-{next(_numbers)}.tmp"
@@ -61,9 +70,11 @@ class Spares:
                     continue
                 with suppress(OSError):
                     spare.chmod(0o600)
-                    os.truncate(spare, size)
-                    spare.rename(path)
-                    return True
+                    # Once more: who had found the file under its name, and opened or linked it only now, is seen now.
+                    if _is_unused(spare):
+                        os.truncate(spare, size)
+                        spare.rename(path)
+                        return True
                 spare.unlink(missing_ok=True)
         return False
 
@@ -80,8 +91,22 @@ class Spares:
 
 def clear_spares() -> None:
     """Remove all spare files of this process: a disk is full."""
-    for spares in list(_of_this_process):
+    with _adding:
+        found = list(_of_this_process)
+    for spares in found:
         spares.clear()
+
+
+def _file_system(directory: Path) -> str:
+    """Return the type of the file system that a directory is on; empty if that cannot be told."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return ""
+    place = directory.resolve()
+    # Of two at one place the later one is seen.
+    over = [(len(point), number, kind) for number, (point, kind) in enumerate(mounts) if place.is_relative_to(point)]
+    return max(over)[2] if over else ""
 
 
 def _is_unused(path: Path) -> bool:
@@ -91,6 +116,8 @@ def _is_unused(path: Path) -> bool:
         try:
             if os.fstat(descriptor).st_nlink != 1:
                 return False
+            # Who opens the file now has the holder of the lease sent a signal, by default one that ends it.
+            fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(descriptor, _LEASE, fcntl.F_WRLCK)
             fcntl.fcntl(descriptor, _LEASE, fcntl.F_UNLCK)
         finally:

@@ -41,6 +41,10 @@ HEADER_BYTES = 4_000_000
 _WAITED_FOR = {"trainer": "a trainer", "space": "space on its disk"}
 
 
+class BegunAnewError(RecordError):
+    """A trainer does not know the steps before. Internal."""
+
+
 class _StoppedError(Exception):
     """The run is being stopped: ends the thread of a rank."""
 
@@ -120,6 +124,17 @@ class Conversation:
         if self.state and found > self.state.bytes + self.extra_bytes + HEADER_BYTES:
             raise RecordError(f"its update has {found:,} bytes, the state {self.state.bytes:,}")
 
+    def begin_transfer(self) -> None:
+        """Give the transfer of an answer that is there a deadline of its own, if the task had one."""
+        context, size = self.context, self.state.bytes + self.extra_bytes if self.state else 0
+        if math.isfinite(context.timeout_s):
+            self.context = replace(context, began=time.monotonic(), timeout_s=self._transfer_s(size))
+
+    def _transfer_s(self, size: int) -> float:
+        # The ranks before this one may have needed all of the round's time.
+        wait_s = min(self.context.client_wait_s, self.context.timeout_s)
+        return _TRANSFER_S + FETCHED_AT_ONCE * size / BYTES_PER_S + wait_s
+
     def until_done(self) -> Reply:
         """Ask until there is a result or a failure."""
         return self._until_answered()
@@ -166,6 +181,8 @@ class Conversation:
                 return content
             # The client has lost the file: asked again, it looks at what became of the task.
             reply = self._until_answered()
+            if reply.status == "again":
+                raise BegunAnewError("its trainer was started again, and does not know its update")
 
     def _ask(self, peer: Peer) -> Reply:
         context, state, request, then = self.context, self._to_send(peer), self.request, self.then
@@ -248,9 +265,7 @@ class Conversation:
         except ExchangeError as exc:
             # A size that a client made up must not end the run for everybody.
             raise RecordError(str(exc)) from exc
-        # Its own deadline, as the ranks before this one may have needed all of the round's.
-        wait_s = min(context.client_wait_s, context.timeout_s)
-        over = time.monotonic() + _TRANSFER_S + FETCHED_AT_ONCE * size / BYTES_PER_S + wait_s
+        over = time.monotonic() + self._transfer_s(size)
         try:
             while not incoming.is_whole:
                 peer = self._find_peer()

@@ -17,7 +17,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.errors import RecordError
-from fedsplit.server.conversation import HEADER_BYTES
+from fedsplit.server.conversation import HEADER_BYTES, BegunAnewError
+from fedsplit.server.peer import Reply
+from fedsplit.states.extra import MOST_STATES
 from fedsplit.states.header import PREFIX
 from fedsplit.states.local_keys import named
 from fedsplit.states.state_dict import StateDict
@@ -25,8 +27,9 @@ from fedsplit.states.state_dict import StateDict
 if TYPE_CHECKING:
     from fedsplit.server.round import Task
 
-# How often a trainer may be started again before its update is refused.
-_MOST_ATTEMPTS = 10
+# How often a trainer may be started again before its update is refused; and how many extra tensors an update may have,
+# beside as many states as their bytes may be.
+_MOST_ATTEMPTS, _MOST_EXTRA = 10, 1_000
 
 
 def read_parts(task: Task, read: Callable[[Any, str], StateDict], may_read: Callable[[], None]) -> StateDict:
@@ -36,7 +39,7 @@ def read_parts(task: Task, read: Callable[[Any, str], StateDict], may_read: Call
     what is no update.
     """
     for _ in range(_MOST_ATTEMPTS):
-        state, parts, is_bad = StateDict(), SimpleQueue[Any](), threading.Event()
+        state, extra_bytes, parts, is_bad = StateDict(), 0, SimpleQueue[Any](), threading.Event()
         task.update_bytes = task.plain_bytes = 0
         fetching = threading.Thread(target=_fetch, args=(task, parts, is_bad), daemon=True)
         fetching.start()
@@ -45,7 +48,9 @@ def read_parts(task: Task, read: Callable[[Any, str], StateDict], may_read: Call
             while (part := parts.get()) is not None:
                 if isinstance(part, BaseException):
                     raise part
-                _take(state, read(part, f"the update of rank {task.rank}"), task)
+                extra_bytes += _take(state, read(part, f"the update of rank {task.rank}"), task)
+                if extra_bytes > task.extra_bytes + HEADER_BYTES:
+                    raise RecordError(f"its update has {extra_bytes:,} bytes beside the model")
         finally:
             is_bad.set()
             fetching.join()
@@ -61,7 +66,10 @@ def _fetch(task: Task, parts: SimpleQueue[Any], is_bad: threading.Event) -> None
     """Fetch the parts of an update one after the other; the last thing that is put is None, or what went wrong."""
     end: BaseException | None = None
     try:
+        task.begin_transfer()
         while task.reply.status != "again" and not is_bad.is_set():
+            if len(task.payloads) > _MOST_ATTEMPTS * _most_entries(task):
+                raise RecordError(f"its update comes in more than {len(task.payloads):,} parts")
             content = task.fetch(task.reply)
             task.update_bytes += len(content)
             task.check_size(task.update_bytes)
@@ -71,18 +79,24 @@ def _fetch(task: Task, parts: SimpleQueue[Any], is_bad: threading.Event) -> None
                 break
             task.request = replace(task.request, step=(task.request.step or 0) + 1)
             task.reply = task.until_done()
+    except BegunAnewError:
+        task.reply = Reply(status="again")
     except BaseException as exc:  # noqa: BLE001  (raised by who takes the parts)
         end = exc
     parts.put(end)
 
 
-def _take(state: StateDict, part: StateDict, task: Task) -> None:
-    """Add a part to an update; raises RecordError for what is there already, and for too much beside the model."""
+def _take(state: StateDict, part: StateDict, task: Task) -> int:
+    """Add a part to an update, and return the bytes in it beside the model; raises RecordError for what is no part."""
     if twice := state.keys() & part.keys():
         raise RecordError(f"its update has {named(sorted(twice))} in two parts")
-    if not part:
-        raise RecordError("a part of its update is empty")
+    if foreign := [name for name in part if name not in task.base and not name.startswith(PREFIX)]:
+        raise RecordError(f"its update has {named(foreign)}, which the state that it starts from lacks")
     state |= part
-    extra_bytes = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(PREFIX))
-    if extra_bytes > task.extra_bytes + HEADER_BYTES:
-        raise RecordError(f"its update has {extra_bytes:,} bytes beside the model")
+    if not part or len(state) > _most_entries(task):
+        raise RecordError(f"a part of its update has {len(part):,} entries, all of them so far {len(state):,}")
+    return sum(tensor.nbytes for name, tensor in part.items() if name.startswith(PREFIX))
+
+
+def _most_entries(task: Task) -> int:
+    return (1 + MOST_STATES) * len(task.base) + _MOST_EXTRA

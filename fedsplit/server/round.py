@@ -109,7 +109,10 @@ class Rounds:
         # Held by the rank that was first to have its extra tensors named in the log.
         self._told_of_extra = threading.Lock()
         # On an engine whose questions are expensive there is one for a training, and no more for its parts.
-        self._takes_parts = bool(self.settings.wire) and not self.engine.asks_ahead
+        # A journal names each update by one digest.
+        self._takes_parts = (
+            bool(self.settings.wire) and not self.engine.asks_ahead and not self.settings.is_asynchronous
+        )
         self._balance = Balance(self.run.history.lines) if self.settings.balance else None
         # Why a rank's last answer did not count: it is told with its next task.
         last = self.run.history.lines[-1] if self.run.history.lines else {}
@@ -235,10 +238,11 @@ class Rounds:
 
     def _fetched_ahead(self, reply: Reply) -> int:
         """Return how many others may still have to be merged before an update is fetched: each has its own link."""
-        if reply.payload is None or reply.payload.via != "pull":
+        if reply.payload is None or (reply.payload.via != "pull" and reply.status == "ok"):
             return 0
         free = shutil.disk_usage(self.run.payloads.root).free
-        return FETCHED_AT_ONCE - 1 if free > _EARLY_UPDATES * reply.payload.bytes else 1
+        size = reply.payload.bytes if reply.status == "ok" else self._state.payload.bytes
+        return FETCHED_AT_ONCE - 1 if free > _EARLY_UPDATES * size else 1
 
     def _await_training(self, task: Task) -> None:
         """Ask until there is an answer, unless it came along with the evaluation of the round before."""
@@ -246,7 +250,7 @@ class Rounds:
         task.reply = ahead or task.until_done()
         self._compression.holds[task.rank] = task.reply.holds
         task.stages.end("hand-off", waiting=task.waited_s, training=task.reply.seconds)
-        if not task.reply.failure:
+        if not task.reply.failure and task.reply.status != "step":
             self.observer.answered(task.rank, None)
 
     def _add(self, merge: Merge, task: Task, update: Update) -> None:
@@ -398,9 +402,10 @@ class Rounds:
         read = self._compression.reader(task)
         content: Any
         try:
-            if task.reply.status == "step":
+            if task.reply.status == "step" and self._takes_parts:
                 content = read_parts(task, read, may_read)
                 read = _as_it_is
+                self.observer.answered(task.rank, None)
             else:
                 content = task.fetch(task.reply)
                 task.update_bytes = len(content)

@@ -182,6 +182,12 @@ def described_state(entries: Mapping[str, tuple[str, Sequence[int]]]) -> StateDi
 
 def plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as it travels: dense, contiguous, on the CPU; raises UsageError, naming it, if that cannot be."""
+    check_travels(name, tensor)
+    return tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+
+
+def check_travels(name: str, tensor: torch.Tensor) -> None:
+    """Raise UsageError, naming it, for an entry that cannot travel."""
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(f"entry {name!r} of the state_dict is a {type(tensor).__name__}; only tensors can travel")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NAMES:
@@ -189,7 +195,6 @@ def plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
             f"entry {name!r} of the state_dict cannot travel (layout {tensor.layout}, {tensor.dtype}, "
             f"device {tensor.device}); expected a dense tensor of a dtype that safetensors knows"
         )
-    return tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
 
 
 def read_initial_checkpoint(path: Path) -> list[Buffer]:

@@ -5,6 +5,7 @@ that is started again asks for the first part once more, and nothing is trained 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from fedsplit.codecs.held import Part
@@ -21,6 +22,8 @@ class Parts:
     def __init__(self, task: TaskRecord, answer: Answer, jobs: Sequence[Callable[[], Part]]) -> None:
         self._task, self._answer, self._jobs, self._count = task, answer, list(jobs), len(jobs)
         self._packed: list[StateDict] = []
+        # What was asked for last.
+        self.newest = task
         self._residual = StateDict()
 
     def are_asked_for(self, found: TaskRecord | FinishedRecord) -> bool:
@@ -35,10 +38,13 @@ class Parts:
         """Give what is asked for, beginning with a record, until the last part is; returns what was found last."""
         found: TaskRecord | FinishedRecord = record
         while isinstance(found, TaskRecord) and self.are_asked_for(found):
+            self.newest = found
             if (at := found.step or 0) == self._count - 1:
                 break
             channel.answer(found, replace(self._answer, state=self._pack(at), status="step"))
-            self._pack(at + 1)
+            with suppress(Exception):
+                # An error comes once more when that part is asked for, and then there is a task to report it to.
+                self._pack(at + 1)
             found = channel.next()
         return found
 
@@ -57,7 +63,11 @@ class Parts:
 
     def _pack(self, at: int) -> StateDict:
         while len(self._packed) <= at:
-            state, lacks = self._jobs.pop(0)()
+            state, lacks = self._jobs[0]()
+            del self._jobs[0]
             self._packed.append(state)
             self._residual |= lacks
+            if not self._jobs:
+                # The rest of the answer is small.
+                self._answer = replace(self._answer, state=None)
         return self._packed[at]

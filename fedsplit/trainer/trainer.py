@@ -144,8 +144,8 @@ class Trainer:
             self._forget_secrets()
             if self._parts and self._parts.are_asked_for(record):
                 # A server that was started again asks for an update that is still here.
-                if last := self._give_parts(self._parts, record):
-                    self._channel.answer(last, self._parts.last())
+                if self._give_parts(self._parts, record):
+                    self._channel.answer(self._parts.newest, self._parts.last())
                 continue
             self._parts = None
             if record.step:
@@ -210,9 +210,13 @@ class Trainer:
         if answer.state is not None:
             carried = dict if self.state == "reset" else task._base.load_residual
             parts = Parts(task._record, answer, self._channel.pack(task._record, answer.state, carried))
-            if (last := self._give_parts(parts, task._record)) is None:
+            try:
+                is_wanted = self._give_parts(parts, task._record)
+            finally:
+                task._record = parts.newest
+            if not is_wanted:
                 return
-            task._record, answer, residual = last, parts.last(), parts.take_residual()
+            answer, residual = parts.last(), parts.take_residual()
             self._parts = parts if parts.can_stay() else None
         saved = self._local.save(task._record, task._base, local_part, kept, residual)
         try:
@@ -222,13 +226,13 @@ class Trainer:
             raise
         self._local.settle(task._record, saved=saved, accepted=accepted)
 
-    def _give_parts(self, parts: Parts, record: TaskRecord) -> TaskRecord | None:
-        """Give all parts of an update but the last; returns what asks for that one, None if nobody does any more."""
+    def _give_parts(self, parts: Parts, record: TaskRecord) -> bool:
+        """Give all parts of an update but the last; returns whether that one is asked for now."""
         found = parts.give(self._channel, record)
-        if isinstance(found, TaskRecord) and parts.are_asked_for(found):
-            return found
+        if parts.are_asked_for(found):
+            return True
         self._found = found
-        return None
+        return False
 
 
 def _for_all_processes(channel: Channel) -> Channel:
