@@ -17,7 +17,7 @@ from fedsplit.trainer.channel import Answer, Channel
 
 
 class Parts:
-    """The parts of an answer to a task; `jobs` pack them."""
+    """The parts of an answer to a task, at least two; `jobs` pack them."""
 
     def __init__(self, task: TaskRecord, answer: Answer, jobs: Sequence[Callable[[], Part]]) -> None:
         self._task, self._answer, self._jobs, self._count = task, answer, list(jobs), len(jobs)
@@ -58,8 +58,8 @@ class Parts:
         return residual
 
     def can_stay(self) -> bool:
-        """Tell whether it may be given again later: there are several parts, and none is the model's own memory."""
-        return self._count > 1 and all(DESCRIPTION in state for state in self._packed)
+        """Tell whether it may be given again later: all is packed, and nothing is the model's own memory."""
+        return all(DESCRIPTION in state for state in self._packed)
 
     def _pack(self, at: int) -> StateDict:
         while len(self._packed) <= at:

@@ -21,6 +21,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -209,15 +210,20 @@ class Trainer:
         residual = StateDict()
         if answer.state is not None:
             carried = dict if self.state == "reset" else task._base.load_residual
-            parts = Parts(task._record, answer, self._channel.pack(task._record, answer.state, carried))
-            try:
-                is_wanted = self._give_parts(parts, task._record)
-            finally:
-                task._record = parts.newest
-            if not is_wanted:
-                return
-            answer, residual = parts.last(), parts.take_residual()
-            self._parts = parts if parts.can_stay() else None
+            jobs = self._channel.pack(task._record, answer.state, carried)
+            if len(jobs) == 1:
+                state, residual = jobs[0]()
+                answer = replace(answer, state=state)
+            else:
+                parts = Parts(task._record, answer, jobs)
+                try:
+                    is_wanted = self._give_parts(parts, task._record)
+                finally:
+                    task._record = parts.newest
+                if not is_wanted:
+                    return
+                answer, residual = parts.last(), parts.take_residual()
+                self._parts = parts if parts.can_stay() else None
         saved = self._local.save(task._record, task._base, local_part, kept, residual)
         try:
             accepted = self._channel.answer(task._record, answer)
