@@ -137,10 +137,14 @@ def test_where_not_all_readers_are_seen_files_are_removed(tmp_path, pool, monkey
 
 def test_the_file_system_is_that_of_the_longest_mount_point_and_the_last_there(tmp_path, monkeypatch):
     monkeypatch.undo()
-    mounts = ("overlay / overlay rw 0 0", f"x {tmp_path} ext4 rw 0 0", f"y {tmp_path} tmpfs rw 0 0", "z /tm xfs rw 0 0")
+    mounts = (
+        "overlay / overlay rw 0 0", f"x {tmp_path} ext4 rw 0 0", f"y {tmp_path} tmpfs rw 0 0", "z /tm xfs rw 0 0",
+        r"server:/all /a\040disk nfs4 rw 0 0",
+    )  # fmt: skip
     monkeypatch.setattr(Path, "read_text", lambda _: "\n".join(mounts))
     assert spares._file_system(tmp_path / "deeper") == "tmpfs"
     assert spares._file_system(Path("/tmpx")) == "overlay"
+    assert spares._file_system(Path("/a disk/checkpoints")) == "nfs4"
 
 
 def test_who_opens_a_file_that_is_looked_at_ends_nobody(tmp_path):

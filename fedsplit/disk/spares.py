@@ -12,6 +12,7 @@ layers, which do not see all readers, files are removed as ever.
 import fcntl
 import itertools
 import os
+import re
 import shutil
 import signal
 import threading
@@ -100,9 +101,13 @@ def clear_spares() -> None:
 def _file_system(directory: Path) -> str:
     """Return the type of the file system that a directory is on; empty if that cannot be told."""
     try:
-        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        lines = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:
         return ""
+    # A space in a path is written as its number there.
+    mounts = [
+        (re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), line.split()[1]), line.split()[2]) for line in lines
+    ]
     place = directory.resolve()
     # Of two at one place the later one is seen.
     over = [(len(point), number, kind) for number, (point, kind) in enumerate(mounts) if place.is_relative_to(point)]

@@ -146,7 +146,7 @@ class Conversation:
                 peer = self._find_peer()
                 try:
                     reply = self._ask(peer)
-                    if reply.status != "again" or self.short is None:
+                    if reply.status != "again" or self.short is None or self.request.step:
                         return reply
                     # It does not hold the state before, after all.
                     self.short = None
