@@ -109,10 +109,16 @@ def _train(name: str, wire: Sequence[str], seed: int, rounds: int) -> Outcome:
 
 
 def _slow(
-    wire: Sequence[str], size: int, rounds: int, *, bits_per_s: float = BITS_PER_S, options: Sequence[str] = ()
+    wire: Sequence[str],
+    size: int,
+    rounds: int,
+    *,
+    bits_per_s: float = BITS_PER_S,
+    delay_s: float = DELAY_S,
+    options: Sequence[str] = (),
 ) -> tuple[list[float], float]:
     """Return the seconds of each round but the first, and the bytes of one rank's round in both directions."""
-    link = partial(Cable, delay_s=DELAY_S, jitter_s=0.0, loss=0.0, bits_per_s=bits_per_s)
+    link = partial(Cable, delay_s=delay_s, jitter_s=0.0, loss=0.0, bits_per_s=bits_per_s)
     workload = [flag for each in (f"bytes={size}", *options) for flag in ("--workload-option", each)]
     with scratch_directory() as directory, Network(RANKS, link) as network:
         make_certificates(directory / "certificates", [f"10.213.{rank}.1" for rank in range(1, RANKS + 1)])
