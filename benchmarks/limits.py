@@ -36,6 +36,7 @@ def run(options: Options) -> list[Figure]:
     """Measure."""
     size = LARGE if not options.tiny else 5_000_000
     few, many = options.pick(6, 6, 3), options.pick(26, 16, 5)
+    over, new = _written_ms(size)
     floor = [_floor_ms(size) for _ in range(options.pick(7, 5, 2))]
     large = _processor_ms(lambda directory, rounds: _detached(directory, rounds, size), few, many)
     messages = _processor_ms(lambda directory, rounds: _detached(directory, rounds, size, "none"), few, many)
@@ -52,6 +53,8 @@ def run(options: Options) -> list[Figure]:
         Figure(topic=TOPIC, name="100 MB by reference", unit="ms", samples=[large], note=note,
                peer="its writing, digesting, copying and merging alone", peer_samples=floor, judged_by="ratio",
                target=1.3),
+        Figure(topic=TOPIC, name="100 MB written over a file that is there", unit="ms", samples=over,
+               peer="into a new one", peer_samples=new, judged_by="ratio"),
         Figure(topic=TOPIC, name="100 MB in messages", unit="ms", samples=[messages], note=note,
                peer="gRPC alone with the same bytes", peer_samples=[bytes_alone], judged_by="ratio"),
         Figure(topic=TOPIC, name="0.1 MB by reference, beside gRPC", unit="ms", samples=[small], note=note,
@@ -121,6 +124,26 @@ def passes_ms(size: int) -> tuple[float, float, float]:
         return (
             _milliseconds(write), _milliseconds(lambda: hashlib.sha256(content).digest()), _milliseconds(copy)
         )  # fmt: skip
+
+
+def _written_ms(size: int) -> tuple[list[float], list[float]]:
+    """Return the ms to write so many bytes over a file of the RAM disk, and into a new one after removing it."""
+    content, over, new = bytearray(os.urandom(size)), list[float](), list[float]()
+    with scratch_directory() as directory:
+        path = directory / "state"
+
+        def write() -> None:
+            with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
+                file.write(content)
+
+        def write_new() -> None:
+            path.unlink(missing_ok=True)
+            write()
+
+        for _ in range(5):
+            new.append(_milliseconds(write_new))
+            over.append(_milliseconds(write))
+    return over, new
 
 
 def _merge_floor_ms(size: int) -> float:

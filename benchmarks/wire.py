@@ -108,29 +108,19 @@ def _train(name: str, wire: Sequence[str], seed: int, rounds: int) -> Outcome:
     )  # fmt: skip
 
 
-def _slow(
-    wire: Sequence[str],
-    size: int,
-    rounds: int,
-    *,
-    bits_per_s: float = BITS_PER_S,
-    delay_s: float = DELAY_S,
-    options: Sequence[str] = (),
-) -> tuple[list[float], float]:
+def _slow(wire: Sequence[str], size: int, rounds: int, *options: str) -> tuple[list[float], float]:
     """Return the seconds of each round but the first, and the bytes of one rank's round in both directions."""
-    link = partial(Cable, delay_s=delay_s, jitter_s=0.0, loss=0.0, bits_per_s=bits_per_s)
+    link = partial(Cable, delay_s=DELAY_S, jitter_s=0.0, loss=0.0, bits_per_s=BITS_PER_S)
     workload = [flag for each in (f"bytes={size}", *options) for flag in ("--workload-option", each)]
     with scratch_directory() as directory, Network(RANKS, link) as network:
         make_certificates(directory / "certificates", [f"10.213.{rank}.1" for rank in range(1, RANKS + 1)])
         (directory / "token").write_text("a secret of many letters")
         (directory / "token").chmod(0o600)
         federation = Distributed(
-            directory,
-            network=network,
-            forked=False,
+            directory, network=network, forked=False,
             server_flags=("--rounds", str(rounds), "--payload-store", "none", *(f"--wire={each}" for each in wire)),
             model_flags=("--threads", "1", "--workload", "benchmarks.wire:drift", *workload),
-        )
+        )  # fmt: skip
         for name in ("benchmarks", "tests", "examples"):
             (directory / name).symlink_to(ROOT / name)
         try:
@@ -150,7 +140,7 @@ def _in_parts(size: int, rounds: int, repeats: int) -> Figure:
     parts, whole = list[float](), list[float]()
     for _ in range(repeats):
         parts += _slow(("delta+int8+zstd",), size, rounds)[0]
-        whole += _slow(("delta+int8+zstd",), size, rounds, options=(f"part-bytes={size}",))[0]
+        whole += _slow(("delta+int8+zstd",), size, rounds, f"part-bytes={size}")[0]
     return Figure(
         topic=TOPIC, name=f"{size / 1e6:g} MB, delta+int8+zstd, in parts", unit="s", samples=parts,
         peer="the same updates whole", peer_samples=whole, judged_by="ratio",

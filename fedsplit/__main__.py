@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
     try:
         return cli.run(make_parser(), argv)
     except BrokenPipeError:

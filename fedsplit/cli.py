@@ -43,6 +43,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def make_parser(doc: str, prog: str) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a docstring."""
     # No abbreviated flags: those that are unique today may not be so in the next release.
     return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
@@ -92,18 +93,22 @@ def check_output(output: Path, endings: Sequence[str], flag: str = "--output") -
 
 
 def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
     return _number(text, int, lambda value: value >= 1, "a positive integer")
 
 
 def natural(text: str) -> int:
+    """A whole number of at least 0."""
     return _number(text, int, lambda value: value >= 0, "0 or a positive integer")
 
 
 def positive(text: str) -> float:
+    """A finite number above 0."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def seconds(text: str) -> float:
+    """Seconds, more than 0."""
     return _number(text, float, lambda value: value > 0, "a number of seconds above 0")
 
 

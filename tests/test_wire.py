@@ -314,10 +314,13 @@ def flags(rounds: int, *wire: str) -> tuple[str, ...]:
     return ("--rounds", str(rounds), "--payload-store", "none", *(f"--wire={each}" for each in wire))
 
 
-def held(directory: Path, rounds: int, *wire: str) -> AbstractContextManager[Programs]:
+def held(
+    directory: Path, rounds: int, *wire: str, workload: str = "tests.held:digits"
+) -> AbstractContextManager[Programs]:
     """A federation on the digits whose trainings the test lets end; see `tests.held`."""
+    directory.mkdir(exist_ok=True)
     link_tests(directory)
-    model_flags = ("--threads", "1", "--workload", "tests.held:digits")
+    model_flags = ("--threads", "1", "--workload", workload)
     return programs(directory, server_flags=flags(rounds, *wire), model_flags=model_flags)
 
 
@@ -348,12 +351,12 @@ def test_five_programs_that_lose_nothing_come_to_the_bits_of_plain_loops_with_fe
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workload", ["tests.held:digits", "tests.in_parts:digits"])
 @pytest.mark.parametrize("wire", ["delta+zstd", "delta+int8+zstd"])
-def test_a_killed_server_and_a_killed_trainer_change_no_bit(tmp_path: Path, wire: str) -> None:
+def test_killed_programs_change_no_bit(tmp_path: Path, wire: str, workload: str) -> None:
     ends = []
     for name in ("undisturbed", "killed"):
-        (tmp_path / name).mkdir()
-        with held(tmp_path / name, 5, wire) as federation:
+        with held(tmp_path / name, 5, wire, workload=workload) as federation:
             federation.allow(5 if name == "undisturbed" else 2)
             federation.start_all()
             if name == "killed":
@@ -362,10 +365,9 @@ def test_a_killed_server_and_a_killed_trainer_change_no_bit(tmp_path: Path, wire
                 federation.start("model-1")
                 federation.allow(3)
                 federation.wait_until(lambda: federation.rounds_finished() >= 3)
-                federation.kill("server")
-                federation.kill("model-2")
-                federation.start("server", "--resume")
-                federation.start("model-2")
+                for program, *flags_again in (("server", "--resume"), ("client-1",), ("model-2",)):
+                    federation.kill(program)
+                    federation.start(program, *flags_again)
                 federation.allow(5)
             ends.append(finished(federation))
     assert ends[0] == ends[1]

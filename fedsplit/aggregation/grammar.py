@@ -56,6 +56,8 @@ def parse_call(text: str) -> Call:
 
 
 class _Reader:
+    """Turns the tree of one text into a `Call`."""
+
     def __init__(self, text: str, source: str) -> None:
         self._text = text
         self._source = source

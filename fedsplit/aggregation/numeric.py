@@ -43,6 +43,7 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def floating_keys(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys of the entries that are averaged."""
     return [key for key, tensor in state.items() if is_floating(tensor)]
 
 
@@ -60,6 +61,7 @@ class RunningMean:
             self._agreed = values, ~values.isfinite()
 
     def add(self, tensor: Tensor, weight: float) -> None:
+        """Add one more tensor."""
         self._total += weight
         share, tensor, mean = weight / self._total, widened(tensor), self._mean
         if self._agreed is not None:

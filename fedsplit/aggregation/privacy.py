@@ -39,6 +39,8 @@ def private_rule(name: str, inner: Rule, *, averages: bool, clip: float, noise: 
 
 
 class _PrivateAccumulator:
+    """Clips the updates for the rule inside, and adds noise to what that makes of them."""
+
     def __init__(
         self, context: AggregationContext, *, inner: Rule, averages: bool, clip: float, noise: float, delta: float
     ) -> None:
@@ -70,6 +72,7 @@ class _PrivateAccumulator:
         return {key: merged[key].to(t.dtype) if key in merged else t for key, t in previous.items()}
 
     def _spend(self) -> None:
+        """Note in the memory what this round spent."""
         # The standard deviation of the noise divided by how far one client can move the result: clip / n with fedavg,
         # twice the clip with any other rule. As text, as a checkpoint's keys are; a float comes back from it exactly.
         multiplier = repr(self._noise if self._averages else self._noise / (2 * self._count))

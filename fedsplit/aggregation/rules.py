@@ -247,6 +247,7 @@ def _middle(rows: list[Tensor]) -> Tensor:
 
 
 def _closest(updates: Sequence[Update], byzantine: int) -> list[Update]:
+    """Return the updates by Krum score, best first, then by rank."""
     count, needed = len(updates), _krum_needs(byzantine=byzantine)
     if count < needed:
         raise AggregationError(

@@ -274,6 +274,7 @@ def load_rule(spec: RuleSpec) -> Rule:
 
 
 def _user_rule(spec: RuleSpec) -> Rule:
+    """Load a function of the user's, or a class of theirs that makes a rule."""
     target = find_object(spec.name, f"the rule {spec.name}")
     if not callable(target):
         module_name, _, path = spec.name.partition(":")

@@ -47,10 +47,13 @@ def check_staleness(text: str) -> None:
 
 
 class _Own:
+    """A function of the user's."""
+
     def __init__(self, text: str) -> None:
         self._text = text
 
     def load(self) -> StalenessWeight:
+        """Import it; raises UsageError."""
         from fedsplit.aggregation.split import find_object
 
         found = find_object(self._text, f"--staleness {self._text}")

@@ -2,6 +2,8 @@
 
 The server runs as ever, with its clients and trainers started afresh, but asks and merges what the journal says. After
 each merge every update and the state must have the digests that they had. What is not done again are the evaluations.
+
+Importing this module imports torch.
 """
 
 import logging

@@ -9,6 +9,8 @@ their number, no update is carried over, and the run is that of synchronous roun
 A merge counts once it is on the disk: the journal's line, then the checkpoint. Only then is the new state given to
 anybody. A state is kept for as long as somebody trains from it, also over a restart of the server: who was at work is
 asked for the same again.
+
+Importing this module imports torch.
 """
 
 import logging
@@ -122,6 +124,7 @@ class AsyncRounds(Rounds):
         return sorted([*taken, *failed], key=lambda task: task.rank)
 
     def _take(self, newest: int) -> list[Task] | None:
+        """Return what is merged now; None if it is too early."""
         return self._buffer.take() if self._buffer.is_due(newest, self._is_gone) else None
 
     def _begin_training(self, task: Task) -> None:
@@ -237,6 +240,7 @@ class AsyncRounds(Rounds):
         self.run.payloads.kept = set().union(*self._kept.values())
 
     def _drop_payloads(self, tasks: Iterable[Task]) -> None:
+        """Remove what belongs to states that nobody trains from any more."""
         with self._changed:
             for task in tasks:
                 payload = task.reply.payload

@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_groups(groups: Sequence[Group]) -> None:
+    """Print the table on stdout."""
     headings, rows = _table(groups)
     cli.print_table(rows, headings, numbers=headings[1:])
 

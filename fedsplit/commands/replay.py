@@ -19,6 +19,7 @@ from fedsplit.run.directory import Places
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, and what is run."""
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="the --checkpoint-dir of the run")
     add("--checkpoint-dir", type=Path, required=True, metavar="DIR", help="where the run is done again")
@@ -27,6 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the server; returns when the journal is done."""
     from fedsplit.asynchronous.replay import Replay, read_track, replayed
 
     places = Places(arguments.directory)

@@ -69,6 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the programs to the end of the run; see `execute`."""
     arguments.min_clients = arguments.min_clients or arguments.ranks
     # Before anything is started.
     server.read_settings(arguments)

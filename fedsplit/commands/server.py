@@ -35,6 +35,7 @@ log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, and what is run."""
     add_own_flags(parser)
     parser.add_argument("--exchange-dir", type=Path, default=Path("exchange"), metavar="DIR",
         help="with --split-learning: holds upper/, shared with the trainer of the upper part")  # fmt: skip
@@ -144,6 +145,7 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the server; returns when the run is over."""
     settings, uppers = read_settings(arguments), None
     if mode := arguments.split_learning:
         from fedsplit.split_learning.uppers import Uppers

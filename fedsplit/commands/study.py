@@ -67,6 +67,7 @@ class Job:
 
     @property
     def places(self) -> Places:
+        """Where its files are."""
         return Places(self.directory)
 
     def rounds_done(self) -> int:
@@ -117,6 +118,7 @@ class Job:
         return places.exchange.exists() and any(at_work(places.exchange, self.flags.ranks))
 
     def start(self) -> Child:
+        """Start it, or go on with it."""
         places, script = self.places, self.run.command()
         # A run that failed to learn anything has all its rounds: it begins anew.
         is_unfinished = places.run.exists() and self.rounds_done() < self.flags.rounds
@@ -239,6 +241,7 @@ def _describe_end(job: Job, child: Child, seconds: float) -> str:
 
 
 def _conclude(results: Sequence[Result], output_dir: Path) -> None:
+    """Print the table, and write it and the plot."""
     groups = group(results)
     compare.print_groups(groups)
     compare.write_by_rank(groups, output_dir / "by-rank.csv")

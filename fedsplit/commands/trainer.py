@@ -40,6 +40,7 @@ log = logging.getLogger("fedsplit")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, and what is run."""
     add = parser.add_argument
     add("--rank", "-rank", type=cli.positive_int, default=1, metavar="K", help="rank of this trainer and its client")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), metavar="DIR",
@@ -94,6 +95,7 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the trainer until the run is over."""
     launch = Launch.read(os.environ)
     if launch.process == 0:
         # Before anything slow, so that a taken rank or an unusable directory is reported at once.
@@ -111,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, device: str) -> None:
+    """Make the workload and answer every task of the run with it."""
     context = WorkloadContext(
         rank=arguments.rank, num_partitions=arguments.num_partitions, seed=arguments.seed, device=device,
         data_dir=arguments.data_dir, options=dict(arguments.workload_option),
@@ -169,6 +172,7 @@ def _make_part(arguments: argparse.Namespace, context: WorkloadContext) -> tuple
 
 
 def _window(text: str) -> int:
+    """A number of batches from 1 to 100."""
     if not text.isdecimal() or not 0 < int(text) <= MOST_WINDOW:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_WINDOW}, not {text!r}")
     return int(text)

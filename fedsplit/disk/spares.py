@@ -1,7 +1,7 @@
 """Files that their writer no longer needs, kept to be written over: their memory is there already.
 
-New memory for a file costs more than to write to what is there: on a virtual machine five times as much. So who wrote a
-large file keeps it under a name of its own instead of removing it, and writes a later one over it.
+New memory for a file costs more than to write to what is there: on a virtual machine twice as much and more. So who
+wrote a large file keeps it under a name of its own instead of removing it, and writes a later one over it.
 
 Nobody's bytes change by that. A file is written over only if it has no other name left, and if the kernel grants a
 lease for writing (``F_SETLEASE``, fcntl(2)), which it does only for a file that no process has open or mapped. That

@@ -106,6 +106,7 @@ def watching(server: Server, settings: ServerSettings, *, live: bool) -> Iterato
 
 
 def _software() -> dict[str, str]:
+    """Return the versions that a run depends on."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

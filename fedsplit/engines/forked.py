@@ -55,6 +55,7 @@ class Forked:
         return self._process.exitcode
 
     def poll(self) -> int | None:
+        """Return `returncode`."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -77,6 +78,7 @@ class Forked:
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path | None, directory: Path) -> None:
+    """Be the program."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(directory)

@@ -38,6 +38,7 @@ class Child:
 
     @property
     def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
         return self._process is not None and self.poll() is None
 
     def start(self, environment: Mapping[str, str]) -> None:
@@ -62,6 +63,7 @@ class Child:
                 os.close(output)
 
     def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
         if self._process and self.exit_code is None:
             self.exit_code = self._process.poll()
         return self.exit_code
@@ -100,6 +102,7 @@ class Child:
         return False
 
     def describe_end(self) -> str:
+        """Say how it ended."""
         code = self.exit_code
         if code is None:
             return f"the {self.name} did not end"

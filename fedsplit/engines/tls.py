@@ -149,6 +149,7 @@ def _check_plaintext(connection: socket.socket, host: str, port: int, grpc: bool
 
 
 def _speaks_tls(host: str, port: int, timeout_s: float | None) -> bool:
+    """Tell whether a server answers a TLS handshake, with whatever certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])

@@ -118,6 +118,7 @@ def explain(failed: Sequence[Child]) -> str:
 
 
 def _settle(children: Sequence[Child], seconds: float, hurry: Callable[[], bool]) -> None:
+    """Wait until all have ended, at most so long, and no longer once ``hurry`` says so."""
     deadline = time.monotonic() + seconds
     while any(child.is_running for child in children) and time.monotonic() < deadline and not hurry():
         time.sleep(_POLL_S)

@@ -76,6 +76,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
+        """The run's id, kept over every resume."""
         return str(self._record["run_id"])
 
     @property
@@ -151,6 +152,7 @@ class Run:
             self._note(local_entries=dict(entries))
 
     def note_split(self, rows: Sequence[PartRow]) -> None:
+        """Note the resolved split, for the report."""
         self._note(split=[row._asdict() for row in rows])
 
     def note_session(self, *, command: str, software: Mapping[str, str]) -> None:

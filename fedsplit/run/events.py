@@ -24,6 +24,7 @@ class JsonFormatter(logging.Formatter):
         self._program = program
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
         began = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "time": f"{began}.{int(record.msecs):03d}Z", "program": self._program, "level": record.levelname.lower(),

@@ -45,6 +45,7 @@ class History:
         self._take(lines)
 
     def append(self, line: Line) -> None:
+        """Add a round."""
         line = finite(line)
         files.append_line(self.path, json.dumps(line, allow_nan=False))
         self._take([line])

@@ -98,6 +98,7 @@ def _numbers(row: Mapping[str, Any] | None) -> dict[str, float]:
 
 
 def describe_round(line: Mapping[str, Any], total_rounds: int) -> str:
+    """Return a round's line for people."""
     parts = [f"round {line['round']}/{total_rounds}", f"{line['accepted']}/{line['asked']} updates"]
     for phase, name in (("train", "train"), ("test", "evaluate"), ("test on the server", "central")):
         metrics = line.get(name, {}).items()

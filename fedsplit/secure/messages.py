@@ -63,10 +63,12 @@ def read_rows(arrays: Mapping[str, Array], length: int) -> dict[int, bytes]:
 
 
 def to_row(advert: Advert) -> bytes:
+    """Return a rank's keys and weight as bytes."""
     return advert.channel + advert.mask + advert.weight.to_bytes(8, "big")
 
 
 def of_row(row: bytes) -> Advert:
+    """Read what `to_row` made."""
     weight = int.from_bytes(row[2 * KEY_BYTES :], "big")
     return Advert(channel=row[:KEY_BYTES], mask=row[KEY_BYTES : 2 * KEY_BYTES], weight=weight)
 

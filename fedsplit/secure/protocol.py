@@ -88,6 +88,7 @@ class Group:
 
     @property
     def weight(self) -> int:
+        """The weight of all."""
         return sum(advert.weight for advert in self.adverts.values())
 
     @cached_property
@@ -237,6 +238,7 @@ def _recover(group: Group, rank: int, revealed: Mapping[int, Mapping[int, bytes]
 
 
 def public_key(private: bytes) -> bytes:
+    """Return the public key of a private one."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 

@@ -154,6 +154,7 @@ def _bytes(content: bytes) -> Array:
 
 
 def _change(name: str, most: float, end: Array, start: Array | None) -> Array:
+    """Return how far an entry has moved, in steps."""
     if start is None or start.shape != end.shape or end.dtype.kind != "f":
         raise UsageError(f"{name!r} cannot be summed: expected floating point entries of the shape that was received")
     change = np.subtract(end, start, dtype=np.float64).reshape(-1)

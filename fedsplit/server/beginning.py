@@ -1,4 +1,7 @@
-"""The beginning of a run: the newest checkpoint is taken up, or a state to start from is found."""
+"""The beginning of a run: the newest checkpoint is taken up, or a state to start from is found.
+
+Importing this module imports torch.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence

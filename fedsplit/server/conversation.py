@@ -186,10 +186,9 @@ class Conversation:
 
     def _ask(self, peer: Peer) -> Reply:
         context, state, request, then = self.context, self._to_send(peer), self.request, self.then
-        if peer.sees_store:
+        if peer.sees_store and request.wire:
             # Nothing has to be small that does not travel, nor come in parts.
-            step = request.step or None if request.wire else request.step
-            request, then = replace(request, wire=(), step=step), then and replace(then, wire=())
+            request, then = replace(request, wire=(), step=request.step or None), then and replace(then, wire=())
         digest, size = (state.digest, state.bytes) if state else (None, 0)
         sends = not (peer.sees_store or peer.held == digest)
         while True:

@@ -197,6 +197,7 @@ class ForeignStrategy(base.StreamingStrategy):
         self._reference = {key: tensor for key, tensor in state.items() if key not in self._ties}
 
     def _arrays(self, parameters: Parameters) -> Parameters:
+        """Return the global state as Flower's arrays."""
         if self._state is None or self._state[0] is not parameters:
             self._take_up(separate(decode_state(parameters.tensors[0], "the global state"))[0])
             self._state = parameters, to_arrays(self._reference)
@@ -253,6 +254,8 @@ class ForeignStrategy(base.StreamingStrategy):
 
 
 class _Collected:
+    """The updates of a round, all kept until the strategy takes them."""
+
     retains = True
     at_once = 1
 

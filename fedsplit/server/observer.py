@@ -45,6 +45,7 @@ class Observers(Observer):
         self._observers: list[Observer] = []
 
     def add(self, observer: Observer) -> None:
+        """Tell one more."""
         self._observers.append(observer)
 
     split_resolved = _passing_on("split_resolved")

@@ -59,6 +59,7 @@ class Roster(ClientManager):
         self.at_work: Container[int] | None = None
 
     def ranks(self) -> list[int]:
+        """Return the connected ranks in order."""
         with self._changed:
             return sorted(self._peers)
 
@@ -112,6 +113,7 @@ class Roster(ClientManager):
     # -- Flower's interface --------------------------------------------------------------------------------------------
 
     def register(self, client: ClientProxy) -> bool:
+        """Take a new connection; it is counted once it has said who it is."""
         peer = Peer(client)
         with self._changed:
             self._connections[client.cid] = peer
@@ -120,6 +122,7 @@ class Roster(ClientManager):
         return True
 
     def unregister(self, client: ClientProxy) -> None:
+        """Forget a connection that ended."""
         with self._changed:
             peer = self._connections.pop(client.cid, None)
         if peer:
@@ -135,6 +138,7 @@ class Roster(ClientManager):
             return self._peers.get(peer.rank) is not peer and time.monotonic() > peer.again_at
 
     def num_available(self) -> int:
+        """Return how many ranks are connected and free."""
         return len(self.all())
 
     def all(self) -> dict[str, ClientProxy]:

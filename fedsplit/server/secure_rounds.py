@@ -7,6 +7,8 @@ entries in each update, and the rules merge what comes of it as they merge any u
 state, bit for bit. With too few answers in any stage the state stays as it was, and the history says why.
 
 Each stage may take as long as ``--round-timeout`` says, or training and all of them together would need one deadline.
+
+Importing this module imports torch.
 """
 
 import logging

@@ -130,6 +130,7 @@ class ServerSettings:
 
     @cached_property
     def rules(self) -> tuple[RuleSpec, ...]:
+        """The rules of the split."""
         return parse_rules(self.aggregate)
 
     @property

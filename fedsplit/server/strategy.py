@@ -167,6 +167,7 @@ class Strategy(StreamingStrategy):
 
     @classmethod
     def of(cls, settings: ServerSettings) -> Self:
+        """Make the strategy that a server's flags ask for."""
         names = ("aggregate", "min_clients", "min_results", "fraction_train", "evaluate_every", "train_config",
                  "seed", "rounds")  # fmt: skip
         return cls(**{name: getattr(settings, name) for name in names})
@@ -355,12 +356,14 @@ def refusal(reason: str) -> flower.FitRes:
 
 
 def dump(memory: object) -> bytes:
+    """Return a memory as the bytes of its file in a checkpoint."""
     buffer = io.BytesIO()
     torch.save(memory, buffer)
     return buffer.getvalue()
 
 
 def to_payload(state: StateDict) -> Parameters:
+    """Return a state as one safetensors payload."""
     return Parameters([b"".join(encode(state))], TENSOR_TYPE)
 
 

@@ -138,6 +138,7 @@ class Beyond:
             raise RecordError(self._failure) from exc
 
     def _ask(self, at: int, until: float) -> ResultRecord:
+        """Put a step before the trainer and wait for its answer."""
         step = self._steps[at]
         request = self._request
         if request.step is not None:
@@ -204,11 +205,13 @@ class Clock:
         self._lock = threading.Lock()
 
     def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a name."""
         with self._lock:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
+        """Add the length of the block."""
         began = time.monotonic()
         try:
             yield

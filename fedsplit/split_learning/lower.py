@@ -85,6 +85,7 @@ class LowerPart:
         return state
 
     def load_local_state(self, state: dict[str, Any]) -> None:
+        """Go on from `local_state`."""
         self._optimizer.load_state_dict(state["optimizer"])
         if self._stateful:
             self._stateful.load_local_state(state["workload"])
@@ -92,6 +93,7 @@ class LowerPart:
             torch.set_rng_state(state["generator"])
 
     def _step(self, task: Task, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+        """Do a step with a batch; returns what is to be noted of it."""
         self._optimizer.zero_grad()
         loss, numbers = self._forward(task, inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -123,6 +125,7 @@ class LowerPart:
     def _forward(
         self, task: Task, inputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the loss of a batch, and what is to be noted of it."""
         activations, tail = self._lower(inputs), self._parts.tail
         generator = self._draws and torch.is_grad_enabled()
         if tail is None:

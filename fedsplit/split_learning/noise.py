@@ -31,6 +31,7 @@ class CutNoise:
         self._generator = torch.Generator()
 
     def begin(self, task: Task) -> None:
+        """Begin a task."""
         text = f"{task.run_id}/{task.kind}/{task.server_round}".encode()
         seed = hashlib.sha256(self._secret + text).digest()
         self._generator.manual_seed(int.from_bytes(seed[:8], "little"))

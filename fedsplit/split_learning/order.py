@@ -34,6 +34,7 @@ class Order:
                 self._changed.wait(_LOOK_S)
 
     def done(self, rank: int) -> None:
+        """Note that a rank's step is done."""
         with self._changed:
             self._done.add(rank)
             self._advance()

@@ -8,6 +8,8 @@ as those of any other model.
 
 A rank may be wrong or hostile. What it hands over has to be a whole payload of a bounded size before the upper part's
 trainer sees it, the number of its steps is bounded too, and whatever is wrong costs that rank its part in the round.
+
+Importing this module imports torch.
 """
 
 from __future__ import annotations
@@ -179,6 +181,7 @@ class SplitTask(Task):
         clock.add("network", max(0.0, took_s - max(reply.seconds, reply.held_s)))
 
     def _do_step(self, reply: Reply) -> tuple[StoredPayload | None, dict[str, Any]]:
+        """Let the upper part's trainer do a step with what the rank gave."""
         steps, rank = self.steps, self.rank
         (what, window), payload = self._wanted(reply), self._stored(reply)
         self._given_bytes += payload.bytes
@@ -253,6 +256,7 @@ class SplitRounds(Rounds):
     _has_noted: bool = False
 
     def _tasks(self, kind: str, server_round: int, chosen: Sequence[Any]) -> list[Task]:
+        """Turn a strategy's instructions into tasks that are done in steps."""
         tasks = super()._tasks(kind, server_round, chosen)
         if any(task.state.digest != self._state.payload.digest for task in tasks):
             raise AggregationError(

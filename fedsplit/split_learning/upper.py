@@ -215,6 +215,7 @@ def _received(name: str, given: Given, like: torch.Tensor) -> torch.Tensor:
 
 
 def _check_finite(what: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError if there is a NaN or infinity in floating point tensors."""
     dense = [each for each in tensors if each.is_floating_point() and each.layout == torch.strided and each.numel()]
     # A sum with a NaN or infinity in it is never finite: one pass, and one number to look at.
     sums = [each.sum().to(dense[0].device, torch.float32) for each in dense]

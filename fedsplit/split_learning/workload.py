@@ -44,5 +44,6 @@ def create_split_workload(
 
 
 def measured(workload: SplitWorkload, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+    """Return what a workload measures of a batch besides its loss."""
     metrics = getattr(workload, "metrics", None)
     return {} if metrics is None else {name: float(value) for name, value in metrics(output, target).items()}

@@ -22,6 +22,7 @@ _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 
 
 def encode(arrays: Mapping[str, Array]) -> list[Buffer]:
+    """Return the payload as buffers to be written one after the other."""
     header, order = build_header({name: (_NAMES[array.dtype], array.shape) for name, array in arrays.items()})
     return [header, *(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data for name in order)]
 

@@ -30,6 +30,7 @@ def join(state: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor]) -
 
 
 def separate(entries: Mapping[str, torch.Tensor]) -> tuple[_Tensors, _Tensors]:
+    """Return the state and the extra tensors of a payload."""
     state, extra = _Tensors(), _Tensors()
     for name, tensor in entries.items():
         if name.startswith(PREFIX):

@@ -50,6 +50,7 @@ def check_shared(state: Mapping[str, torch.Tensor], is_local: Callable[[str], bo
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Return where a tensor's elements begin and end in memory."""
     if not (begin := _address(tensor)):
         return None
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -44,6 +44,7 @@ class Result:
         }  # fmt: skip
 
     def curve(self, name: str) -> dict[int, float]:
+        """Return a test metric by round."""
         phase = _phase(self.lines)
         return {line["round"]: value(line, phase, name) for line in self.lines if metrics_at(line, phase)}
 
@@ -143,6 +144,7 @@ def group(results: Sequence[Result]) -> list[Group]:
 
 
 def label_of(setting: str) -> str:
+    """Return what a setting is called in names and tables."""
     return setting.removeprefix("options.")
 
 

@@ -111,6 +111,7 @@ class LiveConsole(Observer):
         self._begin("the last round is done: writing its checkpoint" if is_last else "starting the next round")
 
     def render(self) -> RenderableType:
+        """Return all that is shown."""
         with self._lock:
             shown: list[RenderableType] = []
             room = self._console.height - _LINES_AROUND

@@ -177,6 +177,7 @@ def _draw_metric(axes: Axes, lines: Sequence[Line], name: str) -> None:
 
 
 def _curves(lines: Sequence[Line], name: str) -> dict[str, list[float]]:
+    """Return a test metric by rank, of the ranks that have it."""
     ranks = [rank for rank in ranks_of(lines) if judged(lines, name, rank)]
     return {rank: [value(line, "evaluate", name, rank) for line in lines] for rank in ranks}
 
@@ -221,6 +222,7 @@ def _draw_step(axes: Axes, lines: Sequence[Line]) -> None:
 def _draw_stages(
     axes: Axes, lines: Sequence[Line], rows: Mapping[str, Sequence[float]], colors: Mapping[str, str]
 ) -> None:
+    """Draw how each round's total is divided."""
     rounds, totals = [line["round"] for line in lines], [sum(column) for column in zip(*rows.values(), strict=True)]
     # A stage that never took a tenth of a percent would only be a name in the legend.
     rows = {stage: row for stage, row in rows.items() if sum(row) > 0.001 * sum(totals)}

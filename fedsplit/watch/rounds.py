@@ -61,12 +61,14 @@ def columns(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 
 def headings(metrics: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the headings of the table."""
     own = {_ACCURACY: "accuracy", _STEPS: "steps/s"}
     names = [own.get(metric) or f"{PHASES[metric[0]]} {metric[1]}" for metric in metrics]
     return ["round", "clients", "train loss", "test loss", *names, "seconds", "bytes"]
 
 
 def cells(line: Line, metrics: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the cells of a round, in the order of the headings."""
     size = update_bytes(line)
     named = (*_LOSSES, *metrics)
     numbers = [_format(value(line, *metric), 1 if metric == _STEPS else 4) for metric in named]

@@ -159,12 +159,15 @@ class ImageWorkload:
         return len(self._train_indices)
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross entropy of logits."""
         return functional.cross_entropy(output, target)
 
     def metrics(self, output: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+        """Return the accuracy of logits."""
         return {"accuracy": int((output.argmax(dim=1) == target).sum()) / len(target)}
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Return the SGD of the workload's options."""
         lr, momentum, weight_decay = self._settings.lr, self._settings.momentum, self._settings.weight_decay
         return torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -184,6 +187,7 @@ class ImageWorkload:
             yield self._load(data.train_images, data.train_labels, batch)
 
     def local_state(self) -> dict[str, Any]:
+        """Return copies of the optimizer's and the generator's state."""
         return {"optimizer": copy.deepcopy(self._optimizer.state_dict()), "generator": self._generator.get_state()}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
@@ -223,6 +227,7 @@ class ImageWorkload:
             tally.add(loss, logits, labels)
 
     def _share(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return this process's part of a batch."""
         return batch[self._process :: self._processes]
 
     def _load(self, images: torch.Tensor, labels: torch.Tensor, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -232,6 +237,8 @@ class ImageWorkload:
 
 
 class _Tally:
+    """Adds up the losses and hits of a task's batches, and tells `on_batch`."""
+
     def __init__(self, total: int, epochs: int, on_batch: Callable[[int, int, float, int], None] | None) -> None:
         self._total, self._epochs, self._on_batch = total, epochs, on_batch
         self._done = self.examples = self._hits = 0

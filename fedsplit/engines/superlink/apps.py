@@ -70,6 +70,7 @@ def run_server(grid: Grid, context: Context) -> None:
 
 
 def run_on(grid: Grid, server: Server) -> None:
+    """Run a server's rounds with the SuperNodes that a grid knows."""
     roster = server.client_manager()
     assert isinstance(roster, Roster)  # for the type checker: it makes no other
     stop = threading.Event()
@@ -104,12 +105,15 @@ class _PromptGrid:
 
 
 class _Nodes:
+    """Keeps the roster up to date with the SuperNodes that are connected."""
+
     def __init__(self, grid: Grid, roster: Roster) -> None:
         self._grid, self._roster = grid, roster
         self._proxies: dict[int, GridClientProxy] = {}
         self._tried: dict[int, float] = {}
 
     def watch(self, stop: threading.Event) -> None:
+        """Look until it is time to stop."""
         complained = False
         while True:
             try:
@@ -182,6 +186,7 @@ class _NodeRelay(Relay):
 
 
 def make_client(context: Context) -> Client:
+    """Make the relay of the SuperNode that a message came to."""
     _begin("client", context.node_config)
     if "script-pid" in context.node_config:
         script = int(context.node_config["script-pid"])

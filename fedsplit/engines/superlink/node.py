@@ -114,6 +114,7 @@ def _watch(
 
 
 def _show(lines: TextIO) -> None:
+    """Show what the relay has logged since the last time."""
     sys.stderr.write(lines.read())
     sys.stderr.flush()
 
